@@ -1,0 +1,1 @@
+"""The transfer service: one thread that owns a channel, a transport and the sessions, driven by ``pdkv.core``."""

@@ -1,0 +1,1 @@
+"""Checkpoints and prompts whose answers are known, and what is proved with them."""

@@ -1,0 +1,1 @@
+"""Typed control messages and the channel that carries them."""
