@@ -15,10 +15,10 @@ Foreign errors are mapped to these once, at the edge that meets them. A failed r
 exception; a broken invariant is an ``assert``.
 """
 
-from enum import Enum
+from enum import StrEnum
 
 
-class FailureCode(str, Enum):
+class FailureCode(StrEnum):
     """Why a transfer or request ended without an answer. Travels on the wire and labels metrics: never rename one."""
 
     CANCELLED = "cancelled"
