@@ -1,0 +1,129 @@
+"""What goes into the engine and what comes out of it: requests, events and settings, values only."""
+
+from enum import StrEnum
+from typing import NewType
+
+import msgspec
+
+from pdkv.m3.sampling import SamplingParams
+
+RequestId = NewType("RequestId", bytes)
+"""Chosen by the caller, unique among the requests that the engine holds."""
+
+
+class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Bounds of one engine. ``max_model_len`` counts prompt and generated tokens together."""
+
+    max_model_len: int
+    prefill_chunk: int = 512
+    """Prompt tokens computed in one step, over all requests."""
+    max_batch: int = 64
+    """Decodes computed in one step."""
+    max_queued: int = 4096
+    """Requests that may wait for pages; one more is refused for now."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_model_len", "prefill_chunk", "max_batch", "max_queued"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+
+class PrefillRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """Compute the prompt and choose the first token; the pages stay until ``release``."""
+
+    id: RequestId
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+
+
+class DecodeRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """Hold pages for a prompt computed elsewhere; starts when ``resume`` says that its state is resident."""
+
+    id: RequestId
+    num_prompt_tokens: int
+    max_tokens: int
+    sampling: SamplingParams
+    ignore_eos: bool = False
+
+
+class CompleteRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """Prefill and decode in this engine, undivided."""
+
+    id: RequestId
+    prompt: tuple[int, ...]
+    max_tokens: int
+    sampling: SamplingParams
+    ignore_eos: bool = False
+
+
+EngineRequest = PrefillRequest | DecodeRequest | CompleteRequest
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    """The last token is an end-of-sequence token."""
+    LENGTH = "length"
+    """``max_tokens`` tokens were generated."""
+
+
+class PagesReserved(msgspec.Struct, frozen=True):
+    """The request left the queue; ``pages`` in block order hold its whole need."""
+
+    id: RequestId
+    pages: tuple[int, ...]
+
+
+class PrefillProgress(msgspec.Struct, frozen=True):
+    """K/V and index keys of the first ``tokens_done`` prompt tokens are in the cache, kernels finished. Monotone."""
+
+    id: RequestId
+    tokens_done: int
+
+
+class PrefillFinished(msgspec.Struct, frozen=True):
+    """The prompt of a ``PrefillRequest`` is computed; ``token`` is the first generated one, ``logprob`` natural."""
+
+    id: RequestId
+    token: int
+    logprob: float
+
+
+class TokenGenerated(msgspec.Struct, frozen=True):
+    """One generated token of a ``DecodeRequest`` or ``CompleteRequest``, the first included."""
+
+    id: RequestId
+    token: int
+    logprob: float
+
+
+class RequestFinished(msgspec.Struct, frozen=True):
+    """The end of a ``DecodeRequest`` or ``CompleteRequest``; its pages are already free again."""
+
+    id: RequestId
+    reason: FinishReason
+
+
+class RequestRefused(msgspec.Struct, frozen=True):
+    """The engine holds nothing of the request. ``never``: asking again is pointless; else it was a lack of room."""
+
+    id: RequestId
+    message: str
+    never: bool
+
+
+EngineEvent = PagesReserved | PrefillProgress | PrefillFinished | TokenGenerated | RequestFinished | RequestRefused
+
+
+class EngineStatistics(msgspec.Struct, frozen=True):
+    """Requests by stage, and pages."""
+
+    num_queued: int
+    num_prefilling: int
+    num_holding: int
+    """Prefilled, pages kept for a reader until release."""
+    num_waiting_for_state: int
+    num_decoding: int
+    """Including those beyond ``max_batch`` that wait for a slot."""
+    num_pages_usable: int
+    num_pages_free: int
+    num_steps: int
