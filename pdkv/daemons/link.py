@@ -1,0 +1,216 @@
+"""What a worker's HTTP front and its engine process say to each other, and the socket pair that carries it.
+
+A worker is two processes: the front (HTTP, tokenizer, no torch) is the parent, the engine process (model, agent, transport)
+its child. Each dies when the other does: the end of the socket pair is the signal.
+"""
+
+import socket
+import struct
+import threading
+
+import msgspec
+
+MAX_FRAME_BYTES = 256 << 20
+_LENGTH = struct.Struct("<I")
+
+
+class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """All that the engine process needs to know; the first frame it receives. The front has validated it."""
+
+    role: str
+    """"prefill" or "decode"."""
+    model_dir: str
+    control_listen: str
+    """zmq endpoint that peers' control messages reach, "tcp://127.0.0.1:0" for any port; used by both roles."""
+    advertise_host: str
+    num_pages: int
+    """Pages of the arena, the probe's two included; 0 = sized from ``max_model_len`` and ``max_batch``."""
+    max_model_len: int
+    max_batch: int
+    prefill_chunk: int
+    dtype: str
+    device: str
+    num_threads: int
+    """torch threads; 0 = all cores."""
+    transport: str
+    """"auto", "ucx"."""
+    ucx_tls: str | None
+    ucx_library: str | None
+    require_transport: str | None
+    lease_ttl_s: float
+    insecure: bool
+    """Allows ``control_listen`` on an address that is not loopback although messages are not authenticated."""
+    log_level: str
+
+
+class Sampling(msgspec.Struct, frozen=True):
+    temperature: float = 0.0
+    seed: int = 0
+
+
+class PrefillJob(msgspec.Struct, frozen=True, tag="prefill"):
+    transfer: bytes
+    prompt: list[int]
+    sampling: Sampling
+    deadline_s: float
+
+
+class DecodeJob(msgspec.Struct, frozen=True, tag="decode"):
+    transfer: bytes
+    num_prompt_tokens: int
+    max_tokens: int
+    sampling: Sampling
+    ignore_eos: bool
+    prefill_control: str
+    """zmq endpoint of the prefill worker's control channel."""
+    prefill_incarnation: int
+    deadline_s: float
+
+
+class AbortJob(msgspec.Struct, frozen=True, tag="abort"):
+    """The client is gone or the router gave up. The job ends as failed "cancelled" unless it has ended already."""
+
+    transfer: bytes
+
+
+class StatusQuery(msgspec.Struct, frozen=True, tag="status?"):
+    query: int
+
+
+ToEngine = PrefillJob | DecodeJob | AbortJob | StatusQuery
+
+
+class EngineReady(msgspec.Struct, frozen=True, tag="ready"):
+    """Model loaded, arena registered, control channel bound. Nothing is accepted before it."""
+
+    role: str
+    incarnation: int
+    control: str
+    """zmq endpoint to give to peers."""
+    manifest_digest: str
+    """Hex; equal on workers that may be paired."""
+    model_fingerprint: str
+    max_model_len: int
+    block_size: int
+    num_pages: int
+    bytes_per_token: int
+    num_regions: int
+    transport: str
+    """One line: library, version, where found, settings made and overridden."""
+
+
+class EngineFatal(msgspec.Struct, frozen=True, tag="fatal"):
+    """The engine process could not start or must end; it exits after this."""
+
+    message: str
+    exit_code: int
+
+
+class TransferReport(msgspec.Struct, frozen=True):
+    """What moving one request's state took, as D saw it."""
+
+    num_pages: int
+    num_regions: int
+    num_spans: int
+    num_bytes: int
+    bytes_by_region: dict[str, int]
+    bytes_before_done: int
+    """Bytes that had landed when P's Done arrived."""
+    read_s: float
+    """Time during which at least one read was outstanding."""
+    total_s: float
+    """From the first Acquire to the last byte."""
+    path: str
+    peer: str
+
+
+class TokensOut(msgspec.Struct, frozen=True, tag="tokens"):
+    transfer: bytes
+    tokens: list[int]
+    logprobs: list[float]
+
+
+class JobFinished(msgspec.Struct, frozen=True, tag="finished"):
+    """The job's last message. On P: the prompt's state is ready for D. On D: the last token has been sent."""
+
+    transfer: bytes
+    reason: str
+    """"stop", "length" (D) or "prefilled" (P)."""
+    report: TransferReport | None = None
+
+
+class JobFailed(msgspec.Struct, frozen=True, tag="failed"):
+    """The job's last message, instead of ``JobFinished``."""
+
+    transfer: bytes
+    code: str
+    """A ``FailureCode`` value."""
+    message: str
+    status: int
+    """HTTP status to answer with while no byte has been sent."""
+
+
+class PeerStatus(msgspec.Struct, frozen=True):
+    control: str
+    incarnation: int
+    state: str
+    path: str
+    probe_gbps: float
+
+
+class Status(msgspec.Struct, frozen=True, tag="status"):
+    """Numbers for people and tests. Pages: free = usable means that nothing is held."""
+
+    query: int
+    role: str
+    incarnation: int
+    pages_usable: int
+    pages_free: int
+    fragmentation: float
+    requests_queued: int
+    requests_running: int
+    transfers_open: int
+    leases_active: int
+    reads_outstanding: int
+    messages_dropped: int
+    peers: list[PeerStatus]
+
+
+ToFront = EngineReady | EngineFatal | TokensOut | JobFinished | JobFailed | Status
+
+
+def encode_frame(message: msgspec.Struct) -> bytes:
+    """One message as a length-prefixed msgpack frame."""
+    body = msgspec.msgpack.encode(message)
+    return _LENGTH.pack(len(body)) + body
+
+
+class BlockingLink:
+    """The engine process's end. ``receive`` belongs to one thread; ``send`` may be called by any."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._reader = sock.makefile("rb")
+        self._send_lock = threading.Lock()
+
+    def receive_bytes(self) -> bytes | None:
+        """The next frame's body, or None when the other process has gone."""
+        try:
+            header = self._reader.read(_LENGTH.size)
+            if len(header) < _LENGTH.size:
+                return None
+            (length,) = _LENGTH.unpack(header)
+            assert length <= MAX_FRAME_BYTES, "our own front sends no such frame"
+            body = self._reader.read(length)
+        except OSError:
+            return None
+        return body if len(body) == length else None
+
+    def send(self, message: msgspec.Struct) -> None:
+        """Send one message; silently nothing when the other process has gone, as ``receive_bytes`` will tell."""
+        frame = encode_frame(message)
+        with self._send_lock:
+            try:
+                self._sock.sendall(frame)
+            except OSError:
+                return
