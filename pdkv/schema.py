@@ -101,6 +101,9 @@ class Manifest(msgspec.Struct, frozen=True):
     tp_rank: int
     tp_size: int
     num_pages: int
+    row_padding: int
+    """Bytes after the last region of a page, up to the page stride, that belong to nobody and may be read and written
+    along; 0 when regions do not share a row."""
     regions: tuple[Region, ...]
 
 

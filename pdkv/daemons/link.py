@@ -1,7 +1,7 @@
 """What a worker's HTTP front and its engine process say to each other, and the socket pair that carries it.
 
-A worker is two processes: the front (HTTP, tokenizer, no torch) is the parent, the engine process (model, agent, transport)
-its child. Each dies when the other does: the end of the socket pair is the signal.
+A worker is two processes: the front (HTTP, tokenizer, no torch) is the parent, the engine process (model, agent,
+transport) its child. Each dies when the other does: the end of the socket pair is the signal.
 """
 
 import socket

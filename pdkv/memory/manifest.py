@@ -30,5 +30,6 @@ def build_manifest(arena: Arena, needed: KvLayout, model_fingerprint: str) -> Ma
         tp_rank=layout.tp_rank,
         tp_size=layout.tp_size,
         num_pages=arena.num_pages,
+        row_padding=layout.pitch - layout.num_bytes,
         regions=tuple(arena.regions()),
     )
