@@ -1,0 +1,192 @@
+"""Control messages: an envelope that any version can read, and typed bodies that only an equal version reads.
+
+Two frames a message. The envelope says who speaks to whom about which transfer, and carries the digest of the sender's
+manifest; it is decoded first. The body is decoded only when the protocol versions agree. Every body but ``Ack`` and
+``Gone`` is acknowledged; all are idempotent. Durations go on the wire, never points in time.
+"""
+
+from typing import Annotated
+
+import msgspec
+
+from pdkv.errors import FailureCode, ProtocolError
+from pdkv.schema import PROTOCOL_VERSION, Incarnation, Manifest, TransferId, TransportAddress
+
+MAX_ENVELOPE_BYTES = 1024
+MAX_BODY_BYTES = 8 << 20
+
+TRANSFER_ID_BYTES = 16
+NO_TRANSFER = TransferId(b"")
+"""In the envelope of messages between workers that concern no single transfer."""
+
+U64 = Annotated[int, msgspec.Meta(ge=0, lt=1 << 64)]
+Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 40)]
+Duration = Annotated[float, msgspec.Meta(ge=0, le=7 * 86400)]
+Text = Annotated[str, msgspec.Meta(max_length=64 << 10)]
+Id = Annotated[bytes, msgspec.Meta(max_length=TRANSFER_ID_BYTES)]
+
+
+class Envelope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    version: int
+    sender: U64
+    addressee: U64
+    """Incarnation this message is for; 0 only in a Hello to an address whose incarnation is not known."""
+    transfer: Id
+    seq: U64
+    """Number of this *copy*: a re-sent message gets a new one, so that an acknowledgement names the copy that came."""
+    digest: Annotated[str, msgspec.Meta(max_length=128)] = ""
+    """Pairing digest of the sender's manifest, in Hello and Welcome."""
+
+
+class RankOffer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One rank of a worker: what it holds and where it is read."""
+
+    manifest: Manifest
+    address: TransportAddress
+
+
+class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="hello"):
+    """D introduces itself. ``name`` is stable over restarts: a new incarnation of a name ends the old one."""
+
+    name: Text
+    ranks: tuple[RankOffer, ...]
+
+
+class Welcome(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="welcome"):
+    """P's answer to a Hello whose manifest fits."""
+
+    name: Text
+    ranks: tuple[RankOffer, ...]
+
+
+class Reject(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="reject"):
+    """P's answer to a Hello that does not fit, naming what differs."""
+
+    code: FailureCode
+    message: Text
+
+
+class Gone(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="gone"):
+    """ "You wrote to an incarnation that does not live here": sent by its successor, not acknowledged."""
+
+    incarnation: U64
+
+
+class Acquire(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="acquire"):
+    """D has pages and wants the state; asks for a lease of ``ttl_s`` from receipt."""
+
+    ttl_s: Duration
+
+
+class Renew(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="renew"):
+    ttl_s: Duration
+
+
+class Release(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="release"):
+    """D has everything and reads no more."""
+
+
+class Cancel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="cancel"):
+    """D gave up and reads no more."""
+
+    code: FailureCode
+    message: Text
+
+
+class Granted(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="granted"):
+    """P's pages of the request, in block order."""
+
+    pages: tuple[Count, ...]
+    num_tokens: Count
+    cached_tokens: Count
+    """Leading tokens whose state is there already."""
+
+
+class Refused(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="refused"):
+    """P will not serve this transfer and holds nothing for it."""
+
+    code: FailureCode
+    message: Text
+
+
+class Watermark(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="watermark"):
+    """Tokens whose state is complete, one number a layer group; monotone."""
+
+    tokens: tuple[Count, ...]
+
+
+class Done(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="done"):
+    """Prefill is complete: everything may be read, and this is the first generated token."""
+
+    token: Count
+    logprob: float
+
+
+class Failed(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="failed"):
+    """P gave up. Its pages stay until D releases or the lease ends."""
+
+    code: FailureCode
+    message: Text
+
+
+class Ack(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="ack"):
+    seq: U64
+
+
+Body = (
+    Hello
+    | Welcome
+    | Reject
+    | Gone
+    | Acquire
+    | Renew
+    | Release
+    | Cancel
+    | Granted
+    | Refused
+    | Watermark
+    | Done
+    | Failed
+    | Ack
+)
+
+_ENCODER = msgspec.msgpack.Encoder()
+_ENVELOPE_DECODER = msgspec.msgpack.Decoder(Envelope)
+_BODY_DECODER: msgspec.msgpack.Decoder[Body] = msgspec.msgpack.Decoder(Body)
+
+
+def encode(envelope: Envelope, body: Body) -> tuple[bytes, bytes]:
+    return _ENCODER.encode(envelope), _ENCODER.encode(body)
+
+
+def decode_envelope(frame: bytes) -> Envelope:
+    """First phase. Raises ``ProtocolError`` for anything that is not an envelope."""
+    if len(frame) > MAX_ENVELOPE_BYTES:
+        raise ProtocolError(f"envelope of {len(frame)} bytes; at most {MAX_ENVELOPE_BYTES} are allowed")
+    try:
+        envelope = _ENVELOPE_DECODER.decode(frame)
+    except msgspec.DecodeError as exc:
+        raise ProtocolError(f"envelope cannot be read: {exc}") from exc
+    if envelope.transfer and len(envelope.transfer) != TRANSFER_ID_BYTES:
+        raise ProtocolError(f"transfer id of {len(envelope.transfer)} bytes instead of {TRANSFER_ID_BYTES}")
+    return envelope
+
+
+def decode_body(envelope: Envelope, frame: bytes) -> Body:
+    """Second phase. Raises ``ProtocolError`` for another protocol version or a body that breaks the schema."""
+    if envelope.version != PROTOCOL_VERSION:
+        raise ProtocolError(f"peer speaks protocol {envelope.version}, this worker speaks {PROTOCOL_VERSION}")
+    if len(frame) > MAX_BODY_BYTES:
+        raise ProtocolError(f"body of {len(frame)} bytes; at most {MAX_BODY_BYTES} are allowed")
+    try:
+        return _BODY_DECODER.decode(frame)
+    except msgspec.DecodeError as exc:
+        raise ProtocolError(f"body cannot be read: {exc}") from exc
+
+
+def make_envelope(
+    sender: Incarnation, addressee: Incarnation, transfer: TransferId, seq: int, digest: str = ""
+) -> Envelope:
+    return Envelope(
+        version=PROTOCOL_VERSION, sender=sender, addressee=addressee, transfer=transfer, seq=seq, digest=digest
+    )
