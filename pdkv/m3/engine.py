@@ -102,7 +102,7 @@ def step_batch(runs: list[Run], device: torch.device) -> StepBatch:
         token_ids=torch.tensor([token for run in runs for token in run.tokens], dtype=torch.int64, device=device),
         positions=torch.cat([torch.arange(run.start, run.end, dtype=torch.int64) for run in runs]).to(device),
         query_starts=torch.tensor(starts, dtype=torch.int32, device=device),
-        context_lens=torch.tensor([run.end for run in runs], dtype=torch.int32, device=device),
+        context_lens=torch.tensor([run.start for run in runs], dtype=torch.int32, device=device),
         page_table=torch.tensor(
             [run.pages + (-1,) * (width - len(run.pages)) for run in runs], dtype=torch.int32, device=device
         ),
