@@ -1,0 +1,138 @@
+/* What the files of the engine share: its structures and who may touch them. */
+#ifndef PDKV_UCX_INTERNAL_H
+#define PDKV_UCX_INTERNAL_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+
+#include "ucx_api.h"
+#include "ucx_engine.h"
+
+typedef struct pdkv_peer pdkv_peer;
+typedef struct pdkv_batch pdkv_batch;
+
+/* A get in flight. */
+typedef struct pdkv_slot {
+    struct pdkv_slot *next_free;
+    pdkv_batch *batch;
+    size_t length;
+} pdkv_slot;
+
+/* A submitted batch; engine thread only, once queued. `done` is what the owner gets in the end. */
+struct pdkv_batch {
+    pdkv_done done; /* first: the completion is the batch */
+    pdkv_batch *next;
+    pdkv_peer *peer;
+    size_t num_spans;
+    size_t next_span; /* first span not yet posted */
+    size_t in_flight;
+    int64_t *memory, *remote, *local, *length; /* num_spans each, in the same allocation */
+};
+
+typedef struct pdkv_remote_memory {
+    uint64_t address;
+    uint64_t length;
+    void *key;
+    ucp_rkey_h rkey; /* engine thread */
+} pdkv_remote_memory;
+
+struct pdkv_peer {
+    pdkv_engine *engine;
+    pdkv_peer *next; /* engine thread: the list of all peers */
+    int64_t id;
+    void *address;
+    pdkv_remote_memory *memories; /* address and length: constant, read by both threads */
+    size_t num_memories;
+    /* engine thread */
+    ucp_ep_h ep;
+    ucs_status_ptr_t closing;  /* request of the endpoint's close */
+    int lost;                  /* UCX reported the peer dead: close the endpoint, fail what comes */
+    int closed_by_owner;       /* close_peer was called: cancel what is left, then free the peer */
+    char why[PDKV_ERROR_SIZE]; /* why it was lost */
+    pdkv_batch *first, *last;  /* batches with spans left to post */
+    pdkv_slot *slots, *free_slots;
+    size_t in_flight, bytes_in_flight;
+    size_t longest_read; /* that `path` describes */
+    /* under engine->lock */
+    char path[PDKV_PATH_SIZE];
+};
+
+typedef struct pdkv_local_memory {
+    uint64_t address;
+    uint64_t length;
+    ucp_mem_h handle;
+} pdkv_local_memory;
+
+typedef enum { PDKV_CONNECT, PDKV_CLOSE_PEER, PDKV_SUBMIT, PDKV_REGISTER, PDKV_STOP } pdkv_command_kind;
+
+/* Owned by the queue, except for REGISTER, which lives on the stack of the owner that waits for it. */
+typedef struct pdkv_command {
+    struct pdkv_command *next;
+    pdkv_command_kind kind;
+    pdkv_peer *peer;
+    pdkv_batch *batch;
+    struct pdkv_registration *registration;
+} pdkv_command;
+
+typedef struct pdkv_registration {
+    uint64_t address, length;
+    int on_host;
+    void *key;
+    size_t key_size;
+    char error[PDKV_ERROR_SIZE];
+    int finished; /* under engine->lock, signalled by engine->registered */
+} pdkv_registration;
+
+struct pdkv_engine {
+    pdkv_ucx_api ucx;
+    ucp_context_h context;
+    ucp_worker_h worker;
+    int worker_fd;
+    ucp_address_t *address;
+    size_t address_size;
+    pdkv_limits limits;
+    pthread_t thread;
+
+    pthread_mutex_t lock;
+    pthread_cond_t registered;
+    pdkv_command *first_command, *last_command; /* under lock */
+    atomic_int has_commands;
+    int command_fd;
+    pdkv_done *first_done, *last_done; /* under lock */
+    int done_fd;
+
+    /* engine thread */
+    pdkv_peer *peers;
+    int stopping;
+
+    /* written by the engine thread while the owner waits in register, read by both */
+    pdkv_local_memory *memories;
+    size_t num_memories;
+
+    /* owner thread */
+    pdkv_peer **peer_table; /* by id, NULL once closed */
+    size_t num_peers, peer_table_size;
+    int64_t next_read;
+};
+
+/* ucx_engine.c */
+void pdkv_signal(int fd);
+void pdkv_complete(pdkv_engine *engine, pdkv_done *done);
+void pdkv_fail(pdkv_done *done, int status, const char *format, ...) __attribute__((format(printf, 3, 4)));
+
+/* ucx_thread.c */
+void *pdkv_engine_run(void *engine);
+void pdkv_engine_free_ucx(pdkv_engine *engine);
+ucp_mem_h pdkv_local_handle(const pdkv_engine *engine, uint64_t address, uint64_t length, int *found);
+
+/* ucx_peer.c: engine thread only. The int results tell whether anything moved. */
+void pdkv_peer_open(pdkv_peer *peer);
+void pdkv_peer_submit(pdkv_peer *peer, pdkv_batch *batch);
+void pdkv_peer_lose(pdkv_peer *peer, ucs_status_t status);
+void pdkv_peer_close(pdkv_peer *peer);
+int pdkv_peer_post(pdkv_peer *peer);
+int pdkv_peer_reap(pdkv_peer *peer);
+int pdkv_peer_is_gone(const pdkv_peer *peer);
+void pdkv_peer_free(pdkv_peer *peer);
+
+#endif

@@ -1,0 +1,251 @@
+/* One peer on the engine's thread: its endpoint, its queue of batches, its gets in flight, and its end. */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "ucx_internal.h"
+
+enum {
+    TURN_SPANS = 256,           /* most gets posted before the thread looks at commands and other peers again: */
+    TURN_BYTES = 32 * 1024 * 1024 /* gets that UCX does at once (mapped memory) fill no window */
+};
+
+static void end_batch(pdkv_batch *batch)
+{
+    pdkv_complete(batch->peer->engine, &batch->done);
+}
+
+/* The batch will not be OK; only the first reason is kept. */
+static void spoil_batch(pdkv_batch *batch, ucs_status_t status)
+{
+    const pdkv_peer *peer = batch->peer;
+    if (batch->done.status != PDKV_OK)
+        return;
+    if (peer->closed_by_owner)
+        pdkv_fail(&batch->done, PDKV_CANCELLED, "peer %lld was closed", (long long)peer->id);
+    else if (peer->lost)
+        pdkv_fail(&batch->done, PDKV_FAILED, "%s", peer->why);
+    else
+        pdkv_fail(&batch->done, PDKV_FAILED, "read from peer %lld failed: %s", (long long)peer->id,
+                  peer->engine->ucx.ucs_status_string(status));
+}
+
+static void drop_queue(pdkv_peer *peer)
+{
+    for (pdkv_batch *batch = peer->first, *next; batch != NULL; batch = next) {
+        next = batch->next;
+        spoil_batch(batch, UCS_ERR_CANCELED);
+        batch->num_spans = batch->next_span; /* nothing more of it is posted */
+        if (batch->in_flight == 0)
+            end_batch(batch);
+    }
+    peer->first = peer->last = NULL;
+}
+
+/* ---- opening ---- */
+
+static void on_error(void *argument, ucp_ep_h ep, ucs_status_t status)
+{
+    (void)ep;
+    pdkv_peer_lose(argument, status);
+}
+
+void pdkv_peer_open(pdkv_peer *peer)
+{
+    pdkv_ucx_api *ucx = &peer->engine->ucx;
+    ucp_ep_params_t params = {
+        .field_mask = UCP_EP_PARAM_FIELD_REMOTE_ADDRESS | UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE
+                      | UCP_EP_PARAM_FIELD_ERR_HANDLER,
+        .address = peer->address,
+        .err_mode = UCP_ERR_HANDLING_MODE_PEER,
+        .err_handler = {.cb = on_error, .arg = peer},
+    };
+    ucs_status_t status = ucx->ucp_ep_create(peer->engine->worker, &params, &peer->ep);
+    if (status != UCS_OK)
+        peer->ep = NULL;
+    for (size_t i = 0; status == UCS_OK && i < peer->num_memories; i++) {
+        status = ucx->ucp_ep_rkey_unpack(peer->ep, peer->memories[i].key, &peer->memories[i].rkey);
+        if (status != UCS_OK)
+            peer->memories[i].rkey = NULL;
+    }
+    if (status != UCS_OK)
+        pdkv_peer_lose(peer, status);
+}
+
+/* ---- posting ---- */
+
+static void note_path(pdkv_peer *peer, void *request, size_t length)
+{
+    char text[PDKV_PATH_SIZE] = "";
+    ucp_request_attr_t attributes = {
+        .field_mask = UCP_REQUEST_ATTR_FIELD_INFO_STRING | UCP_REQUEST_ATTR_FIELD_INFO_STRING_SIZE,
+        .debug_string = text,
+        .debug_string_size = sizeof(text),
+    };
+    if (peer->engine->ucx.ucp_request_query(request, &attributes) != UCS_OK)
+        return;
+    peer->longest_read = length;
+    pthread_mutex_lock(&peer->engine->lock);
+    memcpy(peer->path, text, sizeof(text));
+    pthread_mutex_unlock(&peer->engine->lock);
+}
+
+static void settle_span(pdkv_batch *batch, ucs_status_t status)
+{
+    if (status != UCS_OK)
+        spoil_batch(batch, status);
+}
+
+static void on_get(void *request, ucs_status_t status, void *argument)
+{
+    pdkv_slot *slot = argument;
+    pdkv_batch *batch = slot->batch;
+    pdkv_peer *peer = batch->peer;
+    peer->engine->ucx.ucp_request_free(request);
+    peer->in_flight--;
+    peer->bytes_in_flight -= slot->length;
+    slot->next_free = peer->free_slots;
+    peer->free_slots = slot;
+    batch->in_flight--;
+    settle_span(batch, status);
+    if (batch->in_flight == 0 && batch->next_span == batch->num_spans)
+        end_batch(batch);
+}
+
+/* Posts the next span of the batch; the caller ends the batch when that was the last and none is in flight. */
+static void post_span(pdkv_peer *peer, pdkv_batch *batch)
+{
+    pdkv_engine *engine = peer->engine;
+    size_t i = batch->next_span++;
+    const pdkv_remote_memory *remote = &peer->memories[batch->memory[i]];
+    size_t length = (size_t)batch->length[i];
+    pdkv_slot *slot = peer->free_slots;
+    int found;
+    ucp_request_param_t params = {
+        .op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA | UCP_OP_ATTR_FIELD_MEMH,
+        .cb = {.send = on_get},
+        .user_data = slot,
+        .memh = pdkv_local_handle(engine, (uint64_t)batch->local[i], length, &found),
+    };
+    int ask_path = length > 2 * peer->longest_read;
+    if (ask_path)
+        params.op_attr_mask |= UCP_OP_ATTR_FLAG_NO_IMM_CMPL; /* only a request can be asked */
+    slot->batch = batch;
+    slot->length = length;
+    ucs_status_ptr_t request =
+        engine->ucx.ucp_get_nbx(peer->ep, (void *)(uintptr_t)batch->local[i], length,
+                                remote->address + (uint64_t)batch->remote[i], remote->rkey, &params);
+    if (!UCS_PTR_IS_PTR(request)) {
+        settle_span(batch, UCS_PTR_STATUS(request));
+        return;
+    }
+    peer->free_slots = slot->next_free;
+    peer->in_flight++;
+    peer->bytes_in_flight += length;
+    batch->in_flight++;
+    if (ask_path)
+        note_path(peer, request, length);
+}
+
+int pdkv_peer_post(pdkv_peer *peer)
+{
+    const pdkv_limits *limits = &peer->engine->limits;
+    size_t bytes = 0;
+    int spans = 0;
+    while (peer->first != NULL && spans < TURN_SPANS && bytes < TURN_BYTES && !peer->lost) {
+        pdkv_batch *batch = peer->first;
+        if (batch->done.status == PDKV_OK && batch->next_span < batch->num_spans) {
+            if (peer->free_slots == NULL || peer->bytes_in_flight >= limits->window_bytes)
+                break;
+            bytes += (size_t)batch->length[batch->next_span];
+            spans++;
+            post_span(peer, batch);
+        }
+        if (batch->done.status != PDKV_OK)
+            batch->num_spans = batch->next_span; /* nothing more of it is posted */
+        if (batch->next_span < batch->num_spans)
+            continue;
+        peer->first = batch->next;
+        if (peer->first == NULL)
+            peer->last = NULL;
+        if (batch->in_flight == 0)
+            end_batch(batch);
+    }
+    return spans > 0;
+}
+
+void pdkv_peer_submit(pdkv_peer *peer, pdkv_batch *batch)
+{
+    if (peer->lost) {
+        spoil_batch(batch, UCS_ERR_CONNECTION_RESET);
+        end_batch(batch);
+        return;
+    }
+    batch->next = NULL;
+    if (peer->first == NULL)
+        peer->first = batch;
+    else
+        peer->last->next = batch;
+    peer->last = batch;
+}
+
+/* ---- the end ---- */
+
+void pdkv_peer_lose(pdkv_peer *peer, ucs_status_t status)
+{
+    if (peer->lost)
+        return;
+    peer->lost = 1; /* the endpoint is closed by reap, outside of UCX's callback */
+    snprintf(peer->why, sizeof(peer->why), "peer %lld is lost: %s", (long long)peer->id,
+             peer->engine->ucx.ucs_status_string(status));
+}
+
+void pdkv_peer_close(pdkv_peer *peer)
+{
+    pdkv_ucx_api *ucx = &peer->engine->ucx;
+    drop_queue(peer);
+    if (peer->ep == NULL)
+        return;
+    ucp_request_param_t params = {.op_attr_mask = UCP_OP_ATTR_FIELD_FLAGS, .flags = UCP_EP_CLOSE_FLAG_FORCE};
+    ucp_ep_h ep = peer->ep;
+    peer->ep = NULL; /* first: closing runs callbacks of gets */
+    ucs_status_ptr_t request = ucx->ucp_ep_close_nbx(ep, &params);
+    peer->closing = UCS_PTR_IS_PTR(request) ? request : NULL;
+}
+
+int pdkv_peer_reap(pdkv_peer *peer)
+{
+    pdkv_ucx_api *ucx = &peer->engine->ucx;
+    int moved = 0;
+    if (peer->lost && (peer->ep != NULL || peer->first != NULL)) {
+        pdkv_peer_close(peer);
+        moved = 1;
+    }
+    if (peer->closing != NULL && ucx->ucp_request_check_status(peer->closing) != UCS_INPROGRESS) {
+        ucx->ucp_request_free(peer->closing);
+        peer->closing = NULL;
+        moved = 1;
+    }
+    if (peer->ep == NULL && peer->closing == NULL && peer->in_flight == 0)
+        for (size_t i = 0; i < peer->num_memories; i++)
+            if (peer->memories[i].rkey != NULL) {
+                ucx->ucp_rkey_destroy(peer->memories[i].rkey);
+                peer->memories[i].rkey = NULL;
+            }
+    return moved;
+}
+
+int pdkv_peer_is_gone(const pdkv_peer *peer)
+{
+    return peer->closed_by_owner && peer->ep == NULL && peer->closing == NULL && peer->in_flight == 0;
+}
+
+void pdkv_peer_free(pdkv_peer *peer)
+{
+    for (size_t i = 0; i < peer->num_memories; i++)
+        free(peer->memories[i].key);
+    free(peer->memories);
+    free(peer->address);
+    free(peer->slots);
+    free(peer);
+}

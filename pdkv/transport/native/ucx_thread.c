@@ -1,0 +1,213 @@
+/* The engine's thread: runs commands, posts, progresses, and sleeps when there is nothing to do. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <poll.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "ucx_internal.h"
+
+enum { CLOSE_PATIENCE_S = 10 };
+
+ucp_mem_h pdkv_local_handle(const pdkv_engine *engine, uint64_t address, uint64_t length, int *found)
+{
+    for (size_t i = 0; i < engine->num_memories; i++) {
+        const pdkv_local_memory *memory = &engine->memories[i];
+        if (address >= memory->address && length <= memory->length
+            && address - memory->address <= memory->length - length) {
+            *found = 1;
+            return memory->handle;
+        }
+    }
+    *found = 0;
+    return NULL;
+}
+
+/* ---- registration ---- */
+
+static int pack_key(pdkv_engine *engine, ucp_mem_h handle, pdkv_registration *registration)
+{
+    void *packed;
+    size_t size;
+    ucs_status_t status = engine->ucx.ucp_rkey_pack(engine->context, handle, &packed, &size);
+    if (status != UCS_OK) {
+        snprintf(registration->error, sizeof(registration->error), "ucp_rkey_pack: %s",
+                 engine->ucx.ucs_status_string(status));
+        return -1;
+    }
+    registration->key = malloc(size);
+    if (registration->key != NULL) {
+        memcpy(registration->key, packed, size);
+        registration->key_size = size;
+    }
+    engine->ucx.ucp_rkey_buffer_release(packed);
+    return registration->key == NULL ? -1 : 0;
+}
+
+static void map_memory(pdkv_engine *engine, pdkv_registration *registration)
+{
+    pdkv_local_memory *grown = realloc(engine->memories, (engine->num_memories + 1) * sizeof(*grown));
+    if (grown == NULL) {
+        snprintf(registration->error, sizeof(registration->error), "out of memory");
+        return;
+    }
+    engine->memories = grown;
+    ucp_mem_map_params_t params = {
+        .field_mask = UCP_MEM_MAP_PARAM_FIELD_ADDRESS | UCP_MEM_MAP_PARAM_FIELD_LENGTH,
+        .address = (void *)(uintptr_t)registration->address,
+        .length = registration->length,
+    };
+    if (registration->on_host) {
+        params.field_mask |= UCP_MEM_MAP_PARAM_FIELD_MEMORY_TYPE;
+        params.memory_type = UCS_MEMORY_TYPE_HOST;
+    }
+    ucp_mem_h handle;
+    ucs_status_t status = engine->ucx.ucp_mem_map(engine->context, &params, &handle);
+    if (status != UCS_OK) {
+        snprintf(registration->error, sizeof(registration->error), "ucp_mem_map: %s",
+                 engine->ucx.ucs_status_string(status));
+        return;
+    }
+    if (pack_key(engine, handle, registration) != 0) {
+        engine->ucx.ucp_mem_unmap(engine->context, handle);
+        return;
+    }
+    engine->memories[engine->num_memories++] =
+        (pdkv_local_memory){registration->address, registration->length, handle};
+}
+
+static void run_register(pdkv_engine *engine, pdkv_registration *registration)
+{
+    map_memory(engine, registration);
+    pthread_mutex_lock(&engine->lock);
+    registration->finished = 1;
+    pthread_cond_signal(&engine->registered);
+    pthread_mutex_unlock(&engine->lock);
+}
+
+/* ---- commands ---- */
+
+static void run_command(pdkv_engine *engine, pdkv_command *command)
+{
+    switch (command->kind) {
+    case PDKV_CONNECT:
+        command->peer->next = engine->peers;
+        engine->peers = command->peer;
+        pdkv_peer_open(command->peer);
+        break;
+    case PDKV_CLOSE_PEER:
+        command->peer->closed_by_owner = 1;
+        pdkv_peer_close(command->peer);
+        break;
+    case PDKV_SUBMIT:
+        pdkv_peer_submit(command->peer, command->batch);
+        break;
+    case PDKV_REGISTER:
+        run_register(engine, command->registration);
+        break;
+    case PDKV_STOP:
+        engine->stopping = 1;
+        return; /* lives on the owner's stack */
+    }
+    free(command);
+}
+
+static int run_commands(pdkv_engine *engine)
+{
+    if (!atomic_load_explicit(&engine->has_commands, memory_order_relaxed))
+        return 0;
+    pthread_mutex_lock(&engine->lock);
+    pdkv_command *command = engine->first_command;
+    engine->first_command = engine->last_command = NULL;
+    atomic_store(&engine->has_commands, 0);
+    uint64_t count;
+    ssize_t got = read(engine->command_fd, &count, sizeof(count));
+    (void)got;
+    pthread_mutex_unlock(&engine->lock);
+    while (command != NULL) {
+        pdkv_command *next = command->next;
+        run_command(engine, command);
+        command = next;
+    }
+    return 1;
+}
+
+/* ---- the loop ---- */
+
+static int serve_peers(pdkv_engine *engine)
+{
+    int moved = 0;
+    for (pdkv_peer **link = &engine->peers; *link != NULL;) {
+        pdkv_peer *peer = *link;
+        moved |= pdkv_peer_post(peer);
+        moved |= pdkv_peer_reap(peer);
+        if (pdkv_peer_is_gone(peer)) {
+            *link = peer->next;
+            pdkv_peer_free(peer);
+        } else {
+            link = &peer->next;
+        }
+    }
+    return moved;
+}
+
+static void sleep_until_event(pdkv_engine *engine)
+{
+    ucs_status_t status = engine->ucx.ucp_worker_arm(engine->worker);
+    if (status == UCS_ERR_BUSY)
+        return; /* events came in between */
+    struct pollfd fds[2] = {{.fd = engine->command_fd, .events = POLLIN}, {.fd = engine->worker_fd, .events = POLLIN}};
+    /* A worker that cannot be armed gives no events; it is then looked at a hundred times a second. */
+    poll(fds, 2, status == UCS_OK ? -1 : 10);
+}
+
+static double now_s(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
+static void drain_peers(pdkv_engine *engine)
+{
+    for (pdkv_peer *peer = engine->peers; peer != NULL; peer = peer->next) {
+        peer->closed_by_owner = 1;
+        pdkv_peer_close(peer);
+    }
+    double deadline = now_s() + CLOSE_PATIENCE_S;
+    while (engine->peers != NULL && now_s() < deadline) {
+        engine->ucx.ucp_worker_progress(engine->worker);
+        serve_peers(engine);
+    }
+}
+
+void *pdkv_engine_run(void *argument)
+{
+    pdkv_engine *engine = argument;
+    while (!engine->stopping) {
+        int moved = run_commands(engine);
+        moved |= serve_peers(engine);
+        moved |= engine->ucx.ucp_worker_progress(engine->worker) != 0;
+        if (!moved && !engine->stopping)
+            sleep_until_event(engine);
+    }
+    drain_peers(engine);
+    return NULL;
+}
+
+void pdkv_engine_free_ucx(pdkv_engine *engine)
+{
+    if (engine->peers != NULL)
+        return; /* UCX did not let go of a peer's reads: keep the memory registered rather than pull it from under them */
+    for (size_t i = 0; i < engine->num_memories; i++)
+        engine->ucx.ucp_mem_unmap(engine->context, engine->memories[i].handle);
+    if (engine->address != NULL)
+        engine->ucx.ucp_worker_release_address(engine->worker, engine->address);
+    if (engine->worker != NULL)
+        engine->ucx.ucp_worker_destroy(engine->worker);
+    if (engine->context != NULL)
+        engine->ucx.ucp_cleanup(engine->context);
+}
