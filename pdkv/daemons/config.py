@@ -1,0 +1,292 @@
+"""Configuration of every role: flag, then ``PDKV_*`` environment, then YAML file, then default.
+
+One schema per role; its fields are the flags, the YAML keys and, upper-cased behind ``PDKV_``, the environment's
+names. What no schema knows is an error that names the nearest key. Nothing else in pdkv reads the environment.
+"""
+
+import difflib
+import ipaddress
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, InitSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+
+from pdkv.errors import ConfigError
+
+ENV_PREFIX = "PDKV_"
+_CONFIG_VARIABLE = "PDKV_CONFIG"
+
+
+class Flag:
+    """How a field appears on the command line, where the schema's own name and description do not say it."""
+
+    def __init__(self, name: str | None = None, *, advanced: bool = False, hidden: bool = False) -> None:
+        self.name = name
+        self.advanced = advanced
+        """Shown by ``--help-all`` only."""
+        self.hidden = hidden
+        """Between our own processes; shown nowhere."""
+
+
+_ADVANCED = Flag(advanced=True)
+
+
+class Address(str):
+    """ "HOST:PORT", checked; port 0 asks the system for any."""
+
+    host: str
+    port: int
+
+    def __new__(cls, text: str) -> "Address":
+        host, colon, port = text.removeprefix("tcp://").rpartition(":")
+        host = host.strip("[]")
+        if not colon or not host or not port.isdecimal() or int(port) > 65535:
+            raise ValueError("expected HOST:PORT, for example 127.0.0.1:8000")
+        self = super().__new__(cls, f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+        self.host, self.port = host, int(port)
+        return self
+
+    @property
+    def is_loopback(self) -> bool:
+        return is_loopback(self.host)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address; a name that is not "localhost" counts as reachable."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _split_commas(value: object) -> object:
+    return [part for part in value.split(",") if part] if isinstance(value, str) else value
+
+
+def _worker_url(value: str) -> str:
+    if not value.startswith(("http://", "https://")):
+        raise ValueError(f"{value!r} is not a URL; expected http://HOST:PORT")
+    return value.rstrip("/")
+
+
+AddressText = Annotated[str, AfterValidator(Address)]
+Urls = Annotated[tuple[Annotated[str, AfterValidator(_worker_url)], ...], NoDecode, BeforeValidator(_split_commas)]
+
+
+class _Base(BaseSettings):
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True, env_ignore_empty=False)
+
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], Field(description="Least severe level logged.")
+    ] = "info"
+    log_format: Annotated[
+        Literal["auto", "console", "json"],
+        Field(description="Form of the log lines on stderr; auto: console on a terminal, JSON otherwise."),
+        _ADVANCED,
+    ] = "auto"
+
+
+class _Served(_Base):
+    """What ``pdkv up`` hands on to each of its workers."""
+
+    model: Annotated[Path, Field(description="Checkpoint folder: config.json, *.safetensors, tokenizer.json.")]
+    served_model_name: Annotated[str, Field(description="Name in the API; default: the folder's name.")] = ""
+    max_model_len: Annotated[
+        int, Field(ge=0, description="Longest prompt + answer in tokens; 0 = the model's own, at most 32,768.")
+    ] = 0
+    max_batch: Annotated[int, Field(ge=1, description="Requests worked on at a time, per worker.")] = 8
+    num_pages: Annotated[
+        int, Field(ge=0, description="Pages of 128 tokens per worker; 0 = sized for max-batch requests."), _ADVANCED
+    ] = 0
+    prefill_chunk: Annotated[int, Field(ge=1, description="Prompt tokens computed at a time.")] = 512
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"], Field(description="Storage of weights and K/V; auto: the checkpoint's.")
+    ] = "auto"
+    transport: Annotated[Literal["auto", "ucx"], Field(description="What moves the pages.")] = "auto"
+    require_transport: Annotated[
+        Literal["rdma", "cuda_ipc", "shm", "tcp"] | None, Field(description="Refuse a peer reached by a lesser path.")
+    ] = None
+    ucx_tls: Annotated[str | None, Field(description="UCX transports to use, as in UCX_TLS."), _ADVANCED] = None
+    ucx_library: Annotated[
+        str | None,
+        Field(description="The libucp to load; default: a system one with InfiniBand, else the wheel's."),
+        _ADVANCED,
+    ] = None
+    lease_ttl_s: Annotated[
+        float, Field(gt=0, le=600, description="Seconds that decode may read pages without a sign of life."), _ADVANCED
+    ] = 10.0
+
+
+class WorkerConfig(_Served):
+    """A prefill or decode worker."""
+
+    listen: Annotated[AddressText, Field(description="HTTP address, for the router.")]
+    control_listen: Annotated[
+        AddressText, Field(description="Control channel's address, for the workers of the other role; port 0 = any.")
+    ] = Address("127.0.0.1:0")
+    advertise_host: Annotated[
+        str, Field(description="Host that peers are told to reach; default: that of --control-listen.")
+    ] = ""
+    insecure: Annotated[
+        bool, Field(description="Allow addresses beyond this machine although nothing is authenticated yet.")
+    ] = False
+    device: Annotated[Literal["cpu"], Field(description="Where the model runs."), _ADVANCED] = "cpu"
+    threads: Annotated[int, Field(ge=0, description="Torch threads; 0 = all cores.")] = 0
+    reuse_port: Annotated[bool, Flag(hidden=True)] = False
+
+    @model_validator(mode="after")
+    def _only_loopback(self) -> "WorkerConfig":
+        for name in ("listen", "control_listen"):
+            address = Address(getattr(self, name))
+            if not address.is_loopback and not self.insecure:
+                raise ValueError(
+                    f"{name} is {address}, which other machines can reach, and pdkv does not authenticate its peers "
+                    "yet: whoever reaches it can read the K/V of every request. Listen on 127.0.0.1, or spell out "
+                    "--insecure on a network that you trust"
+                )
+        return self
+
+
+class PrefillConfig(WorkerConfig):
+    listen: Annotated[AddressText, Field(description="HTTP address, for the router.")] = Address("127.0.0.1:8100")
+
+
+class DecodeConfig(WorkerConfig):
+    listen: Annotated[AddressText, Field(description="HTTP address, for the router.")] = Address("127.0.0.1:8200")
+
+
+class RouterConfig(_Base):
+    """The router: no model, no tokenizer, no torch."""
+
+    prefill_urls: Annotated[
+        Urls, Field(min_length=1, description="A prefill worker's URL; repeat for more."), Flag("prefill")
+    ]
+    decode_urls: Annotated[
+        Urls, Field(min_length=1, description="A decode worker's URL; repeat for more."), Flag("decode")
+    ]
+    listen: Annotated[AddressText, Field(description="HTTP address, for clients.")] = Address("127.0.0.1:8000")
+    request_timeout: Annotated[float, Field(gt=0, description="Seconds that a request may take in all.")] = 600.0
+    retries: Annotated[int, Field(ge=0, le=10, description="New tries, on another pair, before the first byte.")] = 2
+    poll_interval: Annotated[float, Field(gt=0, description="Seconds between looks at each worker."), _ADVANCED] = 1.0
+
+
+class UpConfig(_Served):
+    """A whole deployment on this machine."""
+
+    num_prefill: Annotated[int, Field(ge=1, description="Prefill workers."), Flag("prefill")] = 1
+    num_decode: Annotated[int, Field(ge=1, description="Decode workers."), Flag("decode")] = 1
+    host: Annotated[str, Field(description="Host that the router listens on.")] = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535, description="Port that the router listens on; 0 = any.")] = 8000
+    threads: Annotated[int, Field(ge=0, description="Torch threads of each worker; 0 = cores / workers.")] = 0
+    request_timeout: Annotated[float, Field(gt=0, description="Seconds that a request may take in all.")] = 600.0
+    no_restart: Annotated[bool, Field(description="Leave a worker that died dead.")] = False
+
+
+ROLES: tuple[type[_Base], ...] = (PrefillConfig, DecodeConfig, RouterConfig, UpConfig)
+
+Schema = TypeVar("Schema", bound=_Base)
+
+
+def load(schema: type[Schema], flags: Mapping[str, object], config_file: Path | None = None) -> Schema:
+    """The role's configuration. ``flags`` holds only what the command line gave, by field name.
+
+    Raises ConfigError that lists every wrong value with the source it came from.
+    """
+    _refuse_unknown_variables()
+    path = config_file or (Path(os.environ[_CONFIG_VARIABLE]) if os.environ.get(_CONFIG_VARIABLE) else None)
+    from_file = _read_yaml(schema, path) if path is not None else {}
+
+    class Loaded(schema):  # type: ignore[valid-type, misc]  # the only hook that pydantic-settings has for a source
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+            file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return init_settings, env_settings, InitSettingsSource(settings_cls, init_kwargs=from_file)
+
+    try:
+        loaded: Schema = Loaded(**flags)
+    except ValidationError as exc:
+        raise ConfigError(_describe(exc, schema, flags, from_file, path)) from exc
+    return loaded
+
+
+def child_environment(**extra: str) -> dict[str, str]:
+    """The environment for a child that gets its whole configuration as flags: ours without ``PDKV_*``."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
+    return {**inherited, **extra}
+
+
+def flag_name(schema: type[BaseSettings], field: str) -> str:
+    """The flag of a field, with its dashes."""
+    return "--" + (flag_of(schema, field).name or field.removesuffix("_s").replace("_", "-"))
+
+
+def flag_of(schema: type[BaseSettings], field: str) -> Flag:
+    """How a field appears on the command line."""
+    return next((m for m in schema.model_fields[field].metadata if isinstance(m, Flag)), Flag())
+
+
+def _refuse_unknown_variables() -> None:
+    known = {ENV_PREFIX + name.upper() for role in ROLES for name in role.model_fields} | {_CONFIG_VARIABLE}
+    unknown = sorted(name for name in os.environ if name.startswith(ENV_PREFIX) and name not in known)
+    if unknown:
+        raise ConfigError("; ".join(f"unknown environment variable {name}{_nearest(name, known)}" for name in unknown))
+
+
+def _read_yaml(schema: type[BaseSettings], path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as exc:
+        raise ConfigError(f"cannot read the configuration file {path}: {exc.strerror}") from exc
+    except (yaml.YAMLError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(exc).split())}") from exc
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must hold keys and values, found {type(content).__name__}")
+    unknown = [str(key) for key in content if key not in schema.model_fields]
+    if unknown:
+        raise ConfigError(
+            "; ".join(f"{path}: unknown key {key!r}{_nearest(key, set(schema.model_fields))}" for key in unknown)
+        )
+    return content
+
+
+def _nearest(name: str, known: set[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _describe(
+    exc: ValidationError,
+    schema: type[BaseSettings],
+    flags: Mapping[str, object],
+    from_file: Mapping[str, object],
+    path: Path | None,
+) -> str:
+    lines = []
+    for error in exc.errors(include_url=False):
+        text = error["msg"].removeprefix("Value error, ")
+        field = str(error["loc"][0]) if error["loc"] else ""
+        if not field:
+            lines.append(text)
+        elif error["type"] == "missing":
+            lines.append(f"{flag_name(schema, field)} is missing (or {ENV_PREFIX}{field.upper()}, or {field}: in YAML)")
+        elif field in flags:
+            lines.append(f"{flag_name(schema, field)}: {text}")
+        elif ENV_PREFIX + field.upper() in os.environ:
+            lines.append(f"{ENV_PREFIX}{field.upper()}: {text}")
+        elif field in from_file:
+            lines.append(f"{path}: {field}: {text}")
+        else:
+            lines.append(f"{field}: {text}")
+    return "; ".join(lines)
