@@ -219,6 +219,19 @@ def test_nobody_overtakes_a_big_request() -> None:
     assert [event.id for event in scheduler.admit()] == [rid(3)]
 
 
+def test_pages_of_a_finished_request_go_to_the_next_at_once() -> None:
+    scheduler, _ = make()
+    scheduler.submit(undivided(1, 4, max_tokens=1))
+    assert scheduler.submit(decode(2, 36)) == []
+    _, events = step(scheduler)
+    assert [type(event) for event in events[-2:]] == [RequestFinished, PagesReserved]
+    scheduler.release(rid(2))
+    scheduler.submit(decode(3, 4, max_tokens=1))
+    assert scheduler.submit(decode(4, 36)) == []
+    events = scheduler.resume(rid(3), 1, 0.0)
+    assert [type(event) for event in events[-2:]] == [RequestFinished, PagesReserved]
+
+
 def test_a_queued_request_can_be_released() -> None:
     scheduler, _ = make()
     scheduler.submit(decode(1, 36))

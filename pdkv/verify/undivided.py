@@ -1,0 +1,99 @@
+"""One request through one undivided engine with an arena of its own: the answer that every other path must give."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from time import perf_counter
+
+import msgspec
+import torch
+
+from pdkv.errors import RequestError
+from pdkv.m3.config import kv_layout
+from pdkv.m3.engine import Engine
+from pdkv.m3.model import M3Model, load_model
+from pdkv.m3.requests import CompleteRequest, EngineSettings, RequestId, RequestRefused, TokenGenerated
+from pdkv.m3.sampling import SamplingParams
+from pdkv.memory.arena import Arena
+from pdkv.memory.pages import PagePool
+from pdkv.memory.row import RowLayout
+
+
+class Answer(msgspec.Struct, frozen=True):
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    """Natural logarithms, one a token."""
+    seconds: float
+    """From submission to the last token; loading the model is not counted."""
+
+
+class LocalWorker(msgspec.Struct, frozen=True):
+    """An engine with its arena, owned by the calling thread. No page is reserved for a probe: nobody connects."""
+
+    engine: Engine
+    arena: Arena
+
+
+def local_worker(model: M3Model, num_pages: int, settings: EngineSettings) -> LocalWorker:
+    """A worker that stores K/V and index keys in the model's dtype, on the model's device."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    layout = RowLayout.of(kv_layout(model.config, dtype, dtype))
+    if model.device.type == "cpu":
+        arena = Arena.allocate(layout, num_pages)
+    else:
+        arena = Arena(layout, torch.zeros(num_pages * layout.pitch, dtype=torch.uint8, device=model.device))
+    return LocalWorker(Engine(model, arena, PagePool(num_pages), settings), arena)
+
+
+def complete(
+    model_dir: Path,
+    prompt: Sequence[int],
+    max_tokens: int,
+    sampling: SamplingParams | None = None,
+    *,
+    ignore_eos: bool = False,
+    device: str = "cpu",
+    dtype: str = "auto",
+) -> Answer:
+    """Load a checkpoint and answer one prompt with it. Raises ``RequestError`` for a request that cannot be served."""
+    model = load_model(model_dir, device=device, dtype=dtype)
+    return complete_with(model, prompt, max_tokens, sampling, ignore_eos=ignore_eos)
+
+
+def complete_with(
+    model: M3Model,
+    prompt: Sequence[int],
+    max_tokens: int,
+    sampling: SamplingParams | None = None,
+    *,
+    ignore_eos: bool = False,
+    prefill_chunk: int = 512,
+) -> Answer:
+    """The same with a model that is loaded already."""
+    num_tokens = max(1, len(prompt) + max_tokens)
+    settings = EngineSettings(max_model_len=model.config.max_position_embeddings, prefill_chunk=prefill_chunk)
+    if num_tokens > settings.max_model_len:  # before an arena is made that may not fit the machine
+        raise RequestError(
+            f"{len(prompt)} prompt tokens and {max_tokens} to generate exceed the context of {settings.max_model_len}"
+        )
+    engine = local_worker(model, -(-num_tokens // model.config.block_size), settings).engine
+    request = CompleteRequest(
+        id=RequestId(b"undivided"),
+        prompt=tuple(prompt),
+        max_tokens=max_tokens,
+        sampling=sampling or SamplingParams(),
+        ignore_eos=ignore_eos,
+    )
+    started = perf_counter()
+    events = engine.submit(request)
+    while engine.has_work:
+        events += engine.step()
+    seconds = perf_counter() - started
+    for event in events:
+        if isinstance(event, RequestRefused):
+            raise RequestError(event.message)
+    generated = [event for event in events if isinstance(event, TokenGenerated)]
+    return Answer(
+        token_ids=tuple(event.token for event in generated),
+        logprobs=tuple(event.logprob for event in generated),
+        seconds=seconds,
+    )
