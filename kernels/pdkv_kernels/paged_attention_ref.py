@@ -6,6 +6,7 @@ from torch import Tensor
 from pdkv_kernels.paged import BLOCK, PagedKv, RaggedQueries, sequence_rows
 
 _TILE_ROWS = 512
+_GROUP_BLOCKS = 8
 _TILE_ELEMENTS = 1 << 20
 """Logits held at once over all heads; blocks are taken in groups of this many."""
 
@@ -33,7 +34,7 @@ def _attend_tile(q: Tensor, kv: PagedKv, page_row: Tensor, first: int, scale: fl
     share = num_heads // kv_heads  # q heads that read one kv head
     num_keys = first + num_rows
     num_blocks = (num_keys - 1) // BLOCK + 1
-    group = max(1, min(32, _TILE_ELEMENTS // (num_rows * num_heads * BLOCK)))
+    group = max(1, min(_GROUP_BLOCKS, _TILE_ELEMENTS // (num_rows * num_heads * BLOCK)))
     positions = torch.arange(first, num_keys, device=q.device).repeat(share)  # [share * num_rows]
     wide = (q.float() * scale).view(num_rows, kv_heads, share, dim).permute(1, 2, 0, 3)
     wide = wide.reshape(kv_heads, share * num_rows, dim)

@@ -1,11 +1,13 @@
 """What a MiniMax-M3 text model is: its config, and the complete list of state that a token of it leaves behind."""
 
+import hashlib
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
 from pdkv.errors import ModelError
+from pdkv.m3.checkpoint import digest_weights
 from pdkv.schema import KvLayout, RegionSpec, Shard
 
 BLOCK_SIZE = 128
@@ -323,6 +325,13 @@ def kv_layout(config: M3Config, kv_dtype: str, index_dtype: str) -> KvLayout:
         index_schedule="all",
         specs=tuple(specs),
     )
+
+
+def model_fingerprint(model_dir: Path, config: M3Config) -> str:
+    """Hex digest of the config and the weights (``digest_weights``): two workers must serve the same model."""
+    digest = hashlib.sha256(msgspec.json.encode(config, order="sorted"))
+    digest_weights(model_dir, digest)
+    return digest.hexdigest()
 
 
 def _spec(name: str, layer: int, elements_per_token: int, dtype: str, num_heads: int = 0) -> RegionSpec:

@@ -1,9 +1,21 @@
 """MiniMax-M3's text model: one forward step over a ragged batch, with all its state in pages."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
 
+import msgspec
+import torch
+from pdkv_kernels.paged import RaggedQueries
 from torch import Tensor
+from torch.nn import functional
+
+from pdkv.errors import ModelError
+from pdkv.m3.attention import KvViews, attention, attention_step
+from pdkv.m3.config import M3Config, load_config
+from pdkv.m3.layers import feed_forward, norm
+from pdkv.m3.weights import M3Weights, load_weights
+
+__all__ = ["KvViews", "M3Model", "StepBatch", "load_model"]
 
 
 @dataclass(frozen=True)
@@ -22,15 +34,47 @@ class StepBatch:
     logits_rows: Tensor  # int64 [num_logits], rows of the flattened tokens whose logits are wanted
 
 
-class KvViews(Protocol):
-    """Where the state lives. Views may have any strides but 1 in the last dimension; the arena owns the memory."""
+class M3Model:
+    """The weights on one device. Holds no state between steps, so one model may serve any number of caches.
 
-    def view(self, name: str, layer: int) -> Tensor:
-        """The pages of one kind of payload of one layer (global id), with only the kv heads of this rank.
+    Not for two threads at once only because torch's own threads would be shared.
+    """
 
-        k, v: ``[num_pages, num_kv_heads, block_size, head_dim]``; k_scale, v_scale: ``[num_pages, num_kv_heads,
-        block_size]``; index_k: ``[num_pages, block_size, index_dim]``.
+    def __init__(self, config: M3Config, weights: M3Weights, device: str | torch.device = "cpu") -> None:
+        self.config = config
+        self.device = torch.device(device)
+        self._weights = weights
+
+    @torch.no_grad()
+    def forward(self, batch: StepBatch, cache: KvViews) -> Tensor:
+        """One step: float32 logits [num_logits, vocab].
+
+        Writes k, v and index_k of the batch's tokens into their pages of ``cache``, then attends to them and to all
+        that the pages held for earlier positions. Bytes of later positions are never looked at.
         """
-        ...
+        config, weights = self.config, self._weights
+        queries = RaggedQueries(batch.query_starts, batch.context_lens, batch.page_table)
+        step = attention_step(queries, batch.positions, config)
+        x = functional.embedding(batch.token_ids, weights.embed)  # [num_tokens, hidden]
+        for number, layer in enumerate(weights.layers):
+            normed = norm(x, layer.input_norm, config.rms_norm_eps)
+            x = x + attention(normed, number, layer.attention, step, cache, config)
+            normed = norm(x, layer.post_attention_norm, config.rms_norm_eps)
+            x = x + feed_forward(normed, layer.mlp, config)
+        wanted = norm(x[batch.logits_rows], weights.norm, config.rms_norm_eps)
+        return functional.linear(wanted, weights.lm_head).float()
 
 
+def load_model(model_dir: Path, device: str = "cpu", dtype: str = "auto") -> M3Model:
+    """Load a checkpoint directory. ``dtype``: float32, bfloat16, or auto for the checkpoint's own.
+
+    Weights are rounded to that dtype, and ``model.config.dtype`` names it (K/V and index keys are to be stored in it).
+    On a CPU they are then held, and all maths is done, in float32: faster there, and never less exact.
+    """
+    config = load_config(model_dir)
+    if dtype != "auto":
+        if dtype not in ("float32", "bfloat16"):
+            raise ModelError(f"dtype {dtype!r} is not one of auto, float32, bfloat16")
+        config = msgspec.structs.replace(config, dtype=dtype)
+    held = torch.float32 if torch.device(device).type == "cpu" else getattr(torch, config.dtype)
+    return M3Model(config, load_weights(model_dir, config, device, held), device)

@@ -1,0 +1,67 @@
+"""A checkpoint directory's weight files, and a digest that tells two of them apart without reading all bytes."""
+
+import hashlib
+from pathlib import Path
+
+import msgspec
+
+from pdkv.errors import CheckpointError
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_SAMPLES = 256
+_SAMPLE_BYTES = 4096
+
+
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]
+
+
+def weight_files(model_dir: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, whole or in shards, sorted by name. Raises ``CheckpointError``."""
+    model_dir = Path(model_dir)
+    index = model_dir / _INDEX
+    if (model_dir / _SINGLE).is_file() and not index.is_file():
+        return [model_dir / _SINGLE]
+    try:
+        names = set(msgspec.json.decode(index.read_bytes(), type=_Index).weight_map.values())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{model_dir} holds neither {_SINGLE} nor {_INDEX}") from error
+    except (OSError, msgspec.DecodeError) as error:
+        raise CheckpointError(f"{index} cannot be read: {error}") from error
+    absent = sorted(name for name in names if not (model_dir / name).is_file())
+    if absent:
+        raise CheckpointError(f"{index} names files that are not there: {', '.join(absent)}")
+    return sorted(model_dir / name for name in names)
+
+
+def digest_weights(model_dir: Path, digest: "hashlib._Hash") -> None:
+    """Feed a digest with what tells the weights of two checkpoints apart.
+
+    Of each weight file: name, size, the whole header (tensor names, shapes, dtypes, offsets) and samples of the data
+    spread evenly, about 1 MiB a file. So it knows fine-tunes from one another and costs little, but is no proof of
+    equality. Raises ``CheckpointError``.
+    """
+    for path in weight_files(model_dir):
+        try:
+            _digest_file(path, digest)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def _digest_file(path: Path, digest: "hashlib._Hash") -> None:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        header_bytes = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or header_bytes > size - 8:
+            raise CheckpointError(
+                f"{path} is not a whole safetensors file: {size} bytes with a header of {header_bytes}"
+            )
+        digest.update(f"\0{path.name}\0{size}\0".encode())
+        digest.update(file.read(header_bytes))
+        start = 8 + header_bytes
+        step = max(_SAMPLE_BYTES, (size - start) // _SAMPLES)
+        for offset in range(start, size, step):
+            file.seek(offset)
+            digest.update(file.read(_SAMPLE_BYTES))
