@@ -19,7 +19,7 @@ TRANSFER_ID_BYTES = 16
 NO_TRANSFER = TransferId(b"")
 """In the envelope of messages between workers that concern no single transfer."""
 
-U64 = Annotated[int, msgspec.Meta(ge=0, lt=1 << 64)]
+U64 = Annotated[int, msgspec.Meta(ge=0)]  # msgpack itself ends at 64 bits
 Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 40)]
 Duration = Annotated[float, msgspec.Meta(ge=0, le=7 * 86400)]
 Text = Annotated[str, msgspec.Meta(max_length=64 << 10)]

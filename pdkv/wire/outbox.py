@@ -70,6 +70,9 @@ class Outbox:
                 return Acknowledged(body=pending.body, sent_at=sent_at)
         return None
 
+    def holds(self, kind: type[Body]) -> bool:
+        return kind in self._pending
+
     def withdraw(self, kind: type[Body]) -> None:
         self._pending.pop(kind, None)
 

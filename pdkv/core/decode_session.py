@@ -1,0 +1,250 @@
+"""D's side of one transfer: the lease, which blocks to read when, and when its pages may be attended to or reused.
+
+    ACQUIRING --Granted--> RECEIVING --Done held and every block resident--> ENDED (Resume, Release)
+        anything that goes wrong: FAILING until every posted read has ended, then ENDED (ReturnPages, Cancel)
+
+A session that has ended stays as a tombstone for a while and answers late messages with how it ended.
+"""
+
+from enum import Enum
+
+from pdkv.core.events import (
+    ClosePeer,
+    DecodeEvent,
+    DecodeInstruction,
+    LocalFailure,
+    MessageArrived,
+    Outcome,
+    PeerLost,
+    Read,
+    ReadEnded,
+    Report,
+    Resume,
+    ReturnPages,
+    Send,
+    SessionPolicy,
+    Tick,
+)
+from pdkv.core.lease import HeldLease
+from pdkv.core.residency import Residency
+from pdkv.errors import FailureCode
+from pdkv.wire.messages import Ack, Acquire, Body, Cancel, Done, Failed, Granted, Refused, Release, Renew, Watermark
+from pdkv.wire.outbox import Copy, Outbox
+
+
+class DecodeState(Enum):
+    ACQUIRING = "acquiring"
+    RECEIVING = "receiving"
+    FAILING = "failing"
+    ENDED = "ended"
+
+
+class DecodeSession:
+    """One transfer on D, which holds pages for it already. Owned by the agent thread; not thread-safe."""
+
+    def __init__(self, policy: SessionPolicy, num_tokens: int, block_size: int, deadline_s: float, now: float) -> None:
+        self.state = DecodeState.ACQUIRING
+        self.outcome: Outcome | None = None
+        self._policy = policy
+        self._block_size = block_size
+        self._num_tokens = num_tokens
+        self._deadline = now + deadline_s
+        self._ack_by = now + policy.lease.ttl_s
+        self._outbox = Outbox(policy.resend)
+        self._lease = HeldLease(policy.lease)
+        self._renew_at: float | None = None
+        self._residency = Residency(-(-num_tokens // block_size))
+        self._source_pages: tuple[int, ...] = ()
+        self._watermark: tuple[int, ...] = (0,)
+        self._done: Done | None = None
+        self._next_read = 1
+        self._close_at: float | None = None
+        self._peer_lost = False
+        self._forget_at = float("inf")
+        self._out: list[DecodeInstruction] = []
+
+    def start(self, now: float) -> list[DecodeInstruction]:
+        """The first instructions: ask P for the state."""
+        self._out = []
+        self._put(Acquire(ttl_s=self._policy.lease.ttl_s), now)
+        return self._out
+
+    def handle(self, event: DecodeEvent, now: float) -> list[DecodeInstruction]:
+        self._out = []
+        self._advance(now)
+        match event:
+            case Tick():
+                pass
+            case MessageArrived(seq=seq, body=body):
+                self._on_message(seq, body, now)
+            case ReadEnded():
+                self._on_read(event, now)
+            case LocalFailure(code=code, message=message):
+                self._fail(code, message, now)
+            case PeerLost(message=message):
+                self._peer_lost = True
+                self._outbox.clear()
+                self._fail(FailureCode.PEER_LOST, message, now)
+        self._drain(now)
+        return self._out
+
+    def next_wakeup(self) -> float | None:
+        """When to bring the next ``Tick`` at the latest."""
+        times = [self._outbox.next_due()]
+        if self.state is DecodeState.ENDED:
+            times.append(self._forget_at)
+        elif self.state is DecodeState.FAILING:
+            times.append(self._close_at)
+        else:
+            times += [self._deadline, self._renew_at, self._lease.until or self._ack_by]
+        return min((t for t in times if t is not None), default=None)
+
+    def forgettable(self, now: float) -> bool:
+        """Nothing is held, nothing is posted, and nobody can still ask."""
+        return self.state is DecodeState.ENDED and now >= self._forget_at
+
+    @property
+    def num_reads_outstanding(self) -> int:
+        return self._residency.num_outstanding
+
+    # ---- time
+
+    def _advance(self, now: float) -> None:
+        if self.state in (DecodeState.ACQUIRING, DecodeState.RECEIVING):
+            if now >= self._deadline:
+                self._fail(FailureCode.DEADLINE, "the request's deadline has passed", now)
+            elif self._lease.expired(now):
+                self._fail(FailureCode.LEASE_EXPIRED, "the lease ended before everything had arrived", now)
+            elif self._lease.until is None and now >= self._ack_by:
+                self._fail(FailureCode.PEER_LOST, "prefill did not answer Acquire", now)
+            elif self._renew_at is not None and now >= self._renew_at:
+                self._renew_at = None  # set again by the acknowledgement
+                self._put(Renew(ttl_s=self._policy.lease.ttl_s), now)
+        for copy in self._outbox.due(now):
+            self._send(copy)
+
+    def _drain(self, now: float) -> None:
+        """Of a failed transfer: wait for the posted reads, by force if they take too long, then let go."""
+        if self.state is not DecodeState.FAILING:
+            return
+        if self._residency.num_outstanding:
+            if self._close_at is not None and now >= self._close_at:
+                self._close_at = None
+                self._out.append(ClosePeer("reads of a failed transfer did not end in time"))
+            return
+        assert self.outcome is not None
+        self._end(now)
+        self._out.append(ReturnPages())
+        if not self._peer_lost:
+            self._put(self._farewell(), now)
+
+    # ---- P's messages
+
+    def _on_message(self, seq: int, body: Body, now: float) -> None:
+        if isinstance(body, Ack):
+            self._on_ack(body.seq, now)
+            return
+        if not isinstance(body, Granted | Watermark | Done | Failed | Refused):
+            return
+        self._send(self._outbox.once(Ack(seq=seq)))
+        if self.state is DecodeState.ENDED:
+            if not isinstance(body, Failed | Refused):
+                self._send(self._outbox.once(self._farewell()))
+            return
+        match body:
+            case Granted():
+                self._on_granted(body, now)
+            case Watermark(tokens=tokens):
+                self._raise_watermark(tokens)
+            case Done():
+                self._done = self._done or body
+            case Failed(code=code, message=message) | Refused(code=code, message=message):
+                self._fail(code, f"prefill: {message}", now)
+        self._read_what_is_complete(now)
+
+    def _on_ack(self, seq: int, now: float) -> None:
+        settled = self._outbox.acknowledge(seq)
+        if settled is None or not isinstance(settled.body, Acquire | Renew):
+            return
+        self._lease.acknowledged(settled.sent_at)
+        self._renew_at = settled.sent_at + self._policy.lease.renew_every_s
+        self._read_what_is_complete(now)
+
+    def _on_granted(self, granted: Granted, now: float) -> None:
+        if self.state is not DecodeState.ACQUIRING:
+            return
+        if granted.num_tokens != self._num_tokens or len(granted.pages) != self._residency.num_blocks:
+            told = f"{granted.num_tokens} tokens in {len(granted.pages)} pages"
+            self._fail(FailureCode.INTERNAL, f"prefill granted {told} for a prompt of {self._num_tokens} tokens", now)
+            return
+        self.state = DecodeState.RECEIVING
+        self._source_pages = granted.pages
+        self._raise_watermark((granted.cached_tokens,))
+
+    def _raise_watermark(self, tokens: tuple[int, ...]) -> None:
+        """Element-wise maximum; a watermark of other layer groups than before replaces the initial zero."""
+        if len(tokens) == len(self._watermark):
+            self._watermark = tuple(map(max, self._watermark, tokens))
+        elif not any(self._watermark):
+            self._watermark = tokens
+
+    # ---- reads
+
+    def _read_what_is_complete(self, now: float) -> None:
+        """Post every block that is complete in all layer groups: whole pages, each once, only under a valid lease."""
+        if self.state is not DecodeState.RECEIVING or not self._lease.valid(now):
+            return
+        complete = min(self._watermark) // self._block_size
+        blocks = self._residency.take(self._residency.num_blocks if self._done else complete)
+        if blocks is None:
+            return
+        read = self._next_read
+        self._next_read += 1
+        self._residency.posted(read, blocks)
+        self._out.append(Read(read, blocks, self._source_pages[blocks.start : blocks.stop]))
+
+    def _on_read(self, ended: ReadEnded, now: float) -> None:
+        receiving = self.state is DecodeState.RECEIVING  # an expired lease has ended that in _advance already
+        if self._residency.ended(ended.read, valid=ended.ok and receiving) is None or not receiving:
+            return
+        if not ended.ok:
+            self._fail(FailureCode.READ_FAILED, f"a read from prefill failed: {ended.error}", now)
+        elif self._done is not None and self._residency.complete:
+            self._succeed(self._done, now)
+
+    # ---- ends
+
+    def _succeed(self, done: Done, now: float) -> None:
+        self._end(now)
+        self._settle(Outcome())
+        self._out.append(Resume(token=done.token, logprob=done.logprob))
+        self._put(Release(), now)
+
+    def _fail(self, code: FailureCode, message: str, now: float) -> None:
+        if self.state in (DecodeState.FAILING, DecodeState.ENDED):
+            return
+        self.state = DecodeState.FAILING
+        self._close_at = now + self._policy.close_grace_s
+        self._outbox.clear()
+        self._settle(Outcome(code, message))
+
+    def _end(self, now: float) -> None:
+        self.state = DecodeState.ENDED
+        self._outbox.clear()
+        self._forget_at = max(now, self._deadline) + self._policy.resend.horizon_s
+
+    def _settle(self, outcome: Outcome) -> None:
+        assert self.outcome is None, "a session reports one outcome"
+        self.outcome = outcome
+        self._out.append(Report(outcome))
+
+    def _farewell(self) -> Body:
+        outcome = self.outcome
+        assert outcome is not None
+        return Release() if outcome.code is None else Cancel(outcome.code, outcome.message)
+
+    def _put(self, body: Body, now: float) -> None:
+        self._send(self._outbox.put(body, now))
+
+    def _send(self, copy: Copy) -> None:
+        self._out.append(Send(seq=copy.seq, body=copy.body))

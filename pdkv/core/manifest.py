@@ -1,0 +1,134 @@
+"""Whether two workers may exchange state: every difference between their manifests, in words."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+
+import msgspec
+
+from pdkv.errors import FailureCode, HandshakeError
+from pdkv.schema import Manifest, Region, RegionKey, Shard
+
+_MUST_MATCH = (
+    "protocol",
+    "model_fingerprint",
+    "block_size",
+    "num_layers",
+    "num_kv_heads",
+    "kv_dtype",
+    "index_dtype",
+    "scale_convention",
+    "index_schedule",
+)
+
+
+class RegionFacts(msgspec.Struct, frozen=True, order=True):
+    """What must be equal of a region on both sides, wherever it lies."""
+
+    dtype: str
+    bytes_per_page: int
+    shard: str
+
+
+class ManifestDifference(msgspec.Struct, frozen=True):
+    """One thing on which two workers disagree. ``subject`` is a manifest field or a region's name."""
+
+    subject: str
+    prefill: str
+    decode: str
+    message: str
+
+
+def region_keys(region: Region) -> Iterable[RegionKey]:
+    """One key a head; a single one, with head 0, for a replicated region."""
+    if region.shard is Shard.REPLICATED:
+        return (RegionKey(region.name, region.layer, 0),)
+    heads = range(region.head_start, region.head_start + region.num_heads)
+    return (RegionKey(region.name, region.layer, head) for head in heads)
+
+
+def facts_by_key(ranks: Sequence[Manifest]) -> dict[RegionKey, RegionFacts]:
+    """Every region of every head that the ranks of one worker hold together."""
+    facts = {}
+    for manifest in ranks:
+        for region in manifest.regions:
+            per_head = region.bytes_per_page // region.num_heads
+            for key in region_keys(region):
+                facts[key] = RegionFacts(region.dtype, per_head, region.shard.value)
+    return facts
+
+
+def pairing_digest(ranks: Sequence[Manifest]) -> str:
+    """Equal on two workers exactly when they may be paired; blind to ranks, page counts and where things lie."""
+    fixed = [str(getattr(ranks[0], field)) for field in _MUST_MATCH]
+    held = [(key.name, key.layer, key.head, *msgspec.structs.astuple(f)) for key, f in facts_by_key(ranks).items()]
+    return hashlib.blake2b(msgspec.json.encode([fixed, sorted(held)]), digest_size=16).hexdigest()
+
+
+def differences(prefill: Sequence[Manifest], decode: Sequence[Manifest]) -> tuple[ManifestDifference, ...]:
+    """All that keeps decode from reading prefill's pages; empty when they fit. Neither side may be empty."""
+    found = [
+        _field_difference(field, getattr(prefill[0], field), getattr(decode[0], field))
+        for field in _MUST_MATCH
+        if getattr(prefill[0], field) != getattr(decode[0], field)
+    ]
+    offered, needed = facts_by_key(prefill), facts_by_key(decode)
+    missing = sorted(needed.keys() - offered.keys())
+    extra = sorted(offered.keys() - needed.keys())
+    found += _absences(missing, "decode needs {} for {}; prefill offers none", offered=False)
+    found += _absences(extra, "prefill holds {} for {}; decode has no room for it", offered=True)
+    for key in sorted(needed.keys() & offered.keys()):
+        if offered[key] != needed[key]:
+            found.append(_fact_difference(key, offered[key], needed[key]))
+    return tuple(found)
+
+
+def check_pairing(prefill: Sequence[Manifest], decode: Sequence[Manifest]) -> None:
+    """Raise ``HandshakeError`` naming every difference, the first few in full."""
+    found = differences(prefill, decode)
+    if found:
+        listed = "; ".join(d.message for d in found[:6])
+        more = f"; and {len(found) - 6} more" if len(found) > 6 else ""
+        raise HandshakeError(FailureCode.MANIFEST, f"manifests differ: {listed}{more}")
+
+
+def _field_difference(field: str, prefill: object, decode: object) -> ManifestDifference:
+    words = field.replace("_", " ")
+    return ManifestDifference(field, str(prefill), str(decode), f"{words}: prefill has {prefill}, decode has {decode}")
+
+
+def _fact_difference(key: RegionKey, prefill: RegionFacts, decode: RegionFacts) -> ManifestDifference:
+    def told(facts: RegionFacts) -> str:
+        return f"{facts.dtype} {facts.shard} {facts.bytes_per_page} bytes a page"
+
+    where = f"{key.name} of layer {key.layer} head {key.head}"
+    return ManifestDifference(
+        key.name, told(prefill), told(decode), f"{where}: prefill has {told(prefill)}, decode has {told(decode)}"
+    )
+
+
+def _absences(keys: Sequence[RegionKey], sentence: str, *, offered: bool) -> list[ManifestDifference]:
+    """One difference a region name, its layers (and heads, unless all of a layer's are gone alike) as ranges."""
+    by_name: dict[str, dict[int, list[int]]] = {}
+    for key in keys:
+        by_name.setdefault(key.name, {}).setdefault(key.layer, []).append(key.head)
+    found = []
+    for name, layers in by_name.items():
+        heads = {tuple(h) for h in layers.values()}
+        where = f"layers {ranges(layers)}" if len(layers) > 1 else f"layer {ranges(layers)}"
+        if any(len(h) == 1 and h != (0,) for h in heads) or len(heads) > 1:
+            where += f" (heads {ranges(sorted({h for group in heads for h in group}))})"
+        has, lacks = f"{len(layers)} layers", "none"
+        prefill, decode = (has, lacks) if offered else (lacks, has)
+        found.append(ManifestDifference(name, prefill, decode, sentence.format(name, where)))
+    return found
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Sorted numbers in words: [3, 4, 5, 9] is "3..5, 9"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}..{b}" for a, b in runs)

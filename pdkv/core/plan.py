@@ -1,0 +1,176 @@
+"""Which spans to read: regions of two workers matched by name, layer and head, merged where both sides are adjacent.
+
+A plan is made once a pair of workers; turning it into spans for some pages is arithmetic on arrays.
+"""
+
+from collections.abc import Sequence
+from typing import Self
+
+import msgspec
+import numpy as np
+
+from pdkv.core.manifest import region_keys
+from pdkv.schema import Int64Array, Manifest, ReadBatch, Region, RegionKey
+
+
+class Piece(msgspec.Struct, frozen=True, order=True):
+    """Bytes of every page that are contiguous on both sides: page p of the source lies at ``source_offset + p *
+    source_stride`` in memory ``source_memory`` of rank ``source_rank``, and likewise locally."""
+
+    source_rank: int
+    source_memory: int
+    source_offset: int
+    source_stride: int
+    local_memory: int
+    local_offset: int
+    local_stride: int
+    length: int
+    whole_row: bool = False
+    """Nothing but padding lies between this piece's end and its start in the next page, on both sides."""
+
+
+class TransferPlan(msgspec.Struct, frozen=True):
+    """How one rank of D reads any page from the ranks of one P."""
+
+    pieces: tuple[Piece, ...]
+    source_pages: int
+    """Pages of P's arena: a page number at or beyond it is refused."""
+    local_pages: int
+    num_regions: int
+    """Regions (name, layer, head) that travel."""
+    bytes_per_page: int
+    bytes_by_region: dict[str, int]
+    """Bytes of one page by region name."""
+
+    @classmethod
+    def between(cls, source: Sequence[Manifest], local: Manifest) -> Self:
+        """Match every region of ``local`` with the rank of ``source`` (all ranks, in order) that is to serve it.
+
+        Replicated regions, and heads that several ranks hold, are spread over their holders by the local rank, so that
+        ranks of D do not all read from the same rank of P. Raises ``KeyError`` for a region that no rank holds;
+        ``check_pairing`` has refused such a pair before.
+        """
+        holders = _holders(source)
+        pieces = []
+        bytes_by_region: dict[str, int] = {}
+        for region in local.regions:
+            for key, offset in _parts(region):
+                candidates = holders[key]
+                rank, (theirs, their_offset) = candidates[local.tp_rank % len(candidates)]
+                length = region.bytes_per_page // region.num_heads
+                pieces.append(
+                    Piece(
+                        source_rank=rank,
+                        source_memory=theirs.memory,
+                        source_offset=their_offset,
+                        source_stride=theirs.page_stride,
+                        local_memory=region.memory,
+                        local_offset=offset,
+                        local_stride=region.page_stride,
+                        length=length,
+                    )
+                )
+                bytes_by_region[region.name] = bytes_by_region.get(region.name, 0) + length
+        merged = _merge_adjacent(pieces)
+        return cls(
+            pieces=tuple(_mark_whole_row(piece, source[piece.source_rank], local) for piece in merged),
+            source_pages=min(manifest.num_pages for manifest in source),
+            local_pages=local.num_pages,
+            num_regions=len(pieces),
+            bytes_per_page=sum(piece.length for piece in pieces),
+            bytes_by_region=bytes_by_region,
+        )
+
+    def reads(
+        self, source_pages: Sequence[int], local_pages: Sequence[int], local_bases: Sequence[int]
+    ) -> dict[int, ReadBatch]:
+        """Spans that bring ``source_pages[i]`` into ``local_pages[i]``, by rank of P.
+
+        ``local_bases`` are the addresses of the local memories. Runs of pages that are contiguous on both sides become
+        one span where a piece fills the row. Raises ``ValueError`` for pages that either arena does not have.
+        """
+        theirs = np.asarray(source_pages, dtype=np.int64)
+        ours = np.asarray(local_pages, dtype=np.int64)
+        if theirs.shape != ours.shape or theirs.ndim != 1:
+            raise ValueError(f"{theirs.size} source pages for {ours.size} local pages")
+        _check_pages(theirs, self.source_pages, "source")
+        _check_pages(ours, self.local_pages, "local")
+        starts, counts = _runs(theirs, ours)
+        by_rank: dict[int, list[tuple[Int64Array, Int64Array, Int64Array, Int64Array]]] = {}
+        for piece in self.pieces:
+            first = starts if piece.whole_row else np.arange(theirs.size)
+            pages = counts if piece.whole_row else np.ones(theirs.size, dtype=np.int64)
+            local = local_bases[piece.local_memory] + piece.local_offset + ours[first] * piece.local_stride
+            by_rank.setdefault(piece.source_rank, []).append(
+                (
+                    np.full(first.size, piece.source_memory, dtype=np.int64),
+                    piece.source_offset + theirs[first] * piece.source_stride,
+                    local,
+                    (pages - 1) * piece.source_stride + piece.length,
+                )
+            )
+        return {rank: ReadBatch(*map(np.concatenate, zip(*arrays, strict=True))) for rank, arrays in by_rank.items()}
+
+
+def _parts(region: Region) -> list[tuple[RegionKey, int]]:
+    """The keys of a region with the offset of each one's page 0: heads lie one after another."""
+    per_head = region.bytes_per_page // region.num_heads
+    return [(key, region.offset + i * per_head) for i, key in enumerate(region_keys(region))]
+
+
+def _holders(source: Sequence[Manifest]) -> dict[RegionKey, list[tuple[int, tuple[Region, int]]]]:
+    holders: dict[RegionKey, list[tuple[int, tuple[Region, int]]]] = {}
+    for rank, manifest in enumerate(source):
+        for region in manifest.regions:
+            for key, offset in _parts(region):
+                holders.setdefault(key, []).append((rank, (region, offset)))
+    return holders
+
+
+def _merge_adjacent(pieces: list[Piece]) -> list[Piece]:
+    merged: list[Piece] = []
+    for piece in sorted(pieces):
+        last = merged[-1] if merged else None
+        if last is not None and _adjacent(last, piece):
+            merged[-1] = msgspec.structs.replace(last, length=last.length + piece.length)
+        else:
+            merged.append(piece)
+    return merged
+
+
+def _adjacent(a: Piece, b: Piece) -> bool:
+    same = (a.source_rank, a.source_memory, a.source_stride, a.local_memory, a.local_stride) == (
+        b.source_rank,
+        b.source_memory,
+        b.source_stride,
+        b.local_memory,
+        b.local_stride,
+    )
+    return same and a.source_offset + a.length == b.source_offset and a.local_offset + a.length == b.local_offset
+
+
+def _mark_whole_row(piece: Piece, source: Manifest, local: Manifest) -> Piece:
+    padding = min(source.row_padding, local.row_padding)
+    gap = piece.source_stride - piece.length
+    whole = piece.source_stride == piece.local_stride and 0 <= gap <= padding
+    return msgspec.structs.replace(piece, whole_row=whole)
+
+
+def _runs(theirs: Int64Array, ours: Int64Array) -> tuple[Int64Array, Int64Array]:
+    """Where runs start that are contiguous on both sides, and how many pages each has."""
+    if theirs.size == 0:
+        return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+    breaks = (np.diff(theirs) != 1) | (np.diff(ours) != 1)
+    starts = np.concatenate(([0], np.flatnonzero(breaks) + 1)).astype(np.int64)
+    return starts, np.diff(np.concatenate((starts, [theirs.size]))).astype(np.int64)
+
+
+def _check_pages(pages: Int64Array, num_pages: int, side: str) -> None:
+    bad = pages[(pages < 0) | (pages >= num_pages)]
+    if bad.size:
+        raise ValueError(f"{side} page {int(bad[0])} is outside the arena of {num_pages} pages")
+
+
+def spans_without_merging(plan: TransferPlan, num_pages: int) -> int:
+    """Descriptors a mover needs that knows neither rows nor runs: pages x regions."""
+    return plan.num_regions * num_pages

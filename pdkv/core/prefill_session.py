@@ -1,0 +1,249 @@
+"""P's side of one transfer: when to compute, what to tell D, and until when the pages must stay.
+
+    WAITING_REQUEST --request--> QUEUED --pages--> PREFILLING --first token--> DONE --Release--> ENDED
+    WAITING_ACQUIRE --Acquire-->   |                   |                        |
+          anything that goes wrong once pages are granted: FAILING (pages stay until D lets go or the lease ends)
+
+A session that has ended stays as a tombstone for a while and answers late messages with how it ended.
+"""
+
+from enum import Enum
+
+from pdkv.core.events import (
+    FreePages,
+    LocalFailure,
+    MessageArrived,
+    Outcome,
+    PagesReserved,
+    PeerLost,
+    PrefillEnded,
+    PrefillEvent,
+    PrefillInstruction,
+    Progressed,
+    Report,
+    RequestArrived,
+    Send,
+    SessionPolicy,
+    StartPrefill,
+    Tick,
+)
+from pdkv.core.lease import GrantedLease
+from pdkv.errors import FailureCode
+from pdkv.wire.messages import (
+    Ack,
+    Acquire,
+    Body,
+    Cancel,
+    Done,
+    Failed,
+    Granted,
+    Refused,
+    Release,
+    Renew,
+    Watermark,
+)
+from pdkv.wire.outbox import Copy, Outbox
+
+
+class PrefillState(Enum):
+    WAITING_REQUEST = "waiting_request"
+    WAITING_ACQUIRE = "waiting_acquire"
+    QUEUED = "queued"
+    PREFILLING = "prefilling"
+    DONE = "done"
+    FAILING = "failing"
+    ENDED = "ended"
+
+
+class PrefillSession:
+    """One transfer on P. Owned by the agent thread; not thread-safe. Starts with nothing known."""
+
+    def __init__(self, policy: SessionPolicy) -> None:
+        self.state = PrefillState.WAITING_REQUEST
+        self.outcome: Outcome | None = None
+        self._policy = policy
+        self._outbox = Outbox(policy.resend)
+        self._lease = GrantedLease()
+        self._num_tokens: int | None = None
+        self._deadline: float | None = None
+        self._request_by: float | None = None
+        self._forget_at = float("inf")
+        self._out: list[PrefillInstruction] = []
+
+    def handle(self, event: PrefillEvent, now: float) -> list[PrefillInstruction]:
+        self._out = []
+        self._advance(now)
+        match event:
+            case Tick():
+                pass
+            case MessageArrived(seq=seq, body=body):
+                self._on_message(seq, body, now)
+            case RequestArrived(num_tokens=num_tokens, deadline_s=deadline_s):
+                self._on_request(num_tokens, deadline_s, now)
+            case PagesReserved(pages=pages, cached_tokens=cached):
+                self._on_pages(pages, cached, now)
+            case Progressed(tokens=tokens):
+                if self.state is PrefillState.PREFILLING:
+                    self._put(Watermark(tokens=(tokens,)), now)
+            case PrefillEnded(token=token, logprob=logprob):
+                self._on_prefilled(token, logprob, now)
+            case LocalFailure(code=code, message=message):
+                self._fail(code, message, now)
+            case PeerLost(message=message):
+                if self.state is not PrefillState.ENDED:
+                    self._outbox.clear()
+                    self._end(Outcome(FailureCode.PEER_LOST, message), now)
+        return self._out
+
+    def next_wakeup(self) -> float | None:
+        """When to bring the next ``Tick`` at the latest."""
+        times = [self._outbox.next_due()]
+        if self.state is PrefillState.ENDED:
+            times.append(self._forget_at)
+        else:
+            times += [self._lease.until, self._deadline]
+            if self.state is PrefillState.WAITING_REQUEST:
+                times.append(self._request_by)
+        return min((t for t in times if t is not None), default=None)
+
+    def forgettable(self, now: float) -> bool:
+        """Nothing is held, and nobody can still ask."""
+        return self.state is PrefillState.ENDED and now >= self._forget_at
+
+    @property
+    def holds_lease(self) -> bool:
+        return self.state in (PrefillState.PREFILLING, PrefillState.DONE, PrefillState.FAILING)
+
+    # ---- time
+
+    def _advance(self, now: float) -> None:
+        if self.state is not PrefillState.ENDED:
+            if self._lease.expired(now):
+                self._expire(now)
+            elif (
+                self.state is PrefillState.WAITING_REQUEST and self._request_by is not None and now >= self._request_by
+            ):
+                self._refuse(FailureCode.UNKNOWN_TRANSFER, "no request came for this transfer", now)
+            elif self._deadline is not None and now >= self._deadline:
+                self._fail(FailureCode.DEADLINE, "the request's deadline has passed", now)
+        for copy in self._outbox.due(now):
+            self._send(copy)
+
+    def _expire(self, now: float) -> None:
+        """D may read no more: whatever it holds, it stopped before this moment."""
+        if self.state is PrefillState.WAITING_REQUEST:
+            self._refuse(FailureCode.UNKNOWN_TRANSFER, "no request came for this transfer", now)
+            return
+        if self.state is not PrefillState.FAILING:
+            self._put(Failed(FailureCode.LEASE_EXPIRED, "decode did not renew its lease in time"), now)
+        self._end(Outcome(FailureCode.LEASE_EXPIRED, "decode did not renew its lease in time"), now)
+
+    # ---- the router's request and the engine
+
+    def _on_request(self, num_tokens: int, deadline_s: float, now: float) -> None:
+        if self.state is not PrefillState.WAITING_REQUEST or self._num_tokens is not None:
+            return
+        self._num_tokens = num_tokens
+        self._deadline = now + deadline_s
+        if self._lease.until is None:
+            self.state = PrefillState.WAITING_ACQUIRE
+        else:
+            self._start()
+
+    def _start(self) -> None:
+        self.state = PrefillState.QUEUED
+        self._out.append(StartPrefill())
+
+    def _on_pages(self, pages: tuple[int, ...], cached_tokens: int, now: float) -> None:
+        if self.state is not PrefillState.QUEUED:
+            return
+        assert self._num_tokens is not None
+        self.state = PrefillState.PREFILLING
+        self._put(Granted(pages=pages, num_tokens=self._num_tokens, cached_tokens=cached_tokens), now)
+
+    def _on_prefilled(self, token: int, logprob: float, now: float) -> None:
+        if self.state is not PrefillState.PREFILLING:
+            return
+        self.state = PrefillState.DONE
+        self._outbox.withdraw(Watermark)
+        self._put(Done(token=token, logprob=logprob), now)
+
+    # ---- D's messages
+
+    def _on_message(self, seq: int, body: Body, now: float) -> None:
+        match body:
+            case Ack(seq=copy):
+                self._outbox.acknowledge(copy)
+            case Acquire(ttl_s=ttl_s) | Renew(ttl_s=ttl_s):
+                self._on_lease_wanted(seq, body, ttl_s, now)
+            case Release() | Cancel():
+                self._send(self._outbox.once(Ack(seq=seq)))
+                if self.state is not PrefillState.ENDED:
+                    self._end(self._outcome_of(body), now)
+            case _:
+                pass  # a prefill session has no use for P's own kinds of message
+
+    def _on_lease_wanted(self, seq: int, body: Body, ttl_s: float, now: float) -> None:
+        if self.state in (PrefillState.FAILING, PrefillState.ENDED):
+            self._send(self._outbox.once(self._farewell()))  # not acknowledged: an ended transfer is never revived
+            return
+        self._send(self._outbox.once(Ack(seq=seq)))
+        first = self._lease.until is None
+        self._lease.extend(now, ttl_s)
+        if first and isinstance(body, Acquire):
+            if self.state is PrefillState.WAITING_ACQUIRE:
+                self._start()
+            else:
+                self._request_by = now + ttl_s
+
+    def _outcome_of(self, body: Release | Cancel) -> Outcome:
+        if isinstance(body, Cancel):
+            return Outcome(body.code, body.message)
+        if self.state is PrefillState.DONE:
+            return Outcome()
+        return Outcome(FailureCode.CANCELLED, "decode released the transfer before prefill had ended")
+
+    def _farewell(self) -> Body:
+        outcome = self.outcome or Outcome()
+        return Failed(outcome.code or FailureCode.UNKNOWN_TRANSFER, outcome.message or "this transfer has ended")
+
+    # ---- ends
+
+    def _fail(self, code: FailureCode, message: str, now: float) -> None:
+        """Give up. Pages that D may be reading stay; all else ends at once."""
+        if self.state in (PrefillState.FAILING, PrefillState.ENDED):
+            return
+        if self.state in (PrefillState.PREFILLING, PrefillState.DONE):
+            self.state = PrefillState.FAILING
+            self._outbox.clear()
+            self._put(Failed(code, message), now)
+            self._settle(Outcome(code, message))
+        else:
+            self._refuse(code, message, now)
+
+    def _refuse(self, code: FailureCode, message: str, now: float) -> None:
+        self._outbox.clear()
+        if self._lease.until is not None:
+            self._put(Refused(code, message), now)
+        self._end(Outcome(code, message), now)
+
+    def _end(self, outcome: Outcome, now: float) -> None:
+        if self.state in (PrefillState.QUEUED, PrefillState.PREFILLING, PrefillState.DONE, PrefillState.FAILING):
+            self._out.append(FreePages())
+        for kind in (Granted, Watermark, Done):
+            self._outbox.withdraw(kind)
+        self.state = PrefillState.ENDED
+        horizon = self._policy.resend.horizon_s
+        self._forget_at = max(now, self._deadline or now) + horizon
+        self._settle(outcome)
+
+    def _settle(self, outcome: Outcome) -> None:
+        if self.outcome is None:
+            self.outcome = outcome
+            self._out.append(Report(outcome))
+
+    def _put(self, body: Body, now: float) -> None:
+        self._send(self._outbox.put(body, now))
+
+    def _send(self, copy: Copy) -> None:
+        self._out.append(Send(seq=copy.seq, body=copy.body))

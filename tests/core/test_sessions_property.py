@@ -1,0 +1,71 @@
+"""Under any loss, repetition, reordering, sleep, crash and timing no page is reused while read, and nothing leaks."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.core.simulation import Simulation, World
+
+times = st.one_of(st.none(), st.floats(0, 15, allow_nan=False))
+sleeps = st.one_of(st.none(), st.tuples(st.floats(0, 3), st.floats(0.1, 25)))
+
+worlds = st.builds(
+    World,
+    seed=st.integers(0, 2**32),
+    num_tokens=st.sampled_from([1, 127, 128, 129, 1000, 5000]),
+    chunk=st.sampled_from([100, 256, 512]),
+    loss=st.sampled_from([0.0, 0.1, 0.5]),
+    duplicates=st.sampled_from([0.0, 0.3]),
+    longest_delay=st.sampled_from([0.001, 0.3, 12.0]),
+    longest_read=st.sampled_from([0.001, 0.5, 12.0]),
+    chunk_time=st.sampled_from([0.01, 0.5]),
+    deadline=st.sampled_from([5.0, 40.0]),
+    request_at=st.one_of(st.just(0.0), times),
+    cancel_at=times,
+    abort_at=times,
+    engine_fails_at=times,
+    decode_sleeps=sleeps,
+    prefill_sleeps=sleeps,
+    partition=sleeps,
+    reads_hang=st.sampled_from([False, False, False, True]),
+    prefill_dies_at=times,
+    death_is_noticed=st.booleans(),
+)
+
+
+@given(worlds)
+@settings(deadline=None, max_examples=400)
+def test_any_world_ends_well_on_both_sides(world: World) -> None:
+    simulation = Simulation(world)
+    simulation.run(400)
+    simulation.validate()
+    assert simulation.decode.forgettable(simulation.now)
+
+
+@given(
+    st.builds(
+        World,
+        seed=st.integers(0, 2**32),
+        num_tokens=st.integers(1, 4000),
+        chunk=st.sampled_from([64, 100, 512]),
+        loss=st.sampled_from([0.0, 0.1]),
+        duplicates=st.sampled_from([0.0, 0.5]),
+        longest_delay=st.sampled_from([0.001, 0.2]),
+        longest_read=st.sampled_from([0.001, 0.5]),
+    )
+)
+@settings(deadline=None, max_examples=120)
+def test_a_world_without_faults_beyond_the_network_always_delivers(world: World) -> None:
+    simulation = Simulation(world)
+    simulation.run(200)
+    simulation.validate()
+    assert simulation.resumed == 1
+    assert simulation.prefill_reports[0].code is None
+
+
+def test_lossless_network_reads_while_prefill_computes() -> None:
+    simulation = Simulation(World(seed=1, num_tokens=6000, chunk=512, chunk_time=0.5))
+    simulation.run(3.0)
+    assert 0 < len(simulation.read_blocks) < 47
+    simulation.run(200)
+    simulation.validate()
+    assert simulation.resumed == 1
