@@ -11,7 +11,7 @@ def main() -> None:
         if exc.name is None or exc.name.startswith("pdkv"):
             raise
         sys.exit(f"pdkv: the command line needs the package {exc.name!r}; install it with: pip install 'pdkv[all]'")
-    app()
+    app(prog_name="pdkv")
 
 
 if __name__ == "__main__":

@@ -77,7 +77,9 @@ AddressText = Annotated[str, AfterValidator(Address)]
 Urls = Annotated[tuple[Annotated[str, AfterValidator(_worker_url)], ...], NoDecode, BeforeValidator(_split_commas)]
 
 
-class _Base(BaseSettings):
+class RoleConfig(BaseSettings):
+    """What every role has."""
+
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True, env_ignore_empty=False)
 
     log_level: Annotated[
@@ -90,7 +92,7 @@ class _Base(BaseSettings):
     ] = "auto"
 
 
-class _Served(_Base):
+class _Served(RoleConfig):
     """What ``pdkv up`` hands on to each of its workers."""
 
     model: Annotated[Path, Field(description="Checkpoint folder: config.json, *.safetensors, tokenizer.json.")]
@@ -159,7 +161,7 @@ class DecodeConfig(WorkerConfig):
     listen: Annotated[AddressText, Field(description="HTTP address, for the router.")] = Address("127.0.0.1:8200")
 
 
-class RouterConfig(_Base):
+class RouterConfig(RoleConfig):
     """The router: no model, no tokenizer, no torch."""
 
     prefill_urls: Annotated[
@@ -186,9 +188,9 @@ class UpConfig(_Served):
     no_restart: Annotated[bool, Field(description="Leave a worker that died dead.")] = False
 
 
-ROLES: tuple[type[_Base], ...] = (PrefillConfig, DecodeConfig, RouterConfig, UpConfig)
+ROLES: tuple[type[RoleConfig], ...] = (PrefillConfig, DecodeConfig, RouterConfig, UpConfig)
 
-Schema = TypeVar("Schema", bound=_Base)
+Schema = TypeVar("Schema", bound=RoleConfig)
 
 
 def load(schema: type[Schema], flags: Mapping[str, object], config_file: Path | None = None) -> Schema:

@@ -1,0 +1,27 @@
+"""The ``pdkv`` command: names its subcommands, and imports one only when it is run."""
+
+from pdkv.cli.lazy import Subcommand, application
+
+app = application(
+    "pdkv moves MiniMax-M3's attention state from prefill to decode workers, and proves that all of it arrived.",
+    (
+        Subcommand("up", "pdkv.cli.serve", "Start a whole deployment on this machine: workers and router."),
+        Subcommand("prefill", "pdkv.cli.serve", "Run a prefill worker."),
+        Subcommand("decode", "pdkv.cli.serve", "Run a decode worker."),
+        Subcommand("router", "pdkv.cli.serve", "Run the router that clients talk to."),
+        Subcommand("generate", "pdkv.cli.generate", "Answer one prompt, through prefill and decode or undivided."),
+        Subcommand("demo", "pdkv.cli.demo", "Show a transfer at work, with answers known beforehand."),
+        Subcommand("demo-model", "pdkv.cli.demo", "Write the demo's checkpoint into a folder."),
+        Subcommand("version", "pdkv.cli.version", "Print the version."),
+    ),
+    """
+Examples:
+
+  pdkv demo
+  pdkv up --model ./checkpoint --prefill 1 --decode 1 --port 8000
+
+Exit codes: 0 ok, 1 failure, 2 usage or configuration, 4 wrong answer, 6 peers do not fit together, 130/143 by signal.
+""",
+)
+
+__all__ = ["app"]

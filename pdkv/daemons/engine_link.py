@@ -1,0 +1,201 @@
+"""The front's end of the link to its engine process: starts it, hands it jobs, and notices when it is gone."""
+
+import asyncio
+import contextlib
+import socket
+from asyncio.subprocess import Process
+from collections.abc import Iterator
+
+import msgspec
+import structlog
+
+from pdkv.daemons import lifeline
+from pdkv.daemons.link import (
+    AbortJob,
+    DecodeJob,
+    EngineFatal,
+    EngineReady,
+    JobFailed,
+    JobFinished,
+    PrefillJob,
+    Status,
+    StatusQuery,
+    ToFront,
+    TokensOut,
+    WorkerSettings,
+    encode_frame,
+)
+from pdkv.errors import FailureCode, PdkvError, RequestError
+
+JobEvent = TokensOut | JobFinished | JobFailed
+
+_ENGINE_MODULE = "pdkv.daemons.engine_process"
+_EXIT_GRACE_S = 3.0
+_STATUS_TIMEOUT_S = 5.0
+_log = structlog.get_logger(__name__)
+
+
+class EngineGoneError(PdkvError):
+    """The engine process has ended, or never started. ``exit_code`` is what the worker ends with."""
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class EngineLink:
+    """One engine process for one life: when it goes, so does the worker. Belongs to the event loop's thread."""
+
+    def __init__(self, process: Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._process = process
+        self._reader = reader
+        self._writer = writer
+        self._decoder = msgspec.msgpack.Decoder(ToFront)
+        self._jobs: dict[bytes, asyncio.Queue[JobEvent]] = {}
+        self._queries: dict[int, asyncio.Future[Status]] = {}
+        self._num_queries = 0
+        self._fatal: EngineFatal | None = None
+        self._stopping = False
+        self.ready: EngineReady | None = None
+        """None while the model is loading."""
+        self._reading = asyncio.create_task(self._read())
+
+    @classmethod
+    async def start(cls, settings: WorkerSettings, module: str = _ENGINE_MODULE) -> "EngineLink":
+        """Start the engine process and send it its settings. It loads while the caller goes on."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            args = lifeline.command(module, "--fd", str(theirs.fileno()))
+            process = await asyncio.create_subprocess_exec(
+                *args, stdin=asyncio.subprocess.DEVNULL, pass_fds=(theirs.fileno(),)
+            )
+        reader, writer = await asyncio.open_unix_connection(sock=ours)
+        writer.write(encode_frame(settings))
+        return cls(process, reader, writer)
+
+    @contextlib.contextmanager
+    def open(self, job: PrefillJob | DecodeJob) -> Iterator["JobEvents"]:
+        """Start a job. Leaving the block before its last message aborts it, for whatever reason it is left."""
+        if job.transfer in self._jobs:
+            raise RequestError("this transfer id is in use; every try of a request needs a new one")
+        queue: asyncio.Queue[JobEvent] = asyncio.Queue()
+        self._jobs[job.transfer] = queue
+        events = JobEvents(queue)
+        self._send(job)
+        if self._reading.done() or self._stopping:
+            queue.put_nowait(_gone(job.transfer))
+        try:
+            yield events
+        finally:
+            self._jobs.pop(job.transfer, None)
+            if not events.ended:
+                self._send(AbortJob(job.transfer))
+
+    async def status(self) -> Status:
+        """Raises EngineGoneError when the engine process does not answer."""
+        if self._reading.done():
+            raise EngineGoneError("the engine process has ended")
+        self._num_queries += 1
+        query = self._num_queries
+        answer: asyncio.Future[Status] = asyncio.get_running_loop().create_future()
+        self._queries[query] = answer
+        self._send(StatusQuery(query))
+        try:
+            async with asyncio.timeout(_STATUS_TIMEOUT_S):
+                return await answer
+        except TimeoutError:
+            raise EngineGoneError("the engine process does not answer") from None
+        finally:
+            self._queries.pop(query, None)
+
+    async def ended(self) -> EngineGoneError:
+        """Wait until the engine process is gone; returns why."""
+        await asyncio.wait((self._reading,))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_EXIT_GRACE_S):
+                await self._process.wait()
+        if self._fatal is not None:
+            return EngineGoneError(self._fatal.message, self._fatal.exit_code)
+        code = self._process.returncode
+        how = (
+            "closed its link"
+            if code is None
+            else f"was killed by signal {-code}"
+            if code < 0
+            else f"exited with {code}"
+        )
+        return EngineGoneError(f"the engine process {how}")
+
+    def fail_all(self) -> None:
+        """Tell every running job that the worker is ending."""
+        self._stopping = True
+        for transfer, queue in self._jobs.items():
+            queue.put_nowait(_gone(transfer))
+
+    async def close(self) -> None:
+        """End the engine process: by closing the link, and by force when that is not heard."""
+        self._stopping = True
+        self._writer.close()
+        try:
+            async with asyncio.timeout(_EXIT_GRACE_S):
+                await self._process.wait()
+        except TimeoutError:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+            await self._process.wait()
+        self._reading.cancel()
+        await asyncio.gather(self._reading, return_exceptions=True)
+
+    def _send(self, message: msgspec.Struct) -> None:
+        if not self._writer.is_closing():
+            self._writer.write(encode_frame(message))
+
+    async def _read(self) -> None:
+        try:
+            while True:
+                length = int.from_bytes(await self._reader.readexactly(4), "little")
+                self._dispatch(self._decoder.decode(await self._reader.readexactly(length)))
+        except (asyncio.IncompleteReadError, OSError):
+            pass
+        except msgspec.MsgspecError as exc:
+            _log.error("the engine process sent a message that is none of the link's", error=str(exc))
+        finally:
+            self._writer.close()
+            for transfer, queue in self._jobs.items():
+                queue.put_nowait(_gone(transfer))
+            for answer in self._queries.values():
+                if not answer.done():
+                    answer.set_exception(EngineGoneError("the engine process has ended"))
+
+    def _dispatch(self, message: ToFront) -> None:
+        match message:
+            case EngineReady():
+                self.ready = message
+                _log.info("ready", **msgspec.structs.asdict(message))
+            case EngineFatal():
+                self._fatal = message
+            case Status():
+                answer = self._queries.get(message.query)
+                if answer is not None and not answer.done():
+                    answer.set_result(message)
+            case _:  # a job that nobody waits for any more was aborted; its last messages may still come
+                if (queue := self._jobs.get(message.transfer)) is not None:
+                    queue.put_nowait(message)
+
+
+class JobEvents:
+    """The messages of one job, in order; the last is JobFinished or JobFailed."""
+
+    def __init__(self, queue: asyncio.Queue[JobEvent]) -> None:
+        self._queue = queue
+        self.ended = False
+
+    async def next(self) -> JobEvent:
+        assert not self.ended, "nothing comes after a job's last message"
+        event = await self._queue.get()
+        self.ended = not isinstance(event, TokensOut)
+        return event
+
+
+def _gone(transfer: bytes) -> JobFailed:
+    return JobFailed(transfer, FailureCode.SHUTDOWN.value, "this worker is ending", 503)

@@ -1,0 +1,352 @@
+"""The parent process of a worker: HTTP and tokenizer here, model and transport in the engine process below it."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import msgspec
+import structlog
+from fastapi import FastAPI
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+import pdkv
+from pdkv.daemons import http_server, openai_api, worker_api
+from pdkv.daemons.config import Address, PrefillConfig, WorkerConfig
+from pdkv.daemons.engine_link import EngineGoneError, EngineLink, JobEvent, JobEvents
+from pdkv.daemons.link import (
+    DecodeJob,
+    EngineReady,
+    JobFailed,
+    JobFinished,
+    PrefillJob,
+    Sampling,
+    TokensOut,
+    WorkerSettings,
+)
+from pdkv.daemons.openai_api import ApiError, Choice, Completion, CompletionRequest, DebugBlock, Usage
+from pdkv.daemons.tokenization import TextCodec, TextStream
+from pdkv.errors import FailureCode, RequestError
+from pdkv.m3.config import load_config
+
+_DEFAULT_MAX_MODEL_LEN = 32_768
+_LONG_TEXT = 20_000
+"""Characters above which a text is encoded outside the event loop, so that running streams do not stall."""
+_log = structlog.get_logger(__name__)
+
+
+class ServedModel(msgspec.Struct, frozen=True):
+    """What the front itself knows of the model it serves."""
+
+    name: str
+    path: str
+    vocab_size: int
+    max_model_len: int
+    codec: TextCodec | None
+
+    @classmethod
+    def load(cls, config: WorkerConfig) -> "ServedModel":
+        """Read config.json and the tokenizer. Raises ModelError."""
+        model = load_config(config.model)
+        longest = config.max_model_len or min(model.max_position_embeddings, _DEFAULT_MAX_MODEL_LEN)
+        name = config.served_model_name or config.model.resolve().name
+        return cls(name, str(config.model), model.vocab_size, longest, TextCodec.load(config.model))
+
+
+def engine_settings(config: WorkerConfig, served: ServedModel) -> WorkerSettings:
+    """The configuration as the engine process takes it."""
+    return WorkerSettings(
+        role="prefill" if isinstance(config, PrefillConfig) else "decode",
+        model_dir=str(config.model),
+        control_listen=f"tcp://{config.control_listen}",
+        advertise_host=config.advertise_host or Address(config.control_listen).host,
+        num_pages=config.num_pages,
+        max_model_len=served.max_model_len,
+        max_batch=config.max_batch,
+        prefill_chunk=config.prefill_chunk,
+        dtype=config.dtype,
+        device=config.device,
+        num_threads=config.threads,
+        transport=config.transport,
+        ucx_tls=config.ucx_tls,
+        ucx_library=config.ucx_library,
+        require_transport=config.require_transport,
+        lease_ttl_s=config.lease_ttl_s,
+        insecure=config.insecure,
+        log_level=config.log_level,
+    )
+
+
+async def run_worker(config: WorkerConfig) -> int:
+    """Run a worker until a signal or the end of its engine process; returns the exit code."""
+    served = ServedModel.load(config)
+    settings = engine_settings(config, served)
+    stop = http_server.Stop()
+    with http_server.bind(Address(config.listen), reuse_port=config.reuse_port) as sock, stop.on_signals():
+        link = await EngineLink.start(settings)
+        _log.info("loading", model=str(Path(config.model)), listen=str(http_server.bound_address(sock)))
+        watching = asyncio.create_task(_end_with_engine(link, stop))
+        try:
+            await http_server.serve(create_app(settings.role, served, link), sock, stop, link.fail_all)
+        finally:
+            watching.cancel()
+            await link.close()
+    return stop.exit_code
+
+
+async def _end_with_engine(link: EngineLink, stop: http_server.Stop) -> None:
+    gone = await link.ended()
+    _log.error(str(gone))
+    stop.request(gone.exit_code or 1)
+
+
+def create_app(role: str, served: ServedModel, link: EngineLink) -> FastAPI:
+    """The HTTP surface of a worker. ``role``: "prefill" or "decode"."""
+    front = _Front(role, served, link)
+    app = http_server.create_app()
+    app.add_api_route("/health", front.health, methods=["GET"])
+    app.add_api_route("/v1/models", front.models, methods=["GET"])
+    app.add_api_route(worker_api.INFO_PATH, front.info, methods=["GET"])
+    app.add_api_route(worker_api.STATUS_PATH, front.status, methods=["GET"])
+    if role == "prefill":
+        app.add_api_route(worker_api.PREFILL_PATH, front.prefill, methods=["POST"])
+    else:
+        app.add_api_route(worker_api.COMPLETIONS_PATH, front.completions, methods=["POST"])
+    return app
+
+
+class _Front:
+    def __init__(self, role: str, served: ServedModel, link: EngineLink) -> None:
+        self._role = role
+        self._served = served
+        self._link = link
+
+    async def health(self, _request: Request) -> Response:
+        return http_server.json_response(b'{"status":"live"}')
+
+    async def models(self, _request: Request) -> Response:
+        ready = self._ready()
+        return http_server.json_response(openai_api.encode_models([self._served.name], ready.max_model_len))
+
+    async def info(self, _request: Request) -> Response:
+        ready = self._link.ready
+        info = worker_api.WorkerInfo(role=self._role, ready=False, model=self._served.name, version=pdkv.__version__)
+        if ready is not None:
+            info = msgspec.structs.replace(
+                info,
+                ready=True,
+                incarnation=f"{ready.incarnation:016x}",
+                control=ready.control,
+                manifest_digest=ready.manifest_digest,
+                model_fingerprint=ready.model_fingerprint,
+                max_model_len=ready.max_model_len,
+                block_size=ready.block_size,
+                num_pages=ready.num_pages,
+                bytes_per_token=ready.bytes_per_token,
+                num_regions=ready.num_regions,
+                transport=ready.transport,
+            )
+        return http_server.json_response(msgspec.json.encode(info))
+
+    async def status(self, _request: Request) -> Response:
+        self._ready()
+        try:
+            return http_server.json_response(msgspec.json.encode(await self._link.status()))
+        except EngineGoneError as exc:
+            raise ApiError.of(503, str(exc), code=FailureCode.SHUTDOWN.value) from exc
+
+    async def prefill(self, request: Request) -> Response:
+        """Answers when the prompt's state stands ready for the decode worker."""
+        ready = self._ready()
+        transfer, deadline_s = _transfer(request), _deadline(request)
+        with structlog.contextvars.bound_contextvars(transfer=transfer.hex()):
+            asked, prompt = await self._read(request)
+            openai_api.check_length(len(prompt), 1, ready.max_model_len)
+            job = PrefillJob(transfer, prompt, _sampling(asked, transfer), deadline_s)
+            with self._link.open(job) as events:
+                event = await http_server.unless_gone(request, events.next())
+        if isinstance(event, JobFailed):
+            raise _failure(event)
+        return http_server.json_response(msgspec.json.encode(worker_api.Prefilled(len(prompt))))
+
+    async def completions(self, request: Request) -> Response:
+        """Answers, or begins to, when the first token is there; until then every failure has a status of its own."""
+        ready = self._ready()
+        transfer, deadline_s = _transfer(request), _deadline(request)
+        control, incarnation = _prefill_peer(request)
+        structlog.contextvars.bind_contextvars(transfer=transfer.hex())
+        asked, prompt = await self._read(request)
+        openai_api.check_length(len(prompt), asked.max_tokens, ready.max_model_len)
+        job = DecodeJob(
+            transfer=transfer,
+            num_prompt_tokens=len(prompt),
+            max_tokens=asked.max_tokens,
+            sampling=_sampling(asked, transfer),
+            ignore_eos=asked.ignore_eos,
+            prefill_control=control,
+            prefill_incarnation=incarnation,
+            deadline_s=deadline_s,
+        )
+        debug = None
+        if request.headers.get(worker_api.DEBUG) == "1":
+            debug = DebugBlock(http_server.request_id(request), transfer.hex(), control, None)
+        answer = _Answer(asked, self._served, len(prompt), debug)
+        with contextlib.ExitStack() as stack:
+            events = stack.enter_context(self._link.open(job))
+            first = await http_server.unless_gone(request, events.next())
+            if isinstance(first, JobFailed):
+                raise _failure(first)
+            if asked.stream:
+                return _JobStream(answer.stream(first, events), stack.pop_all())
+            return http_server.json_response(await http_server.unless_gone(request, answer.whole(first, events)))
+
+    def _ready(self) -> EngineReady:
+        if self._link.ready is None:
+            raise ApiError.of(503, "the model is still loading", code="loading", retry_after_s=1)
+        return self._link.ready
+
+    async def _read(self, request: Request) -> tuple[CompletionRequest, list[int]]:
+        """The request with its prompt as token ids that the model knows."""
+        asked = openai_api.parse_completion(await http_server.read_body(request))
+        openai_api.check_model(asked, (self._served.name, self._served.path))
+        prompt = await self._encode(asked.prompt) if isinstance(asked.prompt, str) else asked.prompt
+        openai_api.check_token_ids(prompt, self._served.vocab_size)
+        return asked, prompt
+
+    async def _encode(self, text: str) -> list[int]:
+        codec = self._served.codec
+        if codec is None:
+            raise RequestError(
+                f"the model {self._served.name!r} has no tokenizer.json; send 'prompt' as a list of token ids",
+                param="prompt",
+            )
+        return codec.encode(text) if len(text) < _LONG_TEXT else await asyncio.to_thread(codec.encode, text)
+
+
+class _Answer:
+    """Turns one job's messages into OpenAI's answer, whole or as a stream."""
+
+    def __init__(
+        self, asked: CompletionRequest, served: ServedModel, num_prompt_tokens: int, debug: DebugBlock | None
+    ) -> None:
+        self._asked = asked
+        self._model = served.name
+        self._text = TextStream(served.codec)
+        self._num_prompt_tokens = num_prompt_tokens
+        self._num_tokens = 0
+        self._debug = debug
+        self._id = f"cmpl-{time.time_ns():x}"
+        self._created = int(time.time())
+
+    async def whole(self, event: JobEvent, events: JobEvents) -> bytes:
+        """The body of a 200. Raises ApiError when the job fails on the way."""
+        text: list[str] = []
+        tokens: list[int] = []
+        while isinstance(event, TokensOut):
+            tokens += event.tokens
+            text.append(self._push(event))
+            event = await events.next()
+        if isinstance(event, JobFailed):
+            raise _failure(event)
+        text.append(self._text.finish())
+        completion = self._completion(self._choice("".join(text), tokens, event.reason))
+        return msgspec.json.encode(
+            msgspec.structs.replace(completion, usage=self._usage(), pdkv=self._debug_block(event))
+        )
+
+    async def stream(self, event: JobEvent, events: JobEvents) -> AsyncIterator[bytes]:
+        """Server-sent events; a failure on the way is an error event, and no [DONE] follows it."""
+        while isinstance(event, TokensOut):
+            yield self._chunk(self._choice(self._push(event), event.tokens, None))
+            event = await events.next()
+        if isinstance(event, JobFailed):
+            yield openai_api.encode_event(_failure(event).body)
+            return
+        yield self._chunk(self._choice(self._text.finish(), [], event.reason), event)
+        if self._asked.include_usage:
+            yield openai_api.encode_event(msgspec.structs.replace(self._completion(), usage=self._usage()))
+        yield openai_api.END_OF_STREAM
+
+    def _push(self, event: TokensOut) -> str:
+        self._num_tokens += len(event.tokens)
+        return self._text.push(event.tokens)
+
+    def _chunk(self, choice: Choice, finished: JobFinished | None = None) -> bytes:
+        chunk = self._completion(choice)
+        if self._asked.include_usage:
+            chunk = msgspec.structs.replace(chunk, usage=None)
+        if finished is not None:
+            chunk = msgspec.structs.replace(chunk, pdkv=self._debug_block(finished))
+        return openai_api.encode_event(chunk)
+
+    def _choice(self, text: str, tokens: list[int], reason: str | None) -> Choice:
+        token_ids = tokens if self._asked.return_token_ids else msgspec.UNSET
+        return Choice(text=text, finish_reason=reason, token_ids=token_ids)
+
+    def _completion(self, *choices: Choice) -> Completion:
+        return Completion(id=self._id, created=self._created, model=self._model, choices=choices)
+
+    def _usage(self) -> Usage:
+        return Usage.of(self._num_prompt_tokens, self._num_tokens)
+
+    def _debug_block(self, finished: JobFinished) -> DebugBlock | msgspec.UnsetType:
+        if self._debug is None:
+            return msgspec.UNSET
+        return msgspec.structs.replace(self._debug, transfer=finished.report)
+
+
+class _JobStream(StreamingResponse):
+    """A stream that ends its job even when the client goes before the first event was asked for."""
+
+    def __init__(self, content: AsyncIterator[bytes], job: contextlib.ExitStack) -> None:
+        super().__init__(content, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._job = job
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._job:
+            await super().__call__(scope, receive, send)
+
+
+def _failure(failed: JobFailed) -> ApiError:
+    retry = 1 if failed.status in (429, 503) else None
+    return ApiError.of(failed.status, failed.message, code=failed.code, retry_after_s=retry)
+
+
+def _sampling(asked: CompletionRequest, transfer: bytes) -> Sampling:
+    """Both workers draw from the same seed, also when the client gave none."""
+    seed = asked.seed if asked.seed is not None else int.from_bytes(transfer[:8], "little") >> 1
+    return Sampling(asked.temperature, seed)
+
+
+def _transfer(request: Request) -> bytes:
+    with contextlib.suppress(ValueError):
+        transfer = bytes.fromhex(request.headers.get(worker_api.TRANSFER, ""))
+        if len(transfer) == 16:
+            return transfer
+    raise RequestError(
+        f"the header {worker_api.TRANSFER} is missing or not 32 hex digits: this is a worker of a pdkv deployment; "
+        "send requests to its router"
+    )
+
+
+def _deadline(request: Request) -> float:
+    with contextlib.suppress(ValueError):
+        seconds = float(request.headers.get(worker_api.DEADLINE, ""))
+        if 0 < seconds < float("inf"):
+            return seconds
+    raise RequestError(f"the header {worker_api.DEADLINE} must hold the seconds that are left, a number above 0")
+
+
+def _prefill_peer(request: Request) -> tuple[str, int]:
+    control = request.headers.get(worker_api.PREFILL_CONTROL, "")
+    with contextlib.suppress(ValueError):
+        incarnation = int(request.headers.get(worker_api.PREFILL_INCARNATION, ""), 16)
+        if control.startswith("tcp://") and 0 <= incarnation < 2**64:
+            return control, incarnation
+    raise RequestError(
+        f"the headers {worker_api.PREFILL_CONTROL} and {worker_api.PREFILL_INCARNATION} must name a prefill worker: "
+        "this is a decode worker; send requests to the router"
+    )

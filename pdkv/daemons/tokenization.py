@@ -1,0 +1,83 @@
+"""Text to token ids and back, the way back in pieces that join to the whole text."""
+
+from pathlib import Path
+
+import tokenizers
+
+from pdkv.errors import ModelError
+
+_REPLACEMENT = "\ufffd"
+
+
+class TextCodec:
+    """A checkpoint's tokenizer. Safe to share between threads."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+
+    @classmethod
+    def load(cls, model_dir: Path) -> "TextCodec | None":
+        """The tokenizer of a checkpoint; None when it has none and therefore serves token ids only."""
+        path = model_dir / "tokenizer.json"
+        if not path.exists():
+            return None
+        try:
+            return cls(tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8")))
+        except Exception as exc:  # noqa: BLE001  the library raises bare Exception and nothing narrower
+            raise ModelError(f"{path} is not a tokenizer: {exc}") from exc
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids with the special tokens that the checkpoint's tokenizer adds to a text."""
+        ids: list[int] = self._tokenizer.encode(text).ids
+        return ids
+
+    def decode(self, token_ids: list[int]) -> str:
+        """The text of all ids, without special tokens."""
+        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        return text
+
+
+class TextStream:
+    """Turns tokens that come one by one into text that is never taken back; owned by one request.
+
+    A character whose bytes are spread over tokens is held back until it is whole. Only a window of recent tokens is
+    decoded anew for each token: it starts where the text last was complete, with the tokens before it as context,
+    because decoders treat the first token of a text differently (leading space).
+    """
+
+    def __init__(self, codec: TextCodec | None) -> None:
+        self._codec = codec
+        self._window: list[int] = []
+        self._num_context = 0
+        """Leading tokens of the window whose text went out before."""
+        self._sent = 0
+        """Characters of the window's text that went out, those of the context included."""
+
+    def push(self, token_ids: list[int]) -> str:
+        """The text that these tokens complete; "" while there is none, and always without a tokenizer."""
+        if self._codec is None:
+            return ""
+        self._window += token_ids
+        text = self._codec.decode(self._window)
+        complete = text.rstrip(_REPLACEMENT)
+        new = complete[self._sent :]
+        self._sent = max(self._sent, len(complete))
+        if len(complete) == len(text) and new:
+            self._advance()
+        return new
+
+    def finish(self) -> str:
+        """What is held back: the text of bytes that never became a character."""
+        if self._codec is None:
+            return ""
+        rest = self._codec.decode(self._window)[self._sent :]
+        self._sent += len(rest)
+        return rest
+
+    def _advance(self) -> None:
+        assert self._codec is not None, "without a tokenizer there is no window"
+        self._window = self._window[self._num_context :]
+        self._num_context = len(self._window)
+        self._sent = len(self._codec.decode(self._window))

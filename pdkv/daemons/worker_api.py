@@ -1,0 +1,44 @@
+"""What router and workers say to each other over HTTP, besides OpenAI's own requests and answers."""
+
+import msgspec
+
+INFO_PATH = "/pdkv/v1/info"
+STATUS_PATH = "/pdkv/v1/status"
+PREFILL_PATH = "/pdkv/v1/prefill"
+COMPLETIONS_PATH = "/v1/completions"
+
+REQUEST_ID = "x-request-id"
+TRANSFER = "x-pdkv-transfer"
+"""The transfer id, 32 hex digits, the same for P and D."""
+DEADLINE = "x-pdkv-deadline"
+"""Seconds that are left to the request; a duration, because clocks of two machines are never compared."""
+PREFILL_CONTROL = "x-pdkv-prefill-control"
+PREFILL_INCARNATION = "x-pdkv-prefill-incarnation"
+DEBUG = "x-pdkv-debug"
+
+
+class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """Answer of ``GET /pdkv/v1/info``. What only a loaded engine knows is empty until ``ready``."""
+
+    role: str
+    ready: bool
+    model: str
+    incarnation: str = ""
+    """16 hex digits."""
+    control: str = ""
+    """zmq endpoint of the control channel."""
+    manifest_digest: str = ""
+    model_fingerprint: str = ""
+    max_model_len: int = 0
+    block_size: int = 0
+    num_pages: int = 0
+    bytes_per_token: int = 0
+    num_regions: int = 0
+    transport: str = ""
+    version: str = ""
+
+
+class Prefilled(msgspec.Struct, frozen=True):
+    """Answer of ``POST /pdkv/v1/prefill``: the state of these many tokens is ready to be read."""
+
+    prompt_tokens: int
