@@ -1,7 +1,7 @@
 """Whether two workers may exchange state: every difference between their manifests, in words."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 
 import msgspec
 
@@ -72,10 +72,12 @@ def differences(prefill: Sequence[Manifest], decode: Sequence[Manifest]) -> tupl
         if getattr(prefill[0], field) != getattr(decode[0], field)
     ]
     offered, needed = facts_by_key(prefill), facts_by_key(decode)
-    missing = sorted(needed.keys() - offered.keys())
-    extra = sorted(offered.keys() - needed.keys())
-    found += _absences(missing, "decode needs {} for {}; prefill offers none", offered=False)
-    found += _absences(extra, "prefill holds {} for {}; decode has no room for it", offered=True)
+    for name, where in _absences(needed.keys(), offered.keys()):
+        message = f"decode needs {name} for {where}; prefill offers none"
+        found.append(ManifestDifference(name, "none", where, message))
+    for name, where in _absences(offered.keys(), needed.keys()):
+        message = f"prefill holds {name} for {where}; decode has no room for it"
+        found.append(ManifestDifference(name, where, "none", message))
     for key in sorted(needed.keys() & offered.keys()):
         if offered[key] != needed[key]:
             found.append(_fact_difference(key, offered[key], needed[key]))
@@ -106,20 +108,18 @@ def _fact_difference(key: RegionKey, prefill: RegionFacts, decode: RegionFacts) 
     )
 
 
-def _absences(keys: Sequence[RegionKey], sentence: str, *, offered: bool) -> list[ManifestDifference]:
-    """One difference a region name, its layers (and heads, unless all of a layer's are gone alike) as ranges."""
-    by_name: dict[str, dict[int, list[int]]] = {}
-    for key in keys:
-        by_name.setdefault(key.name, {}).setdefault(key.layer, []).append(key.head)
+def _absences(keys: Set[RegionKey], others: Set[RegionKey]) -> list[tuple[str, str]]:
+    """Region names of which ``others`` lacks something, each with its layers, and its heads unless all are gone."""
+    missing: dict[str, dict[int, list[int]]] = {}
+    for key in sorted(keys - others):
+        missing.setdefault(key.name, {}).setdefault(key.layer, []).append(key.head)
     found = []
-    for name, layers in by_name.items():
-        heads = {tuple(h) for h in layers.values()}
-        where = f"layers {ranges(layers)}" if len(layers) > 1 else f"layer {ranges(layers)}"
-        if any(len(h) == 1 and h != (0,) for h in heads) or len(heads) > 1:
-            where += f" (heads {ranges(sorted({h for group in heads for h in group}))})"
-        has, lacks = f"{len(layers)} layers", "none"
-        prefill, decode = (has, lacks) if offered else (lacks, has)
-        found.append(ManifestDifference(name, prefill, decode, sentence.format(name, where)))
+    for name, layers in missing.items():
+        where = f"layer{'s' if len(layers) > 1 else ''} {ranges(layers)}"
+        partly = {key.head for key in keys & others if key.name == name and key.layer in layers}
+        if partly:
+            where += f" (heads {ranges(sorted({head for heads in layers.values() for head in heads}))})"
+        found.append((name, where))
     return found
 
 
