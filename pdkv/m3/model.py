@@ -43,6 +43,8 @@ class M3Model:
     def __init__(self, config: M3Config, weights: M3Weights, device: str | torch.device = "cpu") -> None:
         self.config = config
         self.device = torch.device(device)
+        self.dtype: torch.dtype = getattr(torch, config.dtype)
+        """What K/V and index keys are stored in unless told otherwise; maths on a CPU is float32 all the same."""
         self._weights = weights
 
     @torch.no_grad()
@@ -68,7 +70,7 @@ class M3Model:
 def load_model(model_dir: Path, device: str = "cpu", dtype: str = "auto") -> M3Model:
     """Load a checkpoint directory. ``dtype``: float32, bfloat16, or auto for the checkpoint's own.
 
-    Weights are rounded to that dtype, and ``model.config.dtype`` names it (K/V and index keys are to be stored in it).
+    Weights are rounded to that dtype, and ``model.dtype`` is it.
     On a CPU they are then held, and all maths is done, in float32: faster there, and never less exact.
     """
     config = load_config(model_dir)
