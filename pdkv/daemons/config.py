@@ -92,7 +92,7 @@ class RoleConfig(BaseSettings):
     ] = "auto"
 
 
-class _Served(RoleConfig):
+class ServedConfig(RoleConfig):
     """What ``pdkv up`` hands on to each of its workers."""
 
     model: Annotated[Path, Field(description="Checkpoint folder: config.json, *.safetensors, tokenizer.json.")]
@@ -123,7 +123,7 @@ class _Served(RoleConfig):
     ] = 10.0
 
 
-class WorkerConfig(_Served):
+class WorkerConfig(ServedConfig):
     """A prefill or decode worker."""
 
     listen: Annotated[AddressText, Field(description="HTTP address, for the router.")]
@@ -174,9 +174,10 @@ class RouterConfig(RoleConfig):
     request_timeout: Annotated[float, Field(gt=0, description="Seconds that a request may take in all.")] = 600.0
     retries: Annotated[int, Field(ge=0, le=10, description="New tries, on another pair, before the first byte.")] = 2
     poll_interval: Annotated[float, Field(gt=0, description="Seconds between looks at each worker."), _ADVANCED] = 1.0
+    reuse_port: Annotated[bool, Flag(hidden=True)] = False
 
 
-class UpConfig(_Served):
+class UpConfig(ServedConfig):
     """A whole deployment on this machine."""
 
     num_prefill: Annotated[int, Field(ge=1, description="Prefill workers."), Flag("prefill")] = 1

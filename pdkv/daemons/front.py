@@ -129,7 +129,7 @@ class _Front:
 
     async def models(self, _request: Request) -> Response:
         ready = self._ready()
-        return http_server.json_response(openai_api.encode_models([self._served.name], ready.max_model_len))
+        return http_server.json_response(openai_api.encode_models({self._served.name: ready.max_model_len}))
 
     async def info(self, _request: Request) -> Response:
         ready = self._link.ready
@@ -162,6 +162,11 @@ class _Front:
         """Answers when the prompt's state stands ready for the decode worker."""
         ready = self._ready()
         transfer, deadline_s = _transfer(request), _deadline(request)
+        if (
+            request.headers.get(worker_api.PREFILL_INCARNATION, f"{ready.incarnation:016x}")
+            != f"{ready.incarnation:016x}"
+        ):
+            raise ApiError.of(503, "this worker has restarted since the router chose it", code="stale_incarnation")
         with structlog.contextvars.bound_contextvars(transfer=transfer.hex()):
             asked, prompt = await self._read(request)
             openai_api.check_length(len(prompt), 1, ready.max_model_len)

@@ -100,6 +100,10 @@ class ErrorBody(msgspec.Struct, frozen=True):
     code: str | None = None
 
 
+class _ErrorForm(msgspec.Struct, frozen=True):
+    error: ErrorBody
+
+
 class ApiError(Exception):
     """An answer other than 200, in OpenAI's form. ``retry_after_s`` becomes the header of that name."""
 
@@ -125,6 +129,15 @@ class ApiError(Exception):
     @classmethod
     def from_request_error(cls, exc: RequestError) -> "ApiError":
         return cls.of(exc.status, str(exc), code=exc.code, param=exc.param)
+
+    @classmethod
+    def decode(cls, status: int, body: bytes, retry_after: str | None) -> "ApiError":
+        """The error that a worker answered with, or a stand-in for a body that is none."""
+        retry_after_s = int(retry_after) if retry_after and retry_after.isdecimal() else None
+        try:
+            return cls(status, msgspec.json.decode(body, type=_ErrorForm).error, retry_after_s)
+        except msgspec.MsgspecError:
+            return cls.of(502, f"a worker answered with status {status} and no explanation", code="internal")
 
     def encode(self) -> bytes:
         return msgspec.json.encode({"error": self.body})
@@ -208,12 +221,12 @@ def encode_event(event: Completion | ErrorBody) -> bytes:
 END_OF_STREAM = b"data: [DONE]\n\n"
 
 
-def encode_models(names: Sequence[str], max_model_len: int) -> bytes:
-    """The body of ``GET /v1/models``."""
+def encode_models(models: Mapping[str, int]) -> bytes:
+    """The body of ``GET /v1/models``; ``models`` maps a name to its longest context in tokens."""
     created = int(time.time())
     data = [
-        {"id": name, "object": "model", "created": created, "owned_by": "pdkv", "max_model_len": max_model_len}
-        for name in names
+        {"id": name, "object": "model", "created": created, "owned_by": "pdkv", "max_model_len": longest}
+        for name, longest in models.items()
     ]
     return msgspec.json.encode({"object": "list", "data": data})
 

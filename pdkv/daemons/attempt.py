@@ -1,0 +1,157 @@
+"""One try of one request: P and D asked at once under a new transfer id, and how the pair of answers is judged."""
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import Mapping
+
+import httpx
+import structlog
+
+from pdkv.daemons.openai_api import ApiError
+from pdkv.daemons.worker_api import (
+    COMPLETIONS_PATH,
+    DEADLINE,
+    PREFILL_CONTROL,
+    PREFILL_INCARNATION,
+    PREFILL_PATH,
+    TRANSFER,
+)
+from pdkv.daemons.worker_pool import Pair
+
+_DECODE_REFUSAL_S = 0.5
+"""D's own refusal of a request is waited for this long after P's, because D's says more."""
+_log = structlog.get_logger(__name__)
+
+
+class AttemptFailedError(Exception):
+    """A try that another one may do better than. ``error`` is what the client gets if none does."""
+
+    def __init__(self, error: ApiError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+class Upstream:
+    """D's answer, its headers here and its body still to be read, with P's request beside it. Close it."""
+
+    def __init__(self, decode: httpx.Response, prefill: asyncio.Task[httpx.Response]) -> None:
+        self.decode = decode
+        self._prefill = prefill
+
+    @property
+    def is_stream(self) -> bool:
+        return str(self.decode.headers.get("content-type", "")).startswith("text/event-stream")
+
+    async def read(self) -> bytes:
+        """The whole body. Raises AttemptFailedError when D's connection breaks on the way."""
+        try:
+            return await self.decode.aread()
+        except httpx.HTTPError as exc:
+            raise _lost("decode", exc) from exc
+
+    async def close(self) -> None:
+        """Drop both connections; a worker that is still at the request hears of it and ends the job."""
+        self._prefill.cancel()
+        await asyncio.gather(self._prefill, return_exceptions=True)
+        await self.decode.aclose()
+
+
+async def attempt(
+    client: httpx.AsyncClient, pair: Pair, body: bytes, headers: Mapping[str, str], seconds_left: float
+) -> Upstream:
+    """Ask both workers; returns when D has begun to answer, be it with a refusal that the client should see.
+
+    Raises AttemptFailedError when either side fails before that. When it raises, or is cancelled, both requests have
+    been dropped.
+    """
+    transfer = secrets.token_hex(16)
+    common = {
+        **headers,
+        "content-type": "application/json",
+        TRANSFER: transfer,
+        DEADLINE: f"{seconds_left:.3f}",
+        PREFILL_CONTROL: pair.prefill_control,
+        PREFILL_INCARNATION: pair.prefill_incarnation,
+    }
+    _log.debug("asking", transfer=transfer, prefill=pair.prefill.url, decode=pair.decode.url)
+    decode = asyncio.create_task(_post(client, "decode", pair.decode.url + COMPLETIONS_PATH, body, common))
+    prefill = asyncio.create_task(_prefill(client, pair.prefill.url + PREFILL_PATH, body, common))
+    try:
+        answer = await _judge(decode, prefill)
+        if not decode.done():
+            await _drop(decode)
+    except BaseException:
+        await _drop(decode, prefill)
+        raise
+    return Upstream(answer, prefill)
+
+
+async def _drop(*requests: asyncio.Task[httpx.Response]) -> None:
+    for request in requests:
+        request.cancel()
+    for result in await asyncio.gather(*requests, return_exceptions=True):
+        if isinstance(result, httpx.Response):
+            await result.aclose()
+
+
+async def _judge(decode: asyncio.Task[httpx.Response], prefill: asyncio.Task[httpx.Response]) -> httpx.Response:
+    """The answer to give. Once D has begun to answer, what becomes of P's own answer does not matter."""
+    await asyncio.wait((decode, prefill), return_when=asyncio.FIRST_COMPLETED)
+    if not decode.done():
+        refused = _refusal(prefill.result())
+        if refused is not None:
+            with contextlib.suppress(TimeoutError, AttemptFailedError):
+                async with asyncio.timeout(_DECODE_REFUSAL_S):
+                    return await _checked(asyncio.shield(decode), "decode")
+            return refused
+    return await _checked(decode, "decode")
+
+
+async def _checked(pending: "asyncio.Future[httpx.Response]", side: str) -> httpx.Response:
+    return await _pass_or_fail(await pending, side)
+
+
+async def _prefill(client: httpx.AsyncClient, url: str, body: bytes, headers: Mapping[str, str]) -> httpx.Response:
+    response = await _pass_or_fail(await _post(client, "prefill", url, body, headers), "prefill")
+    try:
+        await response.aread()
+    except httpx.HTTPError as exc:
+        raise _lost("prefill", exc) from exc
+    finally:
+        await response.aclose()
+    return response
+
+
+async def _post(
+    client: httpx.AsyncClient, side: str, url: str, body: bytes, headers: Mapping[str, str]
+) -> httpx.Response:
+    try:
+        return await client.send(client.build_request("POST", url, content=body, headers=dict(headers)), stream=True)
+    except httpx.HTTPError as exc:
+        raise _lost(side, exc) from exc
+
+
+async def _pass_or_fail(response: httpx.Response, side: str) -> httpx.Response:
+    """The response, unless another try may do better: every 5xx but a deadline that has passed, and 429."""
+    status = response.status_code
+    if status in {200, 504} or (400 <= status < 500 and status != 429):
+        return response
+    try:
+        body = await response.aread()
+    except httpx.HTTPError as exc:
+        raise _lost(side, exc) from exc
+    finally:
+        await response.aclose()
+    raise AttemptFailedError(ApiError.decode(status, body, response.headers.get("retry-after")))
+
+
+def _refusal(prefill: httpx.Response) -> httpx.Response | None:
+    return prefill if prefill.status_code != 200 else None
+
+
+def _lost(side: str, exc: httpx.HTTPError) -> AttemptFailedError:
+    what = f"{type(exc).__name__}: {exc}".removesuffix(": ")
+    return AttemptFailedError(
+        ApiError.of(502, f"the {side} worker was lost before it answered ({what})", code="peer_lost", retry_after_s=1)
+    )

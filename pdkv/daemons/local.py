@@ -1,0 +1,179 @@
+"""A whole deployment on this machine: prefill workers, decode workers and a router on free ports of 127.0.0.1."""
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable, Sequence
+
+import httpx
+import structlog
+
+from pdkv.daemons import http_server
+from pdkv.daemons.config import (
+    Address,
+    DecodeConfig,
+    RouterConfig,
+    ServedConfig,
+    UpConfig,
+    child_environment,
+    flag_name,
+)
+from pdkv.daemons.supervisor import ChildSpec, Supervisor
+from pdkv.errors import PdkvError
+
+_POLL_S = 0.1
+_REMIND_S = 15.0
+_log = structlog.get_logger(__name__)
+
+
+class StartFailedError(PdkvError):
+    """A child died before the deployment was ready; its own messages say why."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("a process of the deployment ended during the start; its messages above say why")
+        self.exit_code = exit_code
+
+
+class Deployment:
+    """A deployment that is ready to serve."""
+
+    def __init__(self, url: str, supervisor: Supervisor) -> None:
+        self.url = url
+        self.supervisor = supervisor
+
+
+@contextlib.asynccontextmanager
+async def deployed(config: UpConfig, print_line: Callable[[str], None]) -> AsyncIterator[Deployment]:
+    """Start a deployment, wait until it is ready, and end all of it on leaving. Raises StartFailedError."""
+    addresses: list[Address] = []
+    with contextlib.ExitStack() as stack:
+        for host, port in [(config.host, config.port), *[("127.0.0.1", 0)] * (config.num_prefill + config.num_decode)]:
+            reserved = stack.enter_context(_reserve(host, port))
+            addresses.append(http_server.bound_address(reserved))
+        environment = child_environment(OMP_WAIT_POLICY="PASSIVE")
+        supervisor = Supervisor(
+            child_specs(config, addresses[0], addresses[1:]),
+            environment,
+            restart=not config.no_restart,
+            print_line=print_line,
+        )
+        url = f"http://{_reachable(addresses[0])}"
+        async with supervisor.running():
+            await _until_ready(url, supervisor)
+            supervisor.settle()
+            yield Deployment(url, supervisor)
+
+
+async def run_up(config: UpConfig) -> int:
+    """``pdkv up``: serve until a signal; returns the exit code."""
+    stop = http_server.Stop()
+    with stop.on_signals():
+        serving = asyncio.create_task(_serve(config))
+        stopping = asyncio.create_task(stop.wait())
+        await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if serving.done():
+            await serving  # it ends only by failing
+        _log.info("ending")
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
+    return stop.exit_code
+
+
+async def _serve(config: UpConfig) -> None:
+    async with deployed(config, print_to_stderr) as deployment:
+        sys.stdout.write(f"ready: {deployment.url}\n\n  {curl_line(config, deployment.url)}\n\n")
+        sys.stdout.flush()
+        await asyncio.Event().wait()
+
+
+def print_to_stderr(line: str) -> None:
+    """One line of a child, at once."""
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
+def child_specs(config: UpConfig, router: Address, workers: Sequence[Address]) -> list[ChildSpec]:
+    """The command lines of all children; ``workers``: the prefill workers' addresses, then the decode workers'."""
+    names = [f"prefill-{i}" for i in range(config.num_prefill)] + [f"decode-{i}" for i in range(config.num_decode)]
+    assert len(names) == len(workers), "one address a worker"
+    cores = len(os.sched_getaffinity(0))
+    threads = config.threads or max(1, cores // len(names))
+    log = ("--log-level", config.log_level, "--log-format", _log_format(config.log_format))
+    specs = []
+    for name, address in zip(names, workers, strict=True):
+        role = name.partition("-")[0]
+        args = (role, "--listen", address, "--threads", str(threads), "--reuse-port", *log, *_served_flags(config))
+        specs.append(ChildSpec(name, args))
+    urls = [(names[i].partition("-")[0], f"http://{address}") for i, address in enumerate(workers)]
+    targets = [part for role, url in urls for part in (flag_name(RouterConfig, f"{role}_urls"), url)]
+    timeout = ("--request-timeout", str(config.request_timeout))
+    return [*specs, ChildSpec("router", ("router", "--listen", router, "--reuse-port", *timeout, *log, *targets))]
+
+
+def curl_line(config: UpConfig, url: str) -> str:
+    """A request to try, as a shell command."""
+    has_tokenizer = (config.model / "tokenizer.json").exists()
+    body = {
+        "model": config.served_model_name or config.model.resolve().name,
+        "prompt": "Hello" if has_tokenizer else [1, 2, 3],
+        "max_tokens": 16,
+        "temperature": 0,
+        **({} if has_tokenizer else {"return_token_ids": True}),
+    }
+    return f"curl {url}/v1/completions -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
+
+
+def _served_flags(config: ServedConfig) -> list[str]:
+    flags: list[str] = []
+    for field in ServedConfig.model_fields:
+        value = getattr(config, field)
+        if value not in (None, "") and field not in ("log_level", "log_format"):
+            flags += [flag_name(DecodeConfig, field), str(value)]
+    return flags
+
+
+def _log_format(wanted: str) -> str:
+    """Children write into a pipe; the form is chosen by where their lines end up."""
+    return ("console" if sys.stderr.isatty() else "json") if wanted == "auto" else wanted
+
+
+def _reserve(host: str, port: int) -> socket.socket:
+    """A port that stays ours while the socket is open, also while the child that listens on it is being restarted."""
+    http_server.bind(Address(f"{host}:{port}")).close()  # refuses a port that somebody else reserved in the same way
+    return http_server.bind(Address(f"{host}:{port}"), reuse_port=True)
+
+
+def _reachable(address: Address) -> str:
+    return f"127.0.0.1:{address.port}" if address.host in ("0.0.0.0", "::") else str(address)
+
+
+async def _until_ready(url: str, supervisor: Supervisor) -> None:
+    failing = asyncio.create_task(supervisor.failed())
+    waiting = asyncio.create_task(_poll_health(url))
+    try:
+        await asyncio.wait((failing, waiting), return_when=asyncio.FIRST_COMPLETED)
+        if failing.done():
+            raise StartFailedError(failing.result())
+    finally:
+        for task in (failing, waiting):
+            task.cancel()
+        await asyncio.gather(failing, waiting, return_exceptions=True)
+
+
+async def _poll_health(url: str) -> None:
+    loop = asyncio.get_running_loop()
+    remind_at = loop.time() + _REMIND_S
+    async with httpx.AsyncClient(trust_env=False, timeout=5.0) as client:
+        while True:
+            with contextlib.suppress(httpx.HTTPError):
+                response = await client.get(url + "/health")
+                if response.status_code == 200:
+                    return
+                if loop.time() > remind_at:
+                    _log.info("still waiting", health=response.text)
+                    remind_at = loop.time() + _REMIND_S
+            await asyncio.sleep(_POLL_S)

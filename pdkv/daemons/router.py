@@ -1,0 +1,199 @@
+"""The router: takes clients' requests, gives each to a prefill and a decode worker at once, passes the answer on.
+
+It never looks into a body: workers validate, and it tells a stream by the answer's content type.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+import httpx
+import msgspec
+import structlog
+from fastapi import FastAPI
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from pdkv.daemons import http_server, openai_api, worker_api
+from pdkv.daemons.attempt import AttemptFailedError, Upstream, attempt
+from pdkv.daemons.config import Address, RouterConfig
+from pdkv.daemons.openai_api import ApiError, ErrorBody
+from pdkv.daemons.worker_pool import WorkerPool, WorkerView
+from pdkv.errors import FailureCode
+
+_CONNECT_TIMEOUT_S = 5.0
+_log = structlog.get_logger(__name__)
+
+
+class Health(msgspec.Struct, frozen=True):
+    """Body of ``GET /health``: 200 when ``missing`` is empty, else 503."""
+
+    status: str
+    missing: list[str]
+    workers: list[WorkerView]
+
+
+async def run_router(config: RouterConfig) -> int:
+    """Serve until a signal; returns the exit code."""
+    stop = http_server.Stop()
+    with http_server.bind(Address(config.listen), reuse_port=config.reuse_port) as sock, stop.on_signals():
+        async with open_client() as client:
+            pool = WorkerPool(client, config.prefill_urls, config.decode_urls, config.poll_interval)
+            async with pool.polling():
+                router = Router(client, pool, config.request_timeout, config.retries)
+                _log.info("listening", url=f"http://{http_server.bound_address(sock)}")
+                await http_server.serve(create_app(router), sock, stop, router.cancel_all)
+    return stop.exit_code
+
+
+def open_client() -> httpx.AsyncClient:
+    """The client for workers: no proxy, no limit on connections, no time limit but the request's own."""
+    return httpx.AsyncClient(
+        timeout=httpx.Timeout(None, connect=_CONNECT_TIMEOUT_S),
+        limits=httpx.Limits(
+            max_connections=None, max_keepalive_connections=64, keepalive_expiry=http_server.CLIENT_KEEP_ALIVE_S
+        ),
+        trust_env=False,
+    )
+
+
+def create_app(router: "Router") -> FastAPI:
+    """The HTTP surface for clients."""
+    app = http_server.create_app()
+    app.add_api_route("/health", router.health, methods=["GET"])
+    app.add_api_route("/v1/models", router.models, methods=["GET"])
+    app.add_api_route(worker_api.COMPLETIONS_PATH, router.completions, methods=["POST"])
+    return app
+
+
+class Router:
+    """Routes requests over a pool. Belongs to the event loop's thread."""
+
+    def __init__(self, client: httpx.AsyncClient, pool: WorkerPool, request_timeout_s: float, retries: int) -> None:
+        self._client = client
+        self._pool = pool
+        self._request_timeout_s = request_timeout_s
+        self._retries = retries
+        self._waits: set[asyncio.Timeout] = set()
+        self._stopping = False
+
+    def cancel_all(self) -> None:
+        """End every running request: each is told that the router is going."""
+        self._stopping = True
+        now = asyncio.get_running_loop().time()
+        for wait in self._waits:
+            wait.reschedule(now)
+
+    async def health(self, _request: Request) -> Response:
+        missing = self._pool.missing()
+        health = Health("ready" if not missing else "not ready", missing, self._pool.view())
+        return http_server.json_response(msgspec.json.encode(health), 503 if missing else 200)
+
+    async def models(self, _request: Request) -> Response:
+        models = self._pool.models()
+        if not models:
+            raise self._not_ready()
+        return http_server.json_response(openai_api.encode_models(models))
+
+    async def completions(self, request: Request) -> Response:
+        deadline = asyncio.get_running_loop().time() + self._request_timeout_s
+        body = await http_server.read_body(request)
+        headers = {worker_api.REQUEST_ID: http_server.request_id(request)}
+        if worker_api.DEBUG in request.headers:
+            headers[worker_api.DEBUG] = request.headers[worker_api.DEBUG]
+        answer = await http_server.unless_gone(request, self._route(body, headers, deadline))
+        return _Passed(self._pass_on(answer, deadline), answer) if isinstance(answer, Upstream) else answer
+
+    async def _route(self, body: bytes, headers: dict[str, str], deadline: float) -> "Upstream | Response":
+        """An open stream, or a whole answer. Raises ApiError when no try leads to one."""
+        failed: AttemptFailedError | None = None
+        try:
+            async with self._until(deadline):
+                for _ in range(self._retries + 1):
+                    pair = self._pool.next_pair()
+                    if pair is None:
+                        break
+                    try:
+                        seconds_left = deadline - asyncio.get_running_loop().time()
+                        upstream = await attempt(self._client, pair, body, headers, seconds_left)
+                        return upstream if upstream.is_stream else await self._whole(upstream)
+                    except AttemptFailedError as exc:
+                        failed = exc
+                    _log.warning("try failed", prefill=pair.prefill.url, decode=pair.decode.url, error=str(failed))
+                    await self._pool.doubt(pair.prefill, pair.decode, reason=f"failed a request: {failed}")
+        except TimeoutError:
+            raise self._too_late() from failed
+        raise failed.error if failed else self._not_ready()
+
+    async def _whole(self, upstream: Upstream) -> Response:
+        try:
+            body = await upstream.read()
+        finally:
+            await upstream.close()
+        retry_after = upstream.decode.headers.get("retry-after")
+        headers = {"Retry-After": retry_after} if retry_after else None
+        return http_server.json_response(body, upstream.decode.status_code, headers)
+
+    async def _pass_on(self, upstream: Upstream, deadline: float) -> AsyncIterator[bytes]:
+        """D's events as they come, whole events only; one that ends too soon ends in an error event of ours."""
+        chunks = upstream.decode.aiter_raw()
+        partial = b""
+        last = b""
+        error: ErrorBody | None = None
+        try:
+            while True:
+                async with self._until(deadline):
+                    chunk = await anext(chunks, None)
+                if chunk is None:
+                    break
+                events, end, partial = (partial + chunk).rpartition(b"\n\n")
+                if end:
+                    last = events.rpartition(b"\n\n")[2]
+                    yield events + end
+            if last != openai_api.END_OF_STREAM.strip() and not last.startswith(b'data: {"error"'):
+                error = _broken("it ended without [DONE]")
+        except httpx.HTTPError as exc:
+            error = _broken(f"{type(exc).__name__}: {exc}")
+        except TimeoutError:
+            error = self._too_late().body
+        if error is not None:
+            _log.warning("stream broken", error=error.message)
+            yield openai_api.encode_event(error)
+
+    @contextlib.asynccontextmanager
+    async def _until(self, deadline: float) -> AsyncIterator[None]:
+        async with asyncio.timeout_at(0.0 if self._stopping else deadline) as wait:
+            self._waits.add(wait)
+            try:
+                yield
+            finally:
+                self._waits.discard(wait)
+
+    def _too_late(self) -> ApiError:
+        if self._stopping:
+            return ApiError.of(503, "the router is ending", code=FailureCode.SHUTDOWN.value, retry_after_s=1)
+        return ApiError.of(504, f"no answer within {self._request_timeout_s:g} s", code=FailureCode.DEADLINE.value)
+
+    def _not_ready(self) -> ApiError:
+        return ApiError.of(
+            503, "; ".join(self._pool.missing()) or "no worker is ready", code="not_ready", retry_after_s=1
+        )
+
+
+class _Passed(StreamingResponse):
+    """A stream that is passed on; closes both upstream requests however it ends."""
+
+    def __init__(self, content: AsyncIterator[bytes], upstream: Upstream) -> None:
+        super().__init__(content, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._upstream = upstream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._upstream.close()
+
+
+def _broken(how: str) -> ErrorBody:
+    return ErrorBody(f"the decode worker's answer broke off ({how})", "server_error", code=FailureCode.PEER_LOST.value)

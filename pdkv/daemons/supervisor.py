@@ -1,0 +1,140 @@
+"""Runs child processes: prefixes what they print, starts the dead anew, and leaves none behind."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from asyncio.subprocess import PIPE, STDOUT, Process
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import NamedTuple
+
+import structlog
+
+from pdkv.daemons import lifeline
+
+_TERM_GRACE_S = 12.0
+"""Between SIGTERM and SIGKILL."""
+_FIRST_BACKOFF_S = 1.0
+_LONGEST_BACKOFF_S = 30.0
+_HEALTHY_S = 60.0
+"""A child that lived this long starts anew with the first backoff."""
+_log = structlog.get_logger(__name__)
+
+
+class ChildSpec(NamedTuple):
+    name: str
+    args: tuple[str, ...]
+    """Behind ``python -m pdkv``."""
+
+
+class Supervisor:
+    """Children that are kept alive until ``stop``. Lives on the main thread's event loop."""
+
+    def __init__(
+        self, specs: list[ChildSpec], env: Mapping[str, str], *, restart: bool, print_line: Callable[[str], None]
+    ) -> None:
+        self._specs = specs
+        self._env = dict(env)
+        self._restart = restart
+        self._print_line = print_line
+        self._processes: dict[str, Process] = {}
+        self._stopping = False
+        self._settled = False
+        self._failed: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Start all children; on leaving, end them all: by SIGTERM, and what does not heed it by SIGKILL."""
+        tasks = [asyncio.create_task(self._keep(spec)) for spec in self._specs]
+        try:
+            yield
+        finally:
+            await self._end_all()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def settle(self) -> None:
+        """From now on a child that dies is started anew; before, the first death is the failure of all."""
+        self._settled = True
+
+    async def failed(self) -> int:
+        """Wait until a child has died before ``settle``; returns the exit code to end with."""
+        return await asyncio.shield(self._failed)
+
+    def pids(self) -> dict[str, int]:
+        """Process ids of the children that live, by name."""
+        return {name: process.pid for name, process in self._processes.items() if process.returncode is None}
+
+    async def _keep(self, spec: ChildSpec) -> None:
+        backoff = _FIRST_BACKOFF_S
+        while not self._stopping:
+            started = time.monotonic()
+            code = await self._run(spec)
+            if self._stopping:
+                return
+            how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+            if not self._settled:
+                _log.error("died during the start", child=spec.name, how=how)
+                if not self._failed.done():
+                    self._failed.set_result(code if code > 0 else 1)
+                return
+            if not self._restart:
+                _log.error("died; restarts are switched off", child=spec.name, how=how)
+                return
+            backoff = _FIRST_BACKOFF_S if time.monotonic() - started > _HEALTHY_S else backoff
+            _log.error("died; starting it anew", child=spec.name, how=how, in_s=backoff)
+            await asyncio.sleep(backoff)
+            backoff = min(2 * backoff, _LONGEST_BACKOFF_S)
+
+    async def _run(self, spec: ChildSpec) -> int:
+        process = await asyncio.create_subprocess_exec(
+            *lifeline.command("pdkv", *spec.args),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=PIPE,
+            stderr=STDOUT,
+            env=self._env,
+            start_new_session=True,  # the terminal's Ctrl-C is for us alone, and the group can be killed as one
+        )
+        self._processes[spec.name] = process
+        _log.debug("started", child=spec.name, pid=process.pid)
+        if self._stopping:  # the end came while the child was being made
+            _signal(process, signal.SIGTERM)
+        printing = asyncio.create_task(self._print(spec.name, process))
+        code = await process.wait()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(1.0):
+                await printing
+        return code
+
+    async def _print(self, name: str, process: Process) -> None:
+        assert process.stdout is not None, "it was opened as a pipe"
+        partial = b""
+        while chunk := await process.stdout.read(1 << 16):
+            *lines, partial = (partial + chunk).split(b"\n")
+            for line in lines:
+                self._print_line(f"[{name}] {line.decode('utf-8', 'replace')}")
+        if partial:
+            self._print_line(f"[{name}] {partial.decode('utf-8', 'replace')}")
+
+    async def _end_all(self) -> None:
+        self._stopping = True
+        for process in self._processes.values():
+            _signal(process, signal.SIGTERM)
+        waits = [asyncio.create_task(process.wait()) for process in self._processes.values()]
+        if not waits:
+            return
+        await asyncio.wait(waits, timeout=_TERM_GRACE_S)
+        for name, process in self._processes.items():
+            if process.returncode is None:
+                _log.warning("does not end; killing it", child=name, pid=process.pid)
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+        await asyncio.wait(waits)
+
+
+def _signal(process: Process, number: signal.Signals) -> None:
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(number)

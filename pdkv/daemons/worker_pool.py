@@ -1,0 +1,177 @@
+"""Which workers the router may use: looks at each of them again and again, and hands out pairs in turn."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import NamedTuple
+
+import httpx
+import msgspec
+import structlog
+
+from pdkv.daemons.worker_api import INFO_PATH, WorkerInfo
+
+_POLL_TIMEOUT_S = 2.0
+_QUICK_S = 0.2
+"""Between looks at a worker that is not ready."""
+_log = structlog.get_logger(__name__)
+
+
+class Worker:
+    """One worker as the router last saw it; belongs to the pool."""
+
+    def __init__(self, url: str, role: str) -> None:
+        self.url = url
+        self.role = role
+        self.info: WorkerInfo | None = None
+        """None while it cannot be used; ``problem`` then says why."""
+        self.problem = "not asked yet"
+        self.num_doubts = 0
+        self.kick = asyncio.Event()
+
+
+class Pair(NamedTuple):
+    """A prefill and a decode worker that fit together, and what was known of P when it was chosen."""
+
+    prefill: Worker
+    decode: Worker
+    prefill_control: str
+    prefill_incarnation: str
+
+
+class WorkerView(msgspec.Struct, frozen=True):
+    """One worker, for ``GET /health``."""
+
+    url: str
+    role: str
+    ready: bool
+    problem: str
+    incarnation: str
+    manifest_digest: str
+
+
+class WorkerPool:
+    """All workers of a router. Belongs to the event loop's thread."""
+
+    def __init__(
+        self, client: httpx.AsyncClient, prefill_urls: Sequence[str], decode_urls: Sequence[str], poll_interval_s: float
+    ) -> None:
+        self._client = client
+        self._poll_interval_s = poll_interval_s
+        self._prefill = [Worker(url, "prefill") for url in prefill_urls]
+        self._decode = [Worker(url, "decode") for url in decode_urls]
+        self._turn = 0
+
+    @contextlib.asynccontextmanager
+    async def polling(self) -> AsyncIterator[None]:
+        """Keep looking at all workers while the block runs."""
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(self._watch(worker)) for worker in self.workers()]
+            try:
+                yield
+            finally:
+                for task in tasks:
+                    task.cancel()
+
+    def workers(self) -> Iterator[Worker]:
+        yield from self._prefill
+        yield from self._decode
+
+    def view(self) -> list[WorkerView]:
+        return [
+            WorkerView(
+                url=worker.url,
+                role=worker.role,
+                ready=worker.info is not None,
+                problem=worker.problem,
+                incarnation=worker.info.incarnation if worker.info else "",
+                manifest_digest=worker.info.manifest_digest if worker.info else "",
+            )
+            for worker in self.workers()
+        ]
+
+    def pairs(self) -> list[Pair]:
+        """All ready pairs of equal manifest, diagonals first, so that neighbours share no worker where they can."""
+        wrap = max(len(self._prefill), len(self._decode))
+        found = [
+            ((d - p) % wrap, p, Pair(prefill, decode, prefill.info.control, prefill.info.incarnation))
+            for p, prefill in enumerate(self._prefill)
+            for d, decode in enumerate(self._decode)
+            if prefill.info and decode.info and prefill.info.manifest_digest == decode.info.manifest_digest
+        ]
+        return [pair for _, _, pair in sorted(found, key=lambda entry: entry[:2])]
+
+    def next_pair(self) -> Pair | None:
+        """The pair whose turn it is; None when there is none."""
+        pairs = self.pairs()
+        if not pairs:
+            return None
+        self._turn += 1
+        return pairs[(self._turn - 1) % len(pairs)]
+
+    def missing(self) -> list[str]:
+        """What keeps every pair from being ready; empty when one is."""
+        if self.pairs():
+            return []
+        missing = [
+            f"no {role} worker is ready ({'; '.join(f'{worker.url}: {worker.problem}' for worker in workers)})"
+            for role, workers in (("prefill", self._prefill), ("decode", self._decode))
+            if not any(worker.info for worker in workers)
+        ]
+        return missing or ["no prefill and decode worker have the same manifest (" + self._manifests() + ")"]
+
+    def models(self) -> dict[str, int]:
+        """The models that can be asked for, with the longest context that both of a pair allow."""
+        lengths: dict[str, int] = {}
+        for pair in self.pairs():
+            assert pair.prefill.info, "pairs() gives ready workers"
+            assert pair.decode.info, "pairs() gives ready workers"
+            longest = min(pair.prefill.info.max_model_len, pair.decode.info.max_model_len)
+            lengths[pair.decode.info.model] = max(longest, lengths.get(pair.decode.info.model, 0))
+        return lengths
+
+    async def doubt(self, *workers: Worker, reason: str) -> None:
+        """Do not use these workers until they have answered again; asks them now, and returns when that is known."""
+        for worker in workers:
+            worker.num_doubts += 1
+            worker.info, worker.problem = None, reason
+            worker.kick.set()
+        await asyncio.gather(*(self._poll(worker) for worker in workers))
+
+    async def _watch(self, worker: Worker) -> None:
+        while True:
+            await self._poll(worker)
+            worker.kick.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._poll_interval_s if worker.info else _QUICK_S):
+                    await worker.kick.wait()
+
+    async def _poll(self, worker: Worker) -> None:
+        num_doubts = worker.num_doubts
+        info, problem = await self._ask(worker)
+        if num_doubts != worker.num_doubts:
+            return  # the question was put before the doubt arose
+        before = worker.info
+        worker.info, worker.problem = info, problem
+        if (before and before.incarnation) != (info and info.incarnation):
+            log = _log.info if info else _log.warning
+            log("worker ready" if info else "worker not ready", url=worker.url, worker=worker.role, problem=problem)
+
+    async def _ask(self, worker: Worker) -> tuple[WorkerInfo | None, str]:
+        try:
+            response = await self._client.get(worker.url + INFO_PATH, timeout=_POLL_TIMEOUT_S)
+            info = msgspec.json.decode(response.content, type=WorkerInfo)
+        except (httpx.HTTPError, httpx.InvalidURL) as exc:
+            return None, f"{type(exc).__name__}: {exc}".removesuffix(": ")
+        except msgspec.MsgspecError:
+            return None, "answers, but is no pdkv worker"
+        if info.role != worker.role:
+            return None, f"is a {info.role} worker, but the router was told that it is a {worker.role} worker"
+        return (info, "") if info.ready else (None, "still loading its model")
+
+    def _manifests(self) -> str:
+        return "; ".join(
+            f"{worker.url}: {worker.role} {worker.info.manifest_digest[:16]}"
+            for worker in self.workers()
+            if worker.info
+        )
