@@ -29,7 +29,7 @@ from pdkv.errors import FailureCode, PdkvError, RequestError
 
 JobEvent = TokensOut | JobFinished | JobFailed
 
-_ENGINE_MODULE = "pdkv.daemons.engine_process"
+ENGINE_MODULE = "pdkv.daemons.engine_process"
 _EXIT_GRACE_S = 3.0
 _STATUS_TIMEOUT_S = 5.0
 _log = structlog.get_logger(__name__)
@@ -61,7 +61,7 @@ class EngineLink:
         self._reading = asyncio.create_task(self._read())
 
     @classmethod
-    async def start(cls, settings: WorkerSettings, module: str = _ENGINE_MODULE) -> "EngineLink":
+    async def start(cls, settings: WorkerSettings, module: str = ENGINE_MODULE) -> "EngineLink":
         """Start the engine process and send it its settings. It loads while the caller goes on."""
         ours, theirs = socket.socketpair()
         with theirs:

@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 import pdkv
 from pdkv.daemons import http_server, openai_api, worker_api
 from pdkv.daemons.config import Address, PrefillConfig, WorkerConfig
-from pdkv.daemons.engine_link import EngineGoneError, EngineLink, JobEvent, JobEvents
+from pdkv.daemons.engine_link import ENGINE_MODULE, EngineGoneError, EngineLink, JobEvent, JobEvents
 from pdkv.daemons.link import (
     DecodeJob,
     EngineReady,
@@ -80,13 +80,13 @@ def engine_settings(config: WorkerConfig, served: ServedModel) -> WorkerSettings
     )
 
 
-async def run_worker(config: WorkerConfig) -> int:
+async def run_worker(config: WorkerConfig, engine_module: str = ENGINE_MODULE) -> int:
     """Run a worker until a signal or the end of its engine process; returns the exit code."""
     served = ServedModel.load(config)
     settings = engine_settings(config, served)
     stop = http_server.Stop()
     with http_server.bind(Address(config.listen), reuse_port=config.reuse_port) as sock, stop.on_signals():
-        link = await EngineLink.start(settings)
+        link = await EngineLink.start(settings, engine_module)
         _log.info("loading", model=str(Path(config.model)), listen=str(http_server.bound_address(sock)))
         watching = asyncio.create_task(_end_with_engine(link, stop))
         try:
