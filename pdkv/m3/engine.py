@@ -78,18 +78,25 @@ class Engine:
         return self._scheduler.statistics(num_steps=self._num_steps)
 
     @torch.inference_mode()
-    def _run(self, runs: list[Run]) -> list[Sample]:
+    def _run(self, runs: list[Run]) -> list[Sample | None]:
         device = self._model.device
         logits = self._model.forward(step_batch(runs, device), self._cache)  # [num_samples, vocab] float32
-        wanted = [(run.sampling, run.end) for run in runs if run.sampling is not None]
-        samples: list[Sample] = []
-        if wanted:
-            tokens, logprobs = sample(logits, [params for params, _ in wanted], [position for _, position in wanted])
-            samples = [Sample(token, logprob) for token, logprob in zip(tokens, logprobs, strict=True)]
+        samples = _choose(logits, [run for run in runs if run.sampling is not None])
         if device.type != "cpu":
             # Whoever is told of progress may read the pages: the kernels that wrote them must have ended.
             torch.accelerator.current_stream(device).synchronize()
         return samples
+
+
+def _choose(logits: torch.Tensor, runs: list[Run]) -> list[Sample | None]:  # logits: float32 [num_runs, vocab]
+    """The next token of each run; ``None`` where the logits are not finite, so that one damaged request harms only
+    itself."""
+    is_finite: list[bool] = logits.isfinite().all(dim=1).tolist()
+    rows = [row for row, finite in enumerate(is_finite) if finite]
+    params = [run.sampling for run in runs if run.sampling is not None]
+    tokens, logprobs = sample(logits[rows], [params[row] for row in rows], [runs[row].end for row in rows])
+    chosen = iter(zip(tokens, logprobs, strict=True))
+    return [Sample(*next(chosen)) if finite else None for finite in is_finite]
 
 
 def step_batch(runs: list[Run], device: torch.device) -> StepBatch:

@@ -104,7 +104,8 @@ class RequestFinished(msgspec.Struct, frozen=True):
 
 
 class RequestRefused(msgspec.Struct, frozen=True):
-    """The engine holds nothing of the request. ``never``: asking again is pointless; else it was a lack of room."""
+    """The engine holds nothing of the request (any more). ``never``: asking the same again is pointless, for what it
+    asks; else the cause is here: no room in the queue, or damaged state."""
 
     id: RequestId
     message: str

@@ -26,6 +26,8 @@ from pdkv.m3.requests import (
 from pdkv.m3.sampling import SamplingParams
 from pdkv.memory.pages import PagePool
 
+_NOT_FINITE = "the model's output is not finite: the checkpoint, or the state that the request attends to, is damaged"
+
 
 class TokenBounds(msgspec.Struct, frozen=True, kw_only=True):
     """What the scheduler must know of the model."""
@@ -195,8 +197,8 @@ class Scheduler:
             runs.append(run)
         return runs
 
-    def complete(self, runs: list[Run], samples: list[Sample]) -> list[EngineEvent]:
-        """Account for a step: ``samples`` are those of the runs that wanted one, in order."""
+    def complete(self, runs: list[Run], samples: list[Sample | None]) -> list[EngineEvent]:
+        """Account for a step: ``samples`` of the runs that wanted one, in order; ``None`` ends the request."""
         events: list[EngineEvent] = []
         chosen = iter(samples)
         for run in runs:
@@ -206,7 +208,7 @@ class Scheduler:
                 events.append(PrefillProgress(run.id, run.end))
             if run.sampling is not None:
                 events.extend(self._accept(sequence, next(chosen)))
-        assert next(chosen, None) is None, "more samples than runs that wanted one"
+        assert not list(chosen), "more samples than runs that wanted one"
         return events + self.admit()
 
     @property
@@ -234,9 +236,12 @@ class Scheduler:
     def _num_pages(self, request: EngineRequest) -> int:
         return -(-_num_cached_tokens(request) // self._bounds.block_size)
 
-    def _accept(self, sequence: _Sequence, sample: Sample) -> list[EngineEvent]:
+    def _accept(self, sequence: _Sequence, sample: Sample | None) -> list[EngineEvent]:
         """Take a generated token: tell it, then go on, hold or finish."""
         request = sequence.request
+        if sample is None:
+            self.release(request.id)
+            return [RequestRefused(request.id, _NOT_FINITE, never=False)]
         sequence.last_token = sample.token
         sequence.num_generated += 1
         self._prefilling.pop(request.id, None)

@@ -35,7 +35,7 @@ class LocalWorker(msgspec.Struct, frozen=True):
 
 def local_worker(model: M3Model, num_pages: int, settings: EngineSettings) -> LocalWorker:
     """A worker that stores K/V and index keys in the model's dtype, on the model's device."""
-    dtype = str(model.dtype).removeprefix("torch.")
+    dtype = model.config.dtype
     layout = RowLayout.of(kv_layout(model.config, dtype, dtype))
     if model.device.type == "cpu":
         arena = Arena.allocate(layout, num_pages)
