@@ -13,7 +13,7 @@ TransferId = NewType("TransferId", bytes)
 """128 random bits chosen by the router; one try of one request."""
 
 Incarnation = NewType("Incarnation", int)
-"""Random non-zero 64-bit id of one life of a worker process."""
+"""Random 64-bit id of one life of a worker process; its highest byte is not zero (zmq identities begin so)."""
 
 Int64Array = npt.NDArray[np.int64]
 

@@ -56,13 +56,16 @@ class ServedModel(msgspec.Struct, frozen=True):
         return cls(name, str(config.model), model.vocab_size, longest, TextCodec.load(config.model))
 
 
-def engine_settings(config: WorkerConfig, served: ServedModel) -> WorkerSettings:
-    """The configuration as the engine process takes it."""
+def engine_settings(config: WorkerConfig, served: ServedModel, listen: str) -> WorkerSettings:
+    """The configuration as the engine process takes it. ``listen``: the HTTP address that was bound."""
+    role = "prefill" if isinstance(config, PrefillConfig) else "decode"
+    host = config.advertise_host or Address(config.control_listen).host
     return WorkerSettings(
-        role="prefill" if isinstance(config, PrefillConfig) else "decode",
+        role=role,
         model_dir=str(config.model),
+        name=f"{role}@{host}/{listen}",
         control_listen=f"tcp://{config.control_listen}",
-        advertise_host=config.advertise_host or Address(config.control_listen).host,
+        advertise_host=host,
         num_pages=config.num_pages,
         max_model_len=served.max_model_len,
         max_batch=config.max_batch,
@@ -83,9 +86,9 @@ def engine_settings(config: WorkerConfig, served: ServedModel) -> WorkerSettings
 async def run_worker(config: WorkerConfig, engine_module: str = ENGINE_MODULE) -> int:
     """Run a worker until a signal or the end of its engine process; returns the exit code."""
     served = ServedModel.load(config)
-    settings = engine_settings(config, served)
     stop = http_server.Stop()
     with http_server.bind(Address(config.listen), reuse_port=config.reuse_port) as sock, stop.on_signals():
+        settings = engine_settings(config, served, str(http_server.bound_address(sock)))
         link = await EngineLink.start(settings, engine_module)
         _log.info("loading", model=str(Path(config.model)), listen=str(http_server.bound_address(sock)))
         watching = asyncio.create_task(_end_with_engine(link, stop))

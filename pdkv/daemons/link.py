@@ -20,8 +20,10 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     role: str
     """"prefill" or "decode"."""
     model_dir: str
+    name: str
+    """Tells this worker from others, and is the same after a restart: peers end its old life by it."""
     control_listen: str
-    """zmq endpoint that peers' control messages reach, "tcp://127.0.0.1:0" for any port; used by both roles."""
+    """zmq endpoint that decode workers' control messages reach, "tcp://127.0.0.1:0" for any port. Unused by decode."""
     advertise_host: str
     num_pages: int
     """Pages of the arena, the probe's two included; 0 = sized from ``max_model_len`` and ``max_batch``."""

@@ -1,8 +1,9 @@
 """Control messages: an envelope that any version can read, and typed bodies that only an equal version reads.
 
 Two frames a message. The envelope says who speaks to whom about which transfer, and carries the digest of the sender's
-manifest; it is decoded first. The body is decoded only when the protocol versions agree. Every body but ``Ack`` and
-``Gone`` is acknowledged; all are idempotent. Durations go on the wire, never points in time.
+manifest; it is decoded first. The body is decoded only when the protocol versions agree. A Hello is answered by Welcome
+or Reject; every message of a transfer is acknowledged; all are idempotent. Durations go on the wire, never points in
+time.
 """
 
 from typing import Annotated
@@ -30,7 +31,7 @@ class Envelope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     version: int
     sender: U64
     addressee: U64
-    """Incarnation this message is for; 0 only in a Hello to an address whose incarnation is not known."""
+    """Incarnation this message is for; any other life of that worker answers with Gone."""
     transfer: Id
     seq: U64
     """Number of this *copy*: a re-sent message gets a new one, so that an acknowledgement names the copy that came."""

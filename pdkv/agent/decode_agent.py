@@ -1,0 +1,287 @@
+"""D's agent: carries out what decode sessions decide, over links that have proved themselves."""
+
+import logging
+from collections.abc import Callable, Sequence
+
+from pdkv.agent.events import (
+    AbandonTransfer,
+    AgentStatistics,
+    DecodeAgentEvent,
+    DecodeCommand,
+    Inspect,
+    PagesReturned,
+    StartTransfer,
+    TransferArrived,
+    TransferFacts,
+    TransferFailed,
+    WorkerIdentity,
+)
+from pdkv.agent.loop import Agent
+from pdkv.agent.peer_links import LinkState, PeerLink, PeerLinks
+from pdkv.core.decode_session import DecodeSession, DecodeState
+from pdkv.core.events import (
+    ClosePeer,
+    DecodeEvent,
+    DecodeInstruction,
+    LocalFailure,
+    MessageArrived,
+    PeerLost,
+    Read,
+    ReadEnded,
+    Report,
+    Resume,
+    ReturnPages,
+    Send,
+    Tick,
+)
+from pdkv.errors import ConfigError, FailureCode, HandshakeError
+from pdkv.schema import TransferId
+from pdkv.transport.base import Completion, ReadId, ReadStatus, Transport
+from pdkv.wire.channel import Channel, Received
+from pdkv.wire.messages import NO_TRANSFER, Done, make_envelope
+
+_LOG = logging.getLogger("pdkv.agent")
+
+
+class _PostedRead:
+    """One of a session's reads: as many batches as ranks of P serve it."""
+
+    def __init__(self, read: int, num_bytes: int) -> None:
+        self.read = read
+        self.num_bytes = num_bytes
+        self.batches: set[ReadId] = set()
+        self.error: str | None = None
+
+
+class _Transfer:
+    """One transfer's session and what it has taken so far."""
+
+    def __init__(self, start: StartTransfer, session: DecodeSession, link: PeerLink, at: float) -> None:
+        self.start = start
+        self.session = session
+        self.link = link
+        self.started = at
+        self.num_spans = 0
+        self.landed_bytes = 0
+        self.bytes_before_done: int | None = None
+        self.outstanding = 0
+        self.reading_since = 0.0
+        self.read_s = 0.0
+
+    def facts(self, at: float) -> TransferFacts:
+        plan = self.link.plan
+        assert plan is not None
+        pages = len(self.start.pages)
+        return TransferFacts(
+            num_pages=pages,
+            num_regions=plan.num_regions,
+            num_spans=self.num_spans,
+            num_bytes=self.landed_bytes,
+            bytes_by_region={name: size * pages for name, size in plan.bytes_by_region.items()},
+            bytes_before_done=self.bytes_before_done or 0,
+            read_s=self.read_s,
+            total_s=at - self.started,
+            path=self.link.path,
+            peer=self.link.name,
+        )
+
+
+class DecodeAgent(Agent[DecodeCommand]):
+    """Owned by the agent thread. ``emit`` is called from it; it must only queue."""
+
+    def __init__(
+        self,
+        identity: WorkerIdentity,
+        channel: Channel,
+        transport: Transport,
+        links: PeerLinks,
+        bases: tuple[int, ...],
+        emit: Callable[[DecodeAgentEvent], None],
+    ) -> None:
+        self._identity = identity
+        self._channel = channel
+        self._transport = transport
+        self._links = links
+        self._bases = bases
+        self._emit = emit
+        self._waiting: dict[TransferId, tuple[StartTransfer, PeerLink, float]] = {}
+        self._transfers: dict[TransferId, _Transfer] = {}
+        self._reads: dict[ReadId, tuple[_Transfer, _PostedRead]] = {}
+
+    # ---- what happens
+
+    def on_command(self, command: DecodeCommand, at: float) -> None:
+        match command:
+            case StartTransfer():
+                self._on_start(command, at)
+            case AbandonTransfer(transfer=transfer, code=code, message=message):
+                if transfer in self._waiting:
+                    self._refuse(self._waiting.pop(transfer)[0], code, message)
+                elif transfer in self._transfers:
+                    self._handle(self._transfers[transfer], LocalFailure(code, message), at)
+            case Inspect(answer=answer):
+                answer(self._statistics())
+        self._settle_links(at)
+
+    def on_message(self, received: Received, at: float) -> None:
+        envelope = received.envelope
+        if envelope.addressee != self._identity.incarnation:
+            self._channel.drop(f"addressed to incarnation {envelope.addressee:016x}")
+            return
+        if envelope.transfer == NO_TRANSFER:
+            self._links.on_message(received)
+        else:
+            transfer = self._transfers.get(TransferId(envelope.transfer))
+            if transfer is None or transfer.link.incarnation != envelope.sender:
+                self._channel.drop(f"transfer {envelope.transfer.hex()} is not known, or not of that worker")
+                return
+            if isinstance(received.body, Done) and transfer.bytes_before_done is None:
+                transfer.bytes_before_done = transfer.landed_bytes
+            self._handle(transfer, MessageArrived(envelope.seq, received.body), at)
+        self._settle_links(at)
+
+    def on_completions(self, completions: Sequence[Completion], at: float) -> None:
+        for completion in completions:
+            if completion.read in self._reads:
+                self._on_batch(completion, at)
+            else:
+                self._links.on_completion(completion, at)
+        self._settle_links(at)
+
+    def on_time(self, at: float) -> None:
+        self._links.on_time(at)
+        for transfer_id, transfer in list(self._transfers.items()):
+            wakeup = transfer.session.next_wakeup()
+            if wakeup is not None and at >= wakeup:
+                self._handle(transfer, Tick(), at)
+            if transfer.session.forgettable(at):
+                del self._transfers[transfer_id]
+        self._settle_links(at)
+
+    def next_wakeup(self) -> float | None:
+        times = [self._links.next_wakeup(), *(t.session.next_wakeup() for t in self._transfers.values())]
+        return min((t for t in times if t is not None), default=None)
+
+    def close(self, at: float) -> None:
+        for start, _, _ in self._waiting.values():
+            self._refuse(start, FailureCode.SHUTDOWN, "this worker is shutting down")
+        for transfer in list(self._transfers.values()):
+            if transfer.session.state is not DecodeState.ENDED:
+                self._handle(transfer, LocalFailure(FailureCode.SHUTDOWN, "decode worker is shutting down"), at)
+
+    # ---- links
+
+    def _on_start(self, start: StartTransfer, at: float) -> None:
+        if start.transfer in self._transfers or start.transfer in self._waiting:
+            self._refuse(start, FailureCode.INTERNAL, f"transfer {start.transfer.hex()} is known already")
+            return
+        try:
+            link = self._links.get(start.control, start.incarnation, at)
+        except ConfigError as exc:
+            self._refuse(start, FailureCode.PEER_LOST, str(exc))
+            return
+        if link.state is LinkState.READY:
+            self._begin(start, link, at, at)
+        else:
+            self._waiting[start.transfer] = (start, link, at)
+
+    def _begin(self, start: StartTransfer, link: PeerLink, asked_at: float, at: float) -> None:
+        block_size = self._identity.manifest.block_size
+        left_s = max(0.0, start.deadline_s - (at - asked_at))
+        session = DecodeSession(self._identity.policy, start.num_tokens, block_size, left_s, at)
+        transfer = _Transfer(start, session, link, at)
+        self._transfers[start.transfer] = transfer
+        self._carry_out(transfer, session.start(at), at)
+
+    def _refuse(self, start: StartTransfer, code: FailureCode, message: str) -> None:
+        self._emit(TransferFailed(start.transfer, code, message))
+        self._emit(PagesReturned(start.transfer))
+
+    def _settle_links(self, at: float) -> None:
+        """Transfers that waited for a link, or lived on one that is lost, learn of it."""
+        while changed := self._links.take_changed():
+            for link in changed:
+                for transfer_id, (start, wanted, asked_at) in list(self._waiting.items()):
+                    if wanted is link:
+                        del self._waiting[transfer_id]
+                        self._on_link(start, link, asked_at, at)
+                if link.state is LinkState.LOST:
+                    for transfer in [t for t in self._transfers.values() if t.link is link]:
+                        self._handle(transfer, PeerLost(str(link.error)), at)
+
+    def _on_link(self, start: StartTransfer, link: PeerLink, asked_at: float, at: float) -> None:
+        if link.state is LinkState.READY:
+            self._begin(start, link, asked_at, at)
+        else:
+            self._refuse(start, link.error.code, str(link.error))
+
+    # ---- sessions
+
+    def _handle(self, transfer: _Transfer, event: DecodeEvent, at: float) -> None:
+        self._carry_out(transfer, transfer.session.handle(event, at), at)
+
+    def _carry_out(self, transfer: _Transfer, instructions: Sequence[DecodeInstruction], at: float) -> None:
+        transfer_id = transfer.start.transfer
+        for instruction in instructions:
+            match instruction:
+                case Send(seq=seq, body=body):
+                    envelope = make_envelope(self._identity.incarnation, transfer.link.incarnation, transfer_id, seq)
+                    self._channel.send(transfer.link.route, envelope, body)
+                case Read():
+                    self._post(transfer, instruction, at)
+                case Resume(token=token, logprob=logprob):
+                    self._emit(TransferArrived(transfer_id, token, logprob, transfer.facts(at)))
+                case Report(outcome=outcome):
+                    if outcome.code is not None:
+                        self._emit(TransferFailed(transfer_id, outcome.code, outcome.message))
+                case ReturnPages():
+                    self._emit(PagesReturned(transfer_id))
+                case ClosePeer(message=message):
+                    told = f"endpoint to {transfer.link.control} closed: {message}"
+                    self._links.lose(transfer.link, HandshakeError(FailureCode.PEER_LOST, told))
+
+    def _post(self, transfer: _Transfer, read: Read, at: float) -> None:
+        plan = transfer.link.plan
+        assert plan is not None
+        local = transfer.start.pages[read.blocks.start : read.blocks.stop]
+        try:
+            batches = plan.reads(read.source_pages, local, self._bases)
+        except ValueError as exc:  # pages that P does not have: P is not to be believed
+            self._handle(transfer, ReadEnded(read.read, ok=False, error=str(exc)), at)
+            return
+        posted = _PostedRead(read.read, sum(batch.num_bytes for batch in batches.values()))
+        for rank, batch in batches.items():
+            read_id = self._transport.submit(transfer.link.ranks[rank], batch)
+            posted.batches.add(read_id)
+            self._reads[read_id] = (transfer, posted)
+            transfer.num_spans += batch.num_spans
+        if transfer.outstanding == 0:
+            transfer.reading_since = at
+        transfer.outstanding += 1
+
+    def _on_batch(self, completion: Completion, at: float) -> None:
+        transfer, posted = self._reads.pop(completion.read)
+        posted.batches.discard(completion.read)
+        if completion.status is not ReadStatus.OK:
+            posted.error = completion.error or completion.status.value
+            # An endpoint that failed once is not trusted again: the next transfer shakes hands anew.
+            told = f"reading from {transfer.link.control} failed: {posted.error}"
+            self._links.lose(transfer.link, HandshakeError(FailureCode.READ_FAILED, told))
+        if posted.batches:
+            return
+        transfer.outstanding -= 1
+        if transfer.outstanding == 0:
+            transfer.read_s += at - transfer.reading_since
+        if posted.error is None:
+            transfer.landed_bytes += posted.num_bytes
+        self._handle(transfer, ReadEnded(posted.read, posted.error is None, posted.error or ""), at)
+
+    def _statistics(self) -> AgentStatistics:
+        open_transfers = [t for t in self._transfers.values() if t.session.state is not DecodeState.ENDED]
+        return AgentStatistics(
+            transfers_open=len(open_transfers) + len(self._waiting),
+            leases_active=0,
+            reads_outstanding=len(self._reads),
+            messages_dropped=self._channel.statistics().dropped,
+            peers=self._links.facts(),
+        )

@@ -1,0 +1,183 @@
+"""Commands to the agent thread and events from it: what an engine and its agent say to each other, through queues."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import msgspec
+
+from pdkv.core.events import SessionPolicy
+from pdkv.errors import FailureCode
+from pdkv.schema import Incarnation, Manifest, RegionKey, TransferId
+from pdkv.wire.messages import RankOffer
+
+
+class WorkerIdentity(msgspec.Struct, frozen=True):
+    """Who this worker is to its peers."""
+
+    name: str
+    """Stable over restarts: a new incarnation of a name ends the old one."""
+    incarnation: Incarnation
+    manifest: Manifest
+    offer: RankOffer
+    digest: str
+    """Pairing digest of the manifest."""
+    policy: SessionPolicy
+
+
+# ---- commands to P's agent
+
+
+class ExpectTransfer(msgspec.Struct, frozen=True):
+    """The router's request has come."""
+
+    transfer: TransferId
+    num_tokens: int
+    deadline_s: float
+
+
+class GrantPages(msgspec.Struct, frozen=True):
+    transfer: TransferId
+    pages: tuple[int, ...]
+    cached_tokens: int
+
+
+class RaiseWatermark(msgspec.Struct, frozen=True):
+    transfer: TransferId
+    tokens: int
+
+
+class FinishPrefill(msgspec.Struct, frozen=True):
+    transfer: TransferId
+    token: int
+    logprob: float
+
+
+class AbandonTransfer(msgspec.Struct, frozen=True):
+    """This side gives up: client gone, engine refused, deadline. Used by both roles."""
+
+    transfer: TransferId
+    code: FailureCode
+    message: str
+
+
+class Inspect(msgspec.Struct, frozen=True):
+    """Ask for ``AgentStatistics``; ``answer`` is called from the agent thread. Used by both roles."""
+
+    answer: "Callable[[AgentStatistics], None]"
+
+
+PrefillCommand = ExpectTransfer | GrantPages | RaiseWatermark | FinishPrefill | AbandonTransfer | Inspect
+
+# ---- events of P's agent
+
+
+class PrefillWanted(msgspec.Struct, frozen=True):
+    """Request and Acquire are both here: compute."""
+
+    transfer: TransferId
+
+
+class PagesFreed(msgspec.Struct, frozen=True):
+    """Stop computing, take the pages back: nobody reads them."""
+
+    transfer: TransferId
+
+
+class TransferEnded(msgspec.Struct, frozen=True):
+    """The outcome; ``code`` is None when D has taken everything. Pages may still be held: ``PagesFreed`` tells."""
+
+    transfer: TransferId
+    code: FailureCode | None
+    message: str
+
+
+PrefillAgentEvent = PrefillWanted | PagesFreed | TransferEnded
+
+# ---- commands to D's agent
+
+
+class StartTransfer(msgspec.Struct, frozen=True):
+    """Fetch the state of a prompt into ``pages``, one a block in block order, reserved for it."""
+
+    transfer: TransferId
+    control: str
+    incarnation: Incarnation
+    pages: tuple[int, ...]
+    num_tokens: int
+    deadline_s: float
+
+
+DecodeCommand = StartTransfer | AbandonTransfer | Inspect
+
+# ---- events of D's agent
+
+
+class TransferFacts(msgspec.Struct, frozen=True):
+    """What one transfer took."""
+
+    num_pages: int
+    num_regions: int
+    num_spans: int
+    num_bytes: int
+    bytes_by_region: dict[str, int]
+    bytes_before_done: int
+    read_s: float
+    total_s: float
+    path: str
+    peer: str
+
+
+class TransferArrived(msgspec.Struct, frozen=True):
+    """Everything is resident: decode from P's first token."""
+
+    transfer: TransferId
+    token: int
+    logprob: float
+    facts: TransferFacts
+
+
+class TransferFailed(msgspec.Struct, frozen=True):
+    """It will not arrive. The pages are still being written to, until ``PagesReturned``."""
+
+    transfer: TransferId
+    code: FailureCode
+    message: str
+
+
+class PagesReturned(msgspec.Struct, frozen=True):
+    """Nothing writes into the pages of a failed transfer any more."""
+
+    transfer: TransferId
+
+
+DecodeAgentEvent = TransferArrived | TransferFailed | PagesReturned
+
+
+# ---- both
+
+
+class PeerFacts(msgspec.Struct, frozen=True):
+    control: str
+    incarnation: Incarnation
+    state: str
+    path: str
+    probe_gbps: float
+
+
+class AgentStatistics(msgspec.Struct, frozen=True):
+    transfers_open: int
+    leases_active: int
+    reads_outstanding: int
+    messages_dropped: int
+    peers: tuple[PeerFacts, ...]
+
+
+class Probe(Protocol):
+    """The two reserved pages of this worker's arena. Implemented by ``pdkv.memory.probe.ProbePages``."""
+
+    @property
+    def pages(self) -> tuple[int, int]: ...
+
+    def poison(self) -> None: ...
+
+    def mismatches(self, peer: Incarnation, source_page: int, page: int) -> list[RegionKey]: ...

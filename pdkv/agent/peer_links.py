@@ -1,0 +1,244 @@
+"""D's links to prefill workers: greeting, comparison of manifests, and the probe that proves the path.
+
+GREETING --Welcome--> WAITING (for its turn) --> PROBING --every byte right--> READY
+    anything wrong, at any time: LOST, final; the next transfer to that worker makes a new link
+"""
+
+import logging
+from enum import Enum
+
+import msgspec
+
+from pdkv.agent.events import PeerFacts, Probe, WorkerIdentity
+from pdkv.core.manifest import check_pairing
+from pdkv.core.plan import TransferPlan
+from pdkv.errors import FailureCode, HandshakeError, TransportError
+from pdkv.schema import Incarnation, ReadBatch
+from pdkv.transport.base import Completion, PeerId, ReadId, ReadStatus, Transport
+from pdkv.wire.channel import Channel, Received, Route
+from pdkv.wire.messages import NO_TRANSFER, Gone, Hello, Reject, Welcome, make_envelope
+from pdkv.wire.outbox import Outbox, ResendPolicy
+
+_LOG = logging.getLogger("pdkv.agent")
+HANDSHAKE_S = 10.0
+"""A link that is not READY so long after its first Hello is LOST."""
+_GREETING = ResendPolicy(first_s=0.03, factor=1.6, longest_s=0.5, horizon_s=HANDSHAKE_S)
+_PATHS = ("cuda_ipc", "rdma", "shm", "tcp")
+"""Best first."""
+
+
+class LinkState(Enum):
+    GREETING = "greeting"
+    WAITING = "waiting"
+    PROBING = "probing"
+    READY = "ready"
+    LOST = "lost"
+
+
+class PeerLink:
+    """One life of one prefill worker, as D knows it. Changed by ``PeerLinks`` only."""
+
+    def __init__(self, control: str, incarnation: Incarnation, route: Route, at: float) -> None:
+        self.control = control
+        self.incarnation = incarnation
+        self.route = route
+        self.state = LinkState.GREETING
+        self.name = control
+        self.error = HandshakeError(FailureCode.PEER_LOST, f"prefill worker {control} is gone")
+        self.path = "unknown"
+        self.probe_gbps = 0.0
+        self.deadline = at + HANDSHAKE_S
+        self.outbox = Outbox(_GREETING)
+        self.ranks: tuple[PeerId, ...] = ()
+        self.plan: TransferPlan | None = None
+        self.probe_reads: set[ReadId] = set()
+        self.probe_started = 0.0
+
+    def facts(self) -> PeerFacts:
+        return PeerFacts(self.control, self.incarnation, self.state.value, self.path, self.probe_gbps)
+
+
+class PathRequirement(msgspec.Struct, frozen=True):
+    """``--require-transport``: the least path that is good enough, None for any."""
+
+    least: str | None = None
+
+    def allows(self, path: str) -> bool:
+        if self.least is None or path == "inproc":
+            return True
+        return path in _PATHS and _PATHS.index(path) <= _PATHS.index(self.least)
+
+
+class PeerLinks:
+    """Every link of one D. Owned by the agent thread; tells what became of links by the lists it returns."""
+
+    def __init__(
+        self,
+        identity: WorkerIdentity,
+        channel: Channel,
+        transport: Transport,
+        probe: Probe,
+        bases: tuple[int, ...],
+        requirement: PathRequirement,
+    ) -> None:
+        self._identity = identity
+        self._channel = channel
+        self._transport = transport
+        self._probe = probe
+        self._bases = bases
+        self._requirement = requirement
+        self._links: dict[tuple[str, Incarnation], PeerLink] = {}
+        self._probing: PeerLink | None = None
+        self._changed: list[PeerLink] = []
+
+    def get(self, control: str, incarnation: Incarnation, at: float) -> PeerLink:
+        """The link to one life of a worker, greeted now if it is new. Raises ``ConfigError`` for a bad endpoint."""
+        link = self._links.get((control, incarnation))
+        if link is None:
+            link = PeerLink(control, incarnation, self._channel.connect(control), at)
+            self._links[control, incarnation] = link
+            hello = link.outbox.put(Hello(name=self._identity.name, ranks=(self._identity.offer,)), at)
+            self._send(link, hello.seq, hello.body)
+        return link
+
+    def on_message(self, received: Received) -> None:
+        """A message between workers. Those of transfers are not for here."""
+        link = self._by_route(received.route)
+        if link is None:
+            return
+        match received.body:
+            case Welcome() as welcome if link.state is LinkState.GREETING:
+                self._on_welcome(link, welcome)
+            case Reject(code=code, message=message) if link.state is LinkState.GREETING:
+                self.lose(link, HandshakeError(code, f"prefill worker {link.control} refused the handshake: {message}"))
+            case Gone(incarnation=incarnation) if incarnation == link.incarnation:
+                told = f"prefill worker {link.control} was restarted"
+                self.lose(link, HandshakeError(FailureCode.PEER_LOST, told))
+            case _:
+                pass
+
+    def on_completion(self, completion: Completion, at: float) -> bool:
+        """Whether it was a probe's."""
+        link = self._probing
+        if link is None or completion.read not in link.probe_reads:
+            return False
+        link.probe_reads.discard(completion.read)
+        if completion.status is not ReadStatus.OK:
+            told = f"probe of {link.control} failed: {completion.error or completion.status.value}"
+            self.lose(link, HandshakeError(FailureCode.PROBE, told))
+        elif not link.probe_reads:
+            self._judge(link, at)
+        return True
+
+    def on_time(self, at: float) -> None:
+        for link in list(self._links.values()):
+            if link.state is LinkState.READY:
+                continue
+            if at >= link.deadline:
+                told = (
+                    f"no handshake with prefill worker {link.control} within {HANDSHAKE_S:.0f} s ({link.state.value})"
+                )
+                self.lose(link, HandshakeError(FailureCode.PEER_LOST, told))
+                continue
+            for copy in link.outbox.due(at):
+                self._send(link, copy.seq, copy.body)
+        if self._probing is None:
+            waiting = [link for link in self._links.values() if link.state is LinkState.WAITING]
+            if waiting:
+                self._start_probe(waiting[0], at)
+
+    def next_wakeup(self) -> float | None:
+        times = []
+        for link in self._links.values():
+            if link.state is not LinkState.READY:
+                times += [link.deadline, link.outbox.next_due() or link.deadline]
+        return min(times, default=None)
+
+    def take_changed(self) -> list[PeerLink]:
+        """Links that became READY or LOST since the last call."""
+        changed, self._changed = self._changed, []
+        return changed
+
+    def lose(self, link: PeerLink, error: HandshakeError) -> None:
+        """End a link: its endpoints are closed by force, its connection too. Harmless for one that has ended."""
+        if link.state is LinkState.LOST:
+            return
+        _LOG.warning("link to prefill worker lost: %s", error)
+        link.state = LinkState.LOST
+        link.error = error
+        for peer in link.ranks:
+            self._transport.close_peer(peer)
+        self._channel.disconnect(link.route)
+        del self._links[link.control, link.incarnation]
+        if self._probing is link:
+            self._probing = None
+        self._changed.append(link)
+
+    def facts(self) -> tuple[PeerFacts, ...]:
+        return tuple(link.facts() for link in self._links.values())
+
+    def _by_route(self, route: Route) -> PeerLink | None:
+        return next((link for link in self._links.values() if link.route == route), None)
+
+    def _on_welcome(self, link: PeerLink, welcome: Welcome) -> None:
+        link.outbox.clear()
+        try:
+            manifests = [offer.manifest for offer in welcome.ranks]
+            if not manifests:
+                raise HandshakeError(FailureCode.MANIFEST, "prefill worker offers no rank")
+            check_pairing(manifests, [self._identity.manifest])
+            link.plan = TransferPlan.between(manifests, self._identity.manifest)
+            link.ranks = tuple(self._transport.connect(offer.address) for offer in welcome.ranks)
+        except HandshakeError as exc:
+            self.lose(link, exc)
+        except TransportError as exc:
+            self.lose(link, HandshakeError(FailureCode.PEER_LOST, f"cannot reach {link.control}: {exc}"))
+        else:
+            link.name = welcome.name
+            link.state = LinkState.WAITING
+
+    def _start_probe(self, link: PeerLink, at: float) -> None:
+        """Read P's two reserved pages crosswise into D's own, exactly as the plan reads any page."""
+        assert link.plan is not None
+        self._probing = link
+        link.state = LinkState.PROBING
+        link.probe_started = at
+        first, last = self._probe.pages
+        self._probe.poison()
+        for rank, batch in self._probe_batches(link.plan, (last, first)).items():
+            link.probe_reads.add(self._transport.submit(link.ranks[rank], batch))
+
+    def _probe_batches(self, plan: TransferPlan, local: tuple[int, int]) -> dict[int, ReadBatch]:
+        return plan.reads((0, plan.source_pages - 1), local, self._bases)
+
+    def _judge(self, link: PeerLink, at: float) -> None:
+        assert link.plan is not None
+        first, last = self._probe.pages
+        wrong = [
+            *self._probe.mismatches(link.incarnation, 0, last),
+            *self._probe.mismatches(link.incarnation, link.plan.source_pages - 1, first),
+        ]
+        link.path = self._transport.path(link.ranks[0])
+        if wrong:
+            key = wrong[0]
+            told = f"{len(wrong)} regions came over wrong, first {key.name} of layer {key.layer} head {key.head}"
+            self.lose(link, HandshakeError(FailureCode.PROBE, f"probe of {link.control} over {link.path}: {told}"))
+            return
+        if not self._requirement.allows(link.path):
+            told = f"the path to {link.control} is {link.path}, but {self._requirement.least} is required"
+            self.lose(link, HandshakeError(FailureCode.PROBE, told))
+            return
+        for old in [o for o in self._links.values() if o.control == link.control and o is not link]:
+            told = f"prefill worker {old.control} was restarted"
+            self.lose(old, HandshakeError(FailureCode.PEER_LOST, told))
+        link.probe_gbps = 2 * link.plan.bytes_per_page / max(at - link.probe_started, 1e-9) / 1e9
+        link.state = LinkState.READY
+        self._probing = None
+        self._changed.append(link)
+        _LOG.info("link to prefill worker %s ready over %s, probe at %.2f GB/s", link.name, link.path, link.probe_gbps)
+
+    def _send(self, link: PeerLink, seq: int, body: object) -> None:
+        assert isinstance(body, Hello)
+        identity = self._identity
+        envelope = make_envelope(identity.incarnation, link.incarnation, NO_TRANSFER, seq, identity.digest)
+        self._channel.send(link.route, envelope, body)

@@ -1,0 +1,234 @@
+"""P's agent: greets decode workers, and carries out what prefill sessions decide."""
+
+import logging
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from pdkv.agent.events import (
+    AbandonTransfer,
+    AgentStatistics,
+    ExpectTransfer,
+    FinishPrefill,
+    GrantPages,
+    Inspect,
+    PagesFreed,
+    PeerFacts,
+    PrefillAgentEvent,
+    PrefillCommand,
+    PrefillWanted,
+    RaiseWatermark,
+    TransferEnded,
+    WorkerIdentity,
+)
+from pdkv.agent.loop import Agent
+from pdkv.core.events import (
+    FreePages,
+    LocalFailure,
+    MessageArrived,
+    PagesReserved,
+    PeerLost,
+    PrefillEnded,
+    PrefillEvent,
+    Progressed,
+    Report,
+    RequestArrived,
+    Send,
+    StartPrefill,
+    Tick,
+)
+from pdkv.core.manifest import check_pairing
+from pdkv.core.prefill_session import PrefillSession, PrefillState
+from pdkv.errors import FailureCode, HandshakeError
+from pdkv.schema import Incarnation, TransferId
+from pdkv.transport.base import Completion
+from pdkv.wire.channel import Channel, Received, Route
+from pdkv.wire.messages import (
+    NO_TRANSFER,
+    Acquire,
+    Body,
+    Cancel,
+    Failed,
+    Gone,
+    Hello,
+    Reject,
+    Release,
+    Renew,
+    Welcome,
+    make_envelope,
+)
+
+_LOG = logging.getLogger("pdkv.agent")
+
+
+class _Peer(msgspec.Struct, frozen=True):
+    """A decode worker that was welcomed."""
+
+    name: str
+    incarnation: Incarnation
+    route: Route
+
+
+class _Transfer:
+    def __init__(self, session: PrefillSession) -> None:
+        self.session = session
+        self.peer: _Peer | None = None
+
+
+class PrefillAgent(Agent[PrefillCommand]):
+    """Owned by the agent thread. ``emit`` is called from it; it must only queue."""
+
+    def __init__(self, identity: WorkerIdentity, channel: Channel, emit: Callable[[PrefillAgentEvent], None]) -> None:
+        self._identity = identity
+        self._channel = channel
+        self._emit = emit
+        self._peers: dict[Incarnation, _Peer] = {}
+        self._transfers: dict[TransferId, _Transfer] = {}
+
+    # ---- what happens
+
+    def on_command(self, command: PrefillCommand, at: float) -> None:
+        match command:
+            case Inspect(answer=answer):
+                answer(self._statistics())
+            case ExpectTransfer(transfer=transfer_id, num_tokens=num_tokens, deadline_s=deadline_s):
+                self._on_expected(transfer_id, num_tokens, deadline_s, at)
+            case GrantPages(transfer=transfer, pages=pages, cached_tokens=cached):
+                self._tell(transfer, PagesReserved(pages, cached), at)
+            case RaiseWatermark(transfer=transfer, tokens=tokens):
+                self._tell(transfer, Progressed(tokens), at)
+            case FinishPrefill(transfer=transfer, token=token, logprob=logprob):
+                self._tell(transfer, PrefillEnded(token, logprob), at)
+            case AbandonTransfer(transfer=transfer, code=code, message=message):
+                self._tell(transfer, LocalFailure(code, message), at)
+
+    def on_message(self, received: Received, at: float) -> None:
+        envelope = received.envelope
+        if envelope.addressee != self._identity.incarnation:
+            self._reply(received, Gone(incarnation=envelope.addressee))
+            return
+        if envelope.transfer == NO_TRANSFER:
+            if isinstance(received.body, Hello):
+                self._on_hello(received, received.body, at)
+            else:
+                self._channel.drop(f"{type(received.body).__name__} without a transfer")
+            return
+        peer = self._peers.get(Incarnation(envelope.sender))
+        if peer is None:
+            self._channel.drop(f"incarnation {envelope.sender:016x} has not said Hello")
+            return
+        self._on_transfer_message(received, peer, at)
+
+    def on_completions(self, completions: Sequence[Completion], at: float) -> None:
+        """P reads nothing."""
+
+    def on_time(self, at: float) -> None:
+        for transfer_id, transfer in list(self._transfers.items()):
+            wakeup = transfer.session.next_wakeup()
+            if wakeup is not None and at >= wakeup:
+                self._handle(transfer_id, transfer, Tick(), at)
+            if transfer.session.forgettable(at):
+                del self._transfers[transfer_id]
+
+    def next_wakeup(self) -> float | None:
+        times = [transfer.session.next_wakeup() for transfer in self._transfers.values()]
+        return min((t for t in times if t is not None), default=None)
+
+    def close(self, at: float) -> None:
+        for transfer_id, transfer in list(self._transfers.items()):
+            failure = LocalFailure(FailureCode.SHUTDOWN, "prefill worker is shutting down")
+            self._handle(transfer_id, transfer, failure, at)
+
+    # ---- decode workers
+
+    def _on_hello(self, received: Received, hello: Hello, at: float) -> None:
+        try:
+            if received.envelope.digest != self._identity.digest:
+                check_pairing([self._identity.manifest], [offer.manifest for offer in hello.ranks])
+        except HandshakeError as exc:
+            _LOG.warning("decode worker %s refused: %s", hello.name, exc)
+            self._reply(received, Reject(code=exc.code, message=str(exc)))
+            return
+        peer = _Peer(hello.name, Incarnation(received.envelope.sender), received.route)
+        if peer.incarnation not in self._peers:
+            self._end_older_lives(peer, at)
+            self._peers[peer.incarnation] = peer
+            _LOG.info("decode worker %s welcomed, incarnation %016x", peer.name, peer.incarnation)
+        self._reply(received, Welcome(name=self._identity.name, ranks=(self._identity.offer,)))
+
+    def _end_older_lives(self, peer: _Peer, at: float) -> None:
+        for old in [p for p in self._peers.values() if p.name == peer.name]:
+            del self._peers[old.incarnation]
+            lost = PeerLost(f"decode worker {old.name} was restarted")
+            for transfer_id, transfer in list(self._transfers.items()):
+                if transfer.peer == old:
+                    self._handle(transfer_id, transfer, lost, at)
+
+    # ---- transfers
+
+    def _on_expected(self, transfer_id: TransferId, num_tokens: int, deadline_s: float, at: float) -> None:
+        transfer = self._transfers.setdefault(transfer_id, _Transfer(PrefillSession(self._identity.policy)))
+        outcome = transfer.session.outcome
+        if transfer.session.state is PrefillState.ENDED and outcome is not None:
+            code = outcome.code or FailureCode.UNKNOWN_TRANSFER
+            self._emit(TransferEnded(transfer_id, code, outcome.message or "this transfer has ended"))
+            return
+        self._handle(transfer_id, transfer, RequestArrived(num_tokens, deadline_s), at)
+
+    def _on_transfer_message(self, received: Received, peer: _Peer, at: float) -> None:
+        transfer_id = TransferId(received.envelope.transfer)
+        transfer = self._transfers.get(transfer_id)
+        if transfer is None:
+            if not isinstance(received.body, Acquire | Cancel | Release):
+                if isinstance(received.body, Renew):
+                    self._reply(received, Failed(FailureCode.UNKNOWN_TRANSFER, "no such transfer here"))
+                return
+            transfer = self._transfers[transfer_id] = _Transfer(PrefillSession(self._identity.policy))
+        if transfer.peer is None:
+            transfer.peer = peer
+        elif transfer.peer.incarnation != peer.incarnation:
+            self._channel.drop(f"transfer {transfer_id.hex()} belongs to another decode worker")
+            return
+        self._handle(transfer_id, transfer, MessageArrived(received.envelope.seq, received.body), at)
+
+    def _tell(self, transfer_id: TransferId, event: PrefillEvent, at: float) -> None:
+        transfer = self._transfers.get(transfer_id)
+        if transfer is not None:
+            self._handle(transfer_id, transfer, event, at)
+
+    def _handle(self, transfer_id: TransferId, transfer: _Transfer, event: PrefillEvent, at: float) -> None:
+        for instruction in transfer.session.handle(event, at):
+            match instruction:
+                case Send(seq=seq, body=body):
+                    self._send(transfer, transfer_id, seq, body)
+                case StartPrefill():
+                    self._emit(PrefillWanted(transfer_id))
+                case FreePages():
+                    self._emit(PagesFreed(transfer_id))
+                case Report(outcome=outcome):
+                    self._emit(TransferEnded(transfer_id, outcome.code, outcome.message))
+
+    def _send(self, transfer: _Transfer, transfer_id: TransferId, seq: int, body: Body) -> None:
+        if transfer.peer is not None:
+            envelope = make_envelope(self._identity.incarnation, transfer.peer.incarnation, transfer_id, seq)
+            self._channel.send(transfer.peer.route, envelope, body)
+
+    def _reply(self, received: Received, body: Body) -> None:
+        envelope = make_envelope(
+            self._identity.incarnation,
+            Incarnation(received.envelope.sender),
+            TransferId(received.envelope.transfer),
+            0,
+            self._identity.digest,
+        )
+        self._channel.send(received.route, envelope, body)
+
+    def _statistics(self) -> AgentStatistics:
+        sessions = [transfer.session for transfer in self._transfers.values()]
+        return AgentStatistics(
+            transfers_open=sum(session.state is not PrefillState.ENDED for session in sessions),
+            leases_active=sum(session.holds_lease for session in sessions),
+            reads_outstanding=0,
+            messages_dropped=self._channel.statistics().dropped,
+            peers=tuple(PeerFacts(p.name, p.incarnation, "ready", "", 0.0) for p in self._peers.values()),
+        )

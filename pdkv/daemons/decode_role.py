@@ -1,0 +1,174 @@
+"""A decode worker's bookkeeping: jobs of the front, requests of the engine, transfers of the agent.
+
+QUEUED --pages--> FETCHING --state arrived--> DECODING --last token--> gone
+                      | failed or aborted
+                  ABANDONED --pages returned--> gone
+"""
+
+from collections.abc import Sequence
+from enum import Enum
+
+import msgspec
+
+from pdkv.agent.events import (
+    AbandonTransfer,
+    DecodeAgentEvent,
+    PagesReturned,
+    PrefillAgentEvent,
+    StartTransfer,
+    TransferArrived,
+    TransferFacts,
+    TransferFailed,
+)
+from pdkv.daemons.link import AbortJob, DecodeJob, JobFinished, ToEngine, TokensOut, TransferReport
+from pdkv.daemons.roles import EngineParts, Role, job_failed
+from pdkv.errors import FailureCode
+from pdkv.m3.requests import (
+    DecodeRequest,
+    EngineEvent,
+    PagesReserved,
+    RequestFinished,
+    RequestId,
+    RequestRefused,
+    TokenGenerated,
+)
+from pdkv.m3.sampling import SamplingParams
+from pdkv.schema import Incarnation, TransferId
+
+
+class Stage(Enum):
+    QUEUED = "queued"
+    FETCHING = "fetching"
+    DECODING = "decoding"
+    ABANDONED = "abandoned"
+    """The front has had its last message; the pages are still written to."""
+
+
+class _Job:
+    def __init__(self, job: DecodeJob, at: float) -> None:
+        self.job = job
+        self.deadline = at + job.deadline_s
+        self.stage = Stage.QUEUED
+        self.report: TransferReport | None = None
+
+
+class DecodeRole(Role):
+    """Every job ends with one JobFinished or JobFailed to the front, and gives its pages back exactly once."""
+
+    def __init__(self, parts: EngineParts, block_size: int) -> None:
+        self._parts = parts
+        self._block_size = block_size
+        self._jobs: dict[TransferId, _Job] = {}
+        self._now = 0.0
+
+    def on_front(self, message: ToEngine, at: float) -> None:
+        self._now = at
+        match message:
+            case DecodeJob():
+                self._queue(message, at)
+            case AbortJob(transfer=raw):
+                self._give_up(TransferId(raw), FailureCode.CANCELLED, "the client or the router is gone")
+            case _:
+                raise AssertionError(f"a decode worker's front sends no {type(message).__name__}")
+
+    def on_agent(self, event: PrefillAgentEvent | DecodeAgentEvent) -> None:
+        match event:
+            case TransferArrived():
+                self._on_arrived(event)
+            case TransferFailed(transfer=transfer, code=code, message=message):
+                job = self._jobs.get(transfer)
+                if job is not None and job.stage is Stage.FETCHING:
+                    job.stage = Stage.ABANDONED
+                    self._parts.send(job_failed(transfer, code, message))
+            case PagesReturned(transfer=transfer):
+                self._forget(transfer)
+            case _:
+                raise AssertionError(f"a decode agent tells no {type(event).__name__}")
+
+    def on_engine(self, events: Sequence[EngineEvent]) -> None:
+        for event in events:
+            transfer = TransferId(event.id)
+            match event:
+                case PagesReserved(pages=pages):
+                    self._fetch(transfer, pages)
+                case TokenGenerated(token=token, logprob=logprob):
+                    self._parts.send(TokensOut(transfer, [token], [logprob]))
+                case RequestFinished(reason=reason):
+                    job = self._jobs.pop(transfer)
+                    self._parts.send(JobFinished(transfer, reason.value, job.report))
+                case RequestRefused(message=message, never=never):
+                    self._refuse(transfer, message, never=never)
+                case _:
+                    raise AssertionError(f"a decode engine tells no {type(event).__name__}")
+
+    def on_time(self, at: float) -> None:
+        self._now = at
+        late = [t for t, job in self._jobs.items() if at >= job.deadline and job.stage is not Stage.ABANDONED]
+        for transfer in late:
+            self._give_up(transfer, FailureCode.DEADLINE, "the request's deadline has passed")
+
+    def _queue(self, message: DecodeJob, at: float) -> None:
+        transfer = TransferId(message.transfer)
+        if transfer in self._jobs:  # the state of an aborted try may still be on its way out
+            self._parts.send(job_failed(transfer, FailureCode.INTERNAL, "this transfer id is in use", 409))
+            return
+        self._jobs[transfer] = _Job(message, at)
+        request = DecodeRequest(
+            id=RequestId(transfer),
+            num_prompt_tokens=message.num_prompt_tokens,
+            max_tokens=message.max_tokens,
+            sampling=SamplingParams(temperature=message.sampling.temperature, seed=message.sampling.seed),
+            ignore_eos=message.ignore_eos,
+        )
+        self.on_engine(self._parts.engine.submit(request))
+
+    def _fetch(self, transfer: TransferId, pages: tuple[int, ...]) -> None:
+        job = self._jobs[transfer]
+        job.stage = Stage.FETCHING
+        num_tokens = job.job.num_prompt_tokens
+        self._parts.post(
+            StartTransfer(
+                transfer=transfer,
+                control=job.job.prefill_control,
+                incarnation=Incarnation(job.job.prefill_incarnation),
+                pages=pages[: -(-num_tokens // self._block_size)],
+                num_tokens=num_tokens,
+                deadline_s=max(0.0, job.deadline - self._now),
+            )
+        )
+
+    def _on_arrived(self, event: TransferArrived) -> None:
+        job = self._jobs[event.transfer]
+        if job.stage is Stage.ABANDONED:  # given up in the moment in which it arrived
+            self._forget(event.transfer)
+            return
+        job.stage = Stage.DECODING
+        job.report = _report(event.facts)
+        self.on_engine(self._parts.engine.resume(RequestId(event.transfer), event.token, event.logprob))
+
+    def _give_up(self, transfer: TransferId, code: FailureCode, message: str) -> None:
+        job = self._jobs.get(transfer)
+        if job is None or job.stage is Stage.ABANDONED:
+            return
+        self._parts.send(job_failed(transfer, code, message))
+        if job.stage is Stage.FETCHING:
+            job.stage = Stage.ABANDONED
+            self._parts.post(AbandonTransfer(transfer, code, message))
+        else:
+            self._forget(transfer)
+
+    def _refuse(self, transfer: TransferId, message: str, *, never: bool) -> None:
+        """The engine holds nothing of the request any more."""
+        job = self._jobs.pop(transfer)
+        if job.stage is Stage.DECODING:
+            self._parts.send(job_failed(transfer, FailureCode.INTERNAL, message))
+        else:
+            self._parts.send(job_failed(transfer, FailureCode.NO_CAPACITY, message, 400 if never else None))
+
+    def _forget(self, transfer: TransferId) -> None:
+        if self._jobs.pop(transfer, None) is not None:
+            self._parts.engine.release(RequestId(transfer))
+
+
+def _report(facts: TransferFacts) -> TransferReport:
+    return msgspec.convert(msgspec.structs.asdict(facts), TransferReport)

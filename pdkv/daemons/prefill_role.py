@@ -1,0 +1,97 @@
+"""A prefill worker's bookkeeping: jobs of the front, requests of the engine, transfers of the agent."""
+
+from collections.abc import Sequence
+
+from pdkv.agent.events import (
+    AbandonTransfer,
+    DecodeAgentEvent,
+    ExpectTransfer,
+    FinishPrefill,
+    GrantPages,
+    PagesFreed,
+    PrefillAgentEvent,
+    PrefillWanted,
+    RaiseWatermark,
+    TransferEnded,
+)
+from pdkv.daemons.link import AbortJob, JobFinished, PrefillJob, ToEngine
+from pdkv.daemons.roles import EngineParts, Role, job_failed
+from pdkv.errors import FailureCode
+from pdkv.m3.requests import (
+    EngineEvent,
+    PagesReserved,
+    PrefillFinished,
+    PrefillProgress,
+    PrefillRequest,
+    RequestId,
+    RequestRefused,
+)
+from pdkv.m3.sampling import SamplingParams
+from pdkv.schema import TransferId
+
+
+class PrefillRole(Role):
+    """A job is here until the front has its last message; its pages are the engine's until the agent frees them."""
+
+    def __init__(self, parts: EngineParts, block_size: int) -> None:
+        self._parts = parts
+        self._block_size = block_size
+        self._jobs: dict[TransferId, PrefillJob] = {}
+
+    def on_front(self, message: ToEngine, at: float) -> None:
+        match message:
+            case PrefillJob():
+                transfer = TransferId(message.transfer)
+                self._jobs[transfer] = message
+                self._parts.post(ExpectTransfer(transfer, len(message.prompt), message.deadline_s))
+            case AbortJob(transfer=raw):
+                self._parts.post(AbandonTransfer(TransferId(raw), FailureCode.CANCELLED, "the router gave up"))
+            case _:
+                raise AssertionError(f"a prefill worker's front sends no {type(message).__name__}")
+
+    def on_agent(self, event: PrefillAgentEvent | DecodeAgentEvent) -> None:
+        match event:
+            case PrefillWanted(transfer=transfer):
+                self._start(transfer)
+            case PagesFreed(transfer=transfer):
+                self._parts.engine.release(RequestId(transfer))
+            case TransferEnded(transfer=transfer, code=code, message=message):
+                if self._jobs.pop(transfer, None) is not None:
+                    self._parts.send(job_failed(transfer, code or FailureCode.INTERNAL, message))
+            case _:
+                raise AssertionError(f"a prefill agent tells no {type(event).__name__}")
+
+    def on_engine(self, events: Sequence[EngineEvent]) -> None:
+        for event in events:
+            transfer = TransferId(event.id)
+            match event:
+                case PagesReserved(pages=pages):
+                    self._parts.post(GrantPages(transfer, pages, 0))
+                case PrefillProgress(tokens_done=tokens):
+                    self._parts.post(RaiseWatermark(transfer, tokens))
+                case PrefillFinished(token=token, logprob=logprob):
+                    self._parts.post(FinishPrefill(transfer, token, logprob))
+                    if self._jobs.pop(transfer, None) is not None:
+                        self._parts.send(JobFinished(transfer, "prefilled"))
+                case RequestRefused(message=message, never=never):
+                    self._refuse(transfer, message, never=never)
+                case _:
+                    raise AssertionError(f"a prefill engine tells no {type(event).__name__}")
+
+    def on_time(self, at: float) -> None:
+        """Deadlines are the agent's: it tells when a transfer ends."""
+
+    def _start(self, transfer: TransferId) -> None:
+        job = self._jobs.get(transfer)
+        if job is None:
+            self._parts.post(AbandonTransfer(transfer, FailureCode.CANCELLED, "the request has ended"))
+            return
+        sampling = SamplingParams(temperature=job.sampling.temperature, seed=job.sampling.seed)
+        request = PrefillRequest(id=RequestId(transfer), prompt=tuple(job.prompt), sampling=sampling)
+        self.on_engine(self._parts.engine.submit(request))
+
+    def _refuse(self, transfer: TransferId, message: str, *, never: bool) -> None:
+        code = FailureCode.INTERNAL if never else FailureCode.NO_CAPACITY
+        if self._jobs.pop(transfer, None) is not None:
+            self._parts.send(job_failed(transfer, code, message, 400 if never else None))
+        self._parts.post(AbandonTransfer(transfer, code, message))

@@ -1,0 +1,232 @@
+"""The control channel: zmq sockets that carry envelopes and bodies between workers.
+
+P binds one ROUTER; D connects one DEALER to each life of each P. The zmq identity is the sender's incarnation, so
+nothing reaches, or comes from, the wrong life of a worker. Delivery is not promised here: outboxes send again. What
+breaks the protocol is counted, logged and dropped, and harms nobody else.
+"""
+
+import ipaddress
+import logging
+import struct
+from collections.abc import Iterator
+from typing import Protocol
+
+import msgspec
+import zmq
+
+from pdkv.errors import ConfigError, ProtocolError, TransportError
+from pdkv.schema import PROTOCOL_VERSION, Incarnation
+from pdkv.wire.messages import Body, Envelope, decode_body, decode_envelope, encode
+
+_LOG = logging.getLogger("pdkv.wire.channel")
+_IDENTITY = struct.Struct(">Q")
+_HARD_LIMIT_BYTES = 64 << 20
+"""zmq cuts a connection that announces a larger frame; anything below is read, judged and counted here."""
+_RECEIVE_AT_ONCE = 256
+
+
+class Received(msgspec.Struct, frozen=True):
+    route: "Route"
+    envelope: Envelope
+    body: Body
+
+
+class Route(msgspec.Struct, frozen=True):
+    """Where answers go: a peer known to the ROUTER by identity (D's messages at P), or a DEALER's key (P's at D)."""
+
+    key: int
+    incoming: bool
+
+
+class ChannelStatistics(msgspec.Struct, frozen=True):
+    sent: int
+    received: int
+    dropped: int
+    """Messages that broke the protocol: unreadable, too large, wrong sender, another version."""
+    undeliverable: int
+    """Messages that no connection could take; outboxes send again."""
+
+
+class ChannelSecurity(Protocol):
+    """How sockets are authenticated and encrypted before they bind or connect."""
+
+    authenticated: bool
+
+    def secure_server(self, socket: "zmq.Socket[bytes]") -> None: ...
+
+    def secure_client(self, socket: "zmq.Socket[bytes]") -> None: ...
+
+
+class NoSecurity:
+    """Plain text and no keys: allowed on loopback only, unless ``insecure`` is spelled out."""
+
+    authenticated = False
+
+    def secure_server(self, socket: "zmq.Socket[bytes]") -> None:
+        """Nothing to set."""
+
+    def secure_client(self, socket: "zmq.Socket[bytes]") -> None:
+        """Nothing to set."""
+
+
+class Channel:
+    """All control connections of one worker. Owned by one thread; nothing here blocks."""
+
+    def __init__(self, incarnation: Incarnation, security: ChannelSecurity, *, insecure: bool = False) -> None:
+        self.incarnation = incarnation
+        self.endpoint = ""
+        self._security = security
+        self._insecure = insecure
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(1)
+        self._router: zmq.Socket[bytes] | None = None
+        self._dealers: dict[int, zmq.Socket[bytes]] = {}
+        self._next_key = 1
+        self._sent = self._received = self._dropped = self._undeliverable = 0
+
+    def bind(self, listen: str) -> str:
+        """Listen on a zmq endpoint; returns it with the port that was taken. ``ConfigError`` for one not allowed."""
+        self._check_address(listen, "listen on")
+        socket = self._make_socket(zmq.ROUTER)
+        self._security.secure_server(socket)
+        socket.set(zmq.ROUTER_MANDATORY, 1)
+        try:
+            socket.bind(listen)
+        except zmq.ZMQError as exc:
+            socket.close(0)
+            raise ConfigError(f"control channel cannot listen on {listen}: {exc}") from exc
+        self._router = socket
+        bound = socket.get(zmq.LAST_ENDPOINT)
+        assert isinstance(bound, bytes)
+        self.endpoint = bound.rstrip(b"\0").decode()
+        return self.endpoint
+
+    def connect(self, endpoint: str) -> Route:
+        """A new connection to a P; what is sent before it stands is lost. ``ConfigError`` for a bad endpoint."""
+        self._check_address(endpoint, "connect to")
+        socket = self._make_socket(zmq.DEALER)
+        self._security.secure_client(socket)
+        socket.set(zmq.IMMEDIATE, 1)
+        try:
+            socket.connect(endpoint)
+        except zmq.ZMQError as exc:
+            socket.close(0)
+            raise ConfigError(f"control channel cannot connect to {endpoint!r}: {exc}") from exc
+        key = self._next_key
+        self._next_key += 1
+        self._dealers[key] = socket
+        return Route(key=key, incoming=False)
+
+    def disconnect(self, route: Route) -> None:
+        """End a connection made by ``connect``; harmless for one that has ended."""
+        socket = self._dealers.pop(route.key, None) if not route.incoming else None
+        if socket is not None:
+            socket.close(0)
+
+    def send(self, route: Route, envelope: Envelope, body: Body) -> None:
+        """Hand a message to zmq, or count it as undeliverable."""
+        frames = encode(envelope, body)
+        socket = self._router if route.incoming else self._dealers.get(route.key)
+        if socket is None:
+            self._undeliverable += 1
+            return
+        prefix = (_IDENTITY.pack(route.key),) if route.incoming else ()
+        try:
+            socket.send_multipart((*prefix, *frames), zmq.DONTWAIT)
+        except zmq.ZMQError as exc:
+            if exc.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
+                raise TransportError(f"control channel failed: {exc}") from exc
+            self._undeliverable += 1
+            return
+        self._sent += 1
+
+    def receive(self) -> Iterator[Received]:
+        """What has come, a bounded number at a time; what cannot be read is counted and dropped."""
+        if self._router is not None:
+            yield from self._receive_from(self._router, None)
+        for key, socket in list(self._dealers.items()):
+            if not socket.closed:
+                yield from self._receive_from(socket, Route(key=key, incoming=False))
+
+    def sockets(self) -> "list[zmq.Socket[bytes]]":
+        """For the owner's poller; changes with every ``bind``, ``connect`` and ``disconnect``."""
+        return [*([self._router] if self._router else []), *self._dealers.values()]
+
+    def statistics(self) -> ChannelStatistics:
+        return ChannelStatistics(
+            sent=self._sent, received=self._received, dropped=self._dropped, undeliverable=self._undeliverable
+        )
+
+    def drop(self, reason: str) -> None:
+        """Count and log a message that could be read but must not be obeyed."""
+        self._dropped += 1
+        _LOG.warning("control message dropped: %s", reason)
+
+    def close(self) -> None:
+        """Close every socket. Idempotent."""
+        for socket in self.sockets():
+            socket.close(0)
+        self._router = None
+        self._dealers.clear()
+        self._context.term()
+
+    def _receive_from(self, socket: "zmq.Socket[bytes]", route: Route | None) -> Iterator[Received]:
+        for _ in range(_RECEIVE_AT_ONCE):
+            if socket.closed:
+                return
+            try:
+                frames = socket.recv_multipart(zmq.DONTWAIT)
+            except zmq.Again:
+                return
+            try:
+                yield self._read(frames, route)
+            except ProtocolError as exc:
+                self.drop(str(exc))
+
+    def _read(self, frames: list[bytes], route: Route | None) -> Received:
+        identity: int | None = None
+        if route is None:
+            if len(frames[0]) != _IDENTITY.size:
+                raise ProtocolError("sender without an incarnation")
+            (identity,) = _IDENTITY.unpack(frames[0])
+            route, frames = Route(key=identity, incoming=True), frames[1:]
+        if len(frames) != 2:
+            raise ProtocolError(f"{len(frames)} frames instead of an envelope and a body")
+        envelope = decode_envelope(frames[0])
+        if identity is not None and envelope.sender != identity:
+            raise ProtocolError(f"envelope of {envelope.sender:016x} from connection {identity:016x}")
+        if envelope.version != PROTOCOL_VERSION:
+            raise ProtocolError(f"peer speaks protocol {envelope.version}, this worker speaks {PROTOCOL_VERSION}")
+        received = Received(route=route, envelope=envelope, body=decode_body(envelope, frames[1]))
+        self._received += 1
+        return received
+
+    def _make_socket(self, kind: int) -> "zmq.Socket[bytes]":
+        socket = self._context.socket(kind)
+        socket.set(zmq.IDENTITY, _IDENTITY.pack(self.incarnation))
+        socket.set(zmq.LINGER, 0)
+        socket.set(zmq.MAXMSGSIZE, _HARD_LIMIT_BYTES)
+        socket.set(zmq.RECONNECT_IVL, 50)
+        socket.set(zmq.RECONNECT_IVL_MAX, 1000)
+        socket.set(zmq.HEARTBEAT_IVL, 2000)
+        socket.set(zmq.HEARTBEAT_TIMEOUT, 6000)
+        return socket
+
+    def _check_address(self, endpoint: str, verb: str) -> None:
+        if self._security.authenticated or self._insecure or is_loopback(endpoint):
+            return
+        raise ConfigError(
+            f"will not {verb} {endpoint}: control messages are not authenticated yet, so only loopback is allowed; "
+            "use tcp://127.0.0.1:PORT, or spell out --insecure on a network that you trust"
+        )
+
+
+def is_loopback(endpoint: str) -> bool:
+    """Whether a zmq endpoint stays on this host: ipc, inproc, or tcp on a loopback address (given as a number)."""
+    scheme, _, rest = endpoint.partition("://")
+    if scheme in ("ipc", "inproc"):
+        return True
+    host = rest.rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
