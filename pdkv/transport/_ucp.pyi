@@ -6,7 +6,12 @@ class Engine:
     version: str
     refused: list[bytes]
     def __init__(
-        self, library: bytes, settings: list[tuple[bytes, bytes]], window_spans: int, window_bytes: int
+        self,
+        library: bytes,
+        settings: list[tuple[bytes, bytes]],
+        window_spans: int,
+        window_bytes: int,
+        linger_us: int,
     ) -> None: ...
     def address(self) -> bytes: ...
     def register(self, address: int, length: int, on_host: bool) -> bytes: ...

@@ -23,6 +23,7 @@ cdef extern from "native/ucx_engine.h" nogil:
     ctypedef struct pdkv_limits:
         size_t window_spans
         size_t window_bytes
+        unsigned linger_us
 
     ctypedef struct pdkv_memory:
         uint64_t address
@@ -61,7 +62,8 @@ cdef class Engine:
     cdef readonly str version
     cdef readonly list refused
 
-    def __init__(self, bytes library, list settings, size_t window_spans, size_t window_bytes):
+    def __init__(self, bytes library, list settings, size_t window_spans, size_t window_bytes,
+                 unsigned linger_us):
         cdef pdkv_limits limits
         cdef char error[PDKV_ERROR_SIZE]
         cdef size_t count = len(settings)
@@ -71,6 +73,7 @@ cdef class Engine:
             raise MemoryError
         limits.window_spans = window_spans
         limits.window_bytes = window_bytes
+        limits.linger_us = linger_us
         for i, (name, value) in enumerate(settings):
             native[i].name = name
             native[i].value = value

@@ -24,6 +24,9 @@ typedef struct pdkv_setting {
 typedef struct pdkv_limits {
     size_t window_spans; /* most gets of one peer in flight */
     size_t window_bytes; /* most bytes of one peer in flight, one span aside */
+    /* How long the thread goes on looking after the last event before it sleeps. A sleeper costs the other side a
+     * system call for every packet; one that lingers past the gaps of a stream costs none. */
+    unsigned linger_us;
 } pdkv_limits;
 
 typedef struct pdkv_memory {

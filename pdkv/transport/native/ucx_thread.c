@@ -187,11 +187,14 @@ static void drain_peers(pdkv_engine *engine)
 void *pdkv_engine_run(void *argument)
 {
     pdkv_engine *engine = argument;
+    double last_moved_s = now_s();
     while (!engine->stopping) {
         int moved = run_commands(engine);
         moved |= serve_peers(engine);
         moved |= engine->ucx.ucp_worker_progress(engine->worker) != 0;
-        if (!moved && !engine->stopping)
+        if (moved)
+            last_moved_s = now_s();
+        else if (!engine->stopping && now_s() - last_moved_s > 1e-6 * engine->limits.linger_us)
             sleep_until_event(engine);
     }
     drain_peers(engine);

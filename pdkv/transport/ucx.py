@@ -1,0 +1,218 @@
+"""One-sided reads over UCX: RDMA, TCP or shared memory, whichever UCX finds between two workers."""
+
+import logging
+import os
+import re
+import zlib
+
+import msgspec
+import numpy as np
+
+from pdkv.errors import TransportError
+from pdkv.schema import Int64Array, LocalMemory, MemoryDescriptor, ReadBatch, TransportAddress
+from pdkv.transport.base import Completion, PeerId, ReadId, ReadStatus, Transport
+from pdkv.transport.ucx_library import HOW_TO_INSTALL, UcxLibrary, find_ucx_library
+
+try:
+    from pdkv.transport._ucp import Engine
+
+    _BINDING_ERROR: ImportError | None = None
+except ImportError as missing:
+    _BINDING_ERROR = missing
+
+log = logging.getLogger("pdkv.transport.ucx")
+
+_STATUS = (ReadStatus.OK, ReadStatus.FAILED, ReadStatus.CANCELLED)
+"""By the native engine's numbers."""
+
+_MAGIC = b"pdkvucx1"
+
+_PATHS = (
+    ("tcp", re.compile(r"\btcp\b")),
+    ("shm", re.compile(r"\b(posix|sysv|cma|knem|xpmem|self)\b")),
+    ("rdma", re.compile(r"\b(rc|dc|ud|gga|srd)(_\w+)?\b|\bib\b")),
+    ("cuda_ipc", re.compile(r"\bcuda_ipc\b")),
+)
+"""UCX transports by path, the least wanted first: a read that travels two ways is called after the worse."""
+
+
+class UcxOptions(msgspec.Struct, frozen=True):
+    """How a ``UcxTransport`` is set up. The defaults suit every worker; tests force paths with ``tls``."""
+
+    library: str | None = None
+    """A libucp file, or the directory that holds it; None looks for one (``ucx_library``)."""
+    tls: str | None = None
+    """UCX transports to use, as in UCX_TLS. None = all but cma (2-5 x slower than posix, yet preferred by UCX)."""
+    net_devices: str | None = None
+    """Network devices to use, as in UCX_NET_DEVICES; None = all."""
+    keepalive_ms: int = 500
+    """How often UCX looks whether a silent peer still lives; over shared memory this bounds the time to notice."""
+    window_spans: int = 64
+    """Most spans of one peer in flight."""
+    window_bytes: int = 64 << 20
+    """Most bytes of one peer in flight, one span aside."""
+    linger_us: int = 50
+    """How long the progress thread goes on looking after the last event before it sleeps."""
+
+
+class UcxSetting(msgspec.Struct, frozen=True):
+    """One UCX setting that we need, and what became of it."""
+
+    name: str
+    """As UCX's environment variables are called: "UCX_..."."""
+    value: str
+    inherited: bool
+    """The environment sets it to ``value``, and that wins over ours."""
+    ours: str
+
+
+class UcxTransport(Transport):
+    """See ``Transport``. A native thread of its own does all of UCX's work, without the GIL, and sleeps when idle; as
+    the target of reads it needs nothing of the owner. Not for use after a fork (spawn instead).
+
+    ``library`` and ``settings`` say what was loaded and set; both are logged.
+    """
+
+    name = "ucx"
+
+    def __init__(self, options: UcxOptions | None = None) -> None:
+        """Raises ``TransportError`` when the binding or libucp is missing, or UCX cannot start."""
+        options = options or UcxOptions()
+        if _BINDING_ERROR is not None:
+            raise TransportError(
+                f"the UCX binding is not built ({_BINDING_ERROR}): install pdkv with pip, "
+                "or run `python setup.py build_ext --inplace` in a checkout"
+            ) from _BINDING_ERROR
+        if options.window_spans < 1 or options.window_bytes < 1:
+            raise TransportError("UcxOptions: window_spans and window_bytes must be at least 1")
+        self.settings = ucx_settings(options, dict(os.environ))
+        chosen = find_ucx_library(options.library)
+        ours = [(s.name.removeprefix("UCX_").encode(), s.value.encode()) for s in self.settings if not s.inherited]
+        try:
+            self._engine = Engine(
+                os.fsencode(chosen.path), ours, options.window_spans, options.window_bytes, options.linger_us
+            )
+        except OSError as error:
+            raise TransportError(f"UCX ({chosen.path}) cannot start: {error}; {HOW_TO_INSTALL}") from error
+        self.library: UcxLibrary = msgspec.structs.replace(chosen, version=self._engine.version)
+        self._memories: list[MemoryDescriptor] = []
+        self._worker_address = _seal(self._engine.address())
+        self._fileno = self._engine.fileno()
+        self._closed = False
+        self._log_start()
+
+    def _log_start(self) -> None:
+        kind = "with" if self.library.has_infiniband else "without"
+        log.info(f"UCX {self.library.version} ({self.library.source}, {kind} InfiniBand): {self.library.path}")
+        for setting in self.settings:
+            if setting.inherited and setting.value != setting.ours:
+                log.warning(f"{setting.name}={setting.value} is inherited and wins over pdkv's {setting.ours}")
+        for refused in self._engine.refused:
+            log.warning(f"this UCX refuses the setting UCX_{refused.decode()}")
+
+    def register(self, memory: LocalMemory) -> MemoryDescriptor:
+        self._check_open()
+        if memory.address <= 0 or memory.length <= 0:
+            raise TransportError(f"cannot register {memory.length} bytes at {memory.address:#x}")
+        try:
+            key = self._engine.register(memory.address, memory.length, memory.device == "cpu")
+        except OSError as error:
+            raise TransportError(
+                f"UCX cannot register {memory.length} bytes at {memory.address:#x} on {memory.device}: {error}"
+            ) from error
+        descriptor = MemoryDescriptor(address=memory.address, length=memory.length, key=_seal(key))
+        self._memories.append(descriptor)
+        return descriptor
+
+    def address(self) -> TransportAddress:
+        return TransportAddress(transport=self.name, address=self._worker_address, memories=tuple(self._memories))
+
+    def connect(self, address: TransportAddress) -> PeerId:
+        self._check_open()
+        if address.transport != self.name:
+            raise TransportError(f"a ucx transport cannot reach a {address.transport!r} address")
+        worker = _unseal(address.address, "the peer's address")
+        memories = [
+            (memory.address, memory.length, _unseal(memory.key, f"the key of the peer's memory {index}"))
+            for index, memory in enumerate(address.memories)
+        ]
+        if any(base < 0 or length < 0 or base + length >= 1 << 64 for base, length, _ in memories):
+            raise TransportError("the peer describes memory outside its address space")
+        return PeerId(self._engine.connect(worker, memories))
+
+    def close_peer(self, peer: PeerId) -> None:
+        if not self._closed:
+            self._engine.close_peer(peer)
+
+    def submit(self, peer: PeerId, batch: ReadBatch) -> ReadId:
+        self._check_open()
+        arrays = [_int64(array) for array in (batch.memory, batch.remote, batch.local, batch.length)]
+        try:
+            return ReadId(self._engine.submit(peer, *arrays))
+        except ValueError as error:
+            raise TransportError(f"a batch that is none: {error}") from error
+
+    def poll(self) -> list[Completion]:
+        if self._closed:
+            return []
+        return [Completion(ReadId(read), _STATUS[status], error) for read, status, error in self._engine.poll()]
+
+    def fileno(self) -> int:
+        return self._fileno
+
+    def path(self, peer: PeerId) -> str:
+        return "unknown" if self._closed else path_of(self._engine.path(peer))
+
+    def close(self) -> None:
+        self._closed = True
+        self._engine.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise TransportError("the ucx transport is closed")
+
+
+def ucx_settings(options: UcxOptions, environ: dict[str, str]) -> tuple[UcxSetting, ...]:
+    """What UCX is told, and where ``environ`` (which UCX itself reads) has the last word."""
+    ours = {
+        "UCX_TLS": options.tls or "^cma",
+        "UCX_KEEPALIVE_INTERVAL": f"{options.keepalive_ms}ms",
+        # Without it posix and sysv refuse endpoints that report a peer's death.
+        "UCX_MM_ERROR_HANDLING": "y",
+        # Packets of the copies that stand in for remote reads; the element's 16-bit length allows no more than 65,535.
+        "UCX_MM_SEG_SIZE": "32K",
+        "UCX_TCP_TX_SEG_SIZE": "1M",
+        "UCX_TCP_RX_SEG_SIZE": "1M",
+        # Every buffer is registered once, by hand: no cache, and so no hooks in the process's mmap and munmap.
+        "UCX_RCACHE_ENABLE": "n",
+    }
+    if options.net_devices is not None:
+        ours["UCX_NET_DEVICES"] = options.net_devices
+    return tuple(
+        UcxSetting(name=name, value=environ.get(name, value), inherited=name in environ, ours=value)
+        for name, value in ours.items()
+    )
+
+
+def path_of(info: str) -> str:
+    """The path named by UCX's description of a request, such as "software emulation tcp/lo"; "unknown" if none is."""
+    for path, pattern in _PATHS:
+        if pattern.search(info):
+            return path
+    return "unknown"
+
+
+def _int64(array: Int64Array) -> Int64Array:
+    return np.ascontiguousarray(array, dtype=np.int64)
+
+
+def _seal(payload: bytes) -> bytes:
+    """Marks bytes that go to libucp on the other side, which crashes on anything it did not make itself."""
+    return _MAGIC + zlib.crc32(payload).to_bytes(4, "little") + payload
+
+
+def _unseal(sealed: bytes, what: str) -> bytes:
+    head, payload = sealed[: len(_MAGIC) + 4], sealed[len(_MAGIC) + 4 :]
+    if head != _MAGIC + zlib.crc32(payload).to_bytes(4, "little"):
+        raise TransportError(f"{what} was not made by a ucx transport of this version, or was damaged on its way")
+    return payload
