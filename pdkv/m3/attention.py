@@ -1,4 +1,4 @@
-"""One layer's attention: project, normalise, rotate, store into pages, choose blocks, attend."""
+"""One layer's attention: store what the new tokens leave behind, then let them attend to it."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -49,49 +49,50 @@ def attention_step(queries: RaggedQueries, positions: Tensor, config: M3Config) 
     return AttentionStep(queries, page_ids, positions % BLOCK, cos, sin)
 
 
-def attention(
-    x: Tensor, layer: int, weights: AttentionWeights, step: AttentionStep, cache: KvViews, config: M3Config
-) -> Tensor:
-    """x: [num_rows, hidden], normalised. Writes the rows' K, V and index keys into their pages, then attends.
+@dataclass(frozen=True)
+class Asked:
+    """What the rows of a step ask of one layer's state, rotated; heads of this rank."""
 
-    Returns [num_rows, hidden] in x's dtype.
-    """
-    rows = x.shape[0]
-    sparse = config.sparse_layers[layer]
+    q: Tensor  # [num_rows, num_heads, head_dim]
+    index_q: Tensor | None  # [num_rows, num_index_heads, index_dim], on sparse layers
+
+
+def store(
+    x: Tensor, layer: int, weights: AttentionWeights, step: AttentionStep, cache: KvViews, config: M3Config
+) -> Asked:
+    """Write the rows' K, V and index keys into their pages. x: [num_rows, hidden], normalised."""
     kinds = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
+    sparse = config.sparse_layers[layer]
     if sparse:
         kinds += [config.num_index_heads, 1]
-    projected = functional.linear(x, weights.inputs).view(rows, sum(kinds), config.head_dim)
+    projected = functional.linear(x, weights.inputs).view(x.shape[0], sum(kinds), config.head_dim)
     q, k, v, *index = split(projected, kinds, dim=1)  # each [num_rows, heads, head_dim]
-    kv = PagedKv(cache.view("k", layer), cache.view("v", layer))
-    kv_store_ref(_turned(k, weights.k_norm, step, config), kv.k, step.page_ids, step.offsets)
-    kv_store_ref(v, kv.v, step.page_ids, step.offsets)
+    kv_store_ref(_turned(k, weights.k_norm, step, config), cache.view("k", layer), step.page_ids, step.offsets)
+    kv_store_ref(v, cache.view("v", layer), step.page_ids, step.offsets)
     q = _turned(q, weights.q_norm, step, config).to(x.dtype)
-    scale = config.head_dim**-0.5
-    if sparse:
-        blocks = _choose_blocks(index, layer, weights, step, cache, config)
-        out, _ = sparse_attention_ref(q, kv, blocks, step.queries, scale)
-    else:
-        out, _ = paged_attention_ref(q, kv, step.queries, scale)
-    return functional.linear(out.reshape(rows, -1), weights.output)
-
-
-def _choose_blocks(
-    index: list[Tensor],
-    layer: int,
-    weights: AttentionWeights,
-    step: AttentionStep,
-    cache: KvViews,
-    config: M3Config,
-) -> Tensor:
-    """Store the rows' index keys and select: int32 [num_rows, num_index_heads, topk_blocks]."""
+    if not sparse:
+        return Asked(q, None)
     assert weights.index_q_norm is not None
     assert weights.index_k_norm is not None
     index_q, index_k = index
-    pages = cache.view("index_k", layer)
-    kv_store_ref(_turned(index_k, weights.index_k_norm, step, config)[:, 0], pages, step.page_ids, step.offsets)
-    index_q = _turned(index_q, weights.index_q_norm, step, config).to(index_q.dtype)
-    return index_topk_ref(index_q, pages, step.queries, config.topk_blocks, config.init_blocks, config.local_blocks)
+    index_k = _turned(index_k, weights.index_k_norm, step, config)[:, 0]
+    kv_store_ref(index_k, cache.view("index_k", layer), step.page_ids, step.offsets)
+    return Asked(q, _turned(index_q, weights.index_q_norm, step, config).to(x.dtype))
+
+
+def attend(
+    asked: Asked, layer: int, weights: AttentionWeights, step: AttentionStep, cache: KvViews, config: M3Config
+) -> Tensor:
+    """Read the state up to each row's own position: [num_rows, hidden] in q's dtype."""
+    kv = PagedKv(cache.view("k", layer), cache.view("v", layer))
+    scale = config.head_dim**-0.5
+    if asked.index_q is None:
+        out, _ = paged_attention_ref(asked.q, kv, step.queries, scale)
+    else:
+        forced = (config.topk_blocks, config.init_blocks, config.local_blocks)
+        blocks = index_topk_ref(asked.index_q, cache.view("index_k", layer), step.queries, *forced)
+        out, _ = sparse_attention_ref(asked.q, kv, blocks, step.queries, scale)
+    return functional.linear(out.flatten(1), weights.output)
 
 
 def _turned(x: Tensor, norm_weight: Tensor, step: AttentionStep, config: M3Config) -> Tensor:

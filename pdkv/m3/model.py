@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pdkv.errors import ModelError
-from pdkv.m3.attention import KvViews, attention, attention_step
+from pdkv.m3.attention import KvViews, attend, attention_step, store
 from pdkv.m3.config import M3Config, load_config
 from pdkv.m3.layers import feed_forward, norm
 from pdkv.m3.weights import M3Weights, load_weights
@@ -58,13 +58,18 @@ class M3Model:
         queries = RaggedQueries(batch.query_starts, batch.context_lens, batch.page_table)
         step = attention_step(queries, batch.positions, config)
         x = functional.embedding(batch.token_ids, weights.embed)  # [num_tokens, hidden]
+        last = config.num_layers - 1
         for number, layer in enumerate(weights.layers):
-            normed = norm(x, layer.input_norm, config.rms_norm_eps)
-            x = x + attention(normed, number, layer.attention, step, cache, config)
-            normed = norm(x, layer.post_attention_norm, config.rms_norm_eps)
-            x = x + feed_forward(normed, layer.mlp, config)
-        wanted = norm(x[batch.logits_rows], weights.norm, config.rms_norm_eps)
+            asked = store(self._normed(x, layer.input_norm), number, layer.attention, step, cache, config)
+            if number == last and batch.logits_rows.numel() == 0:
+                break  # a chunk of a longer prompt: nobody reads what the last layer would say
+            x = x + attend(asked, number, layer.attention, step, cache, config)
+            x = x + feed_forward(self._normed(x, layer.post_attention_norm), layer.mlp, config)
+        wanted = self._normed(x[batch.logits_rows], weights.norm)
         return functional.linear(wanted, weights.lm_head).float()
+
+    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        return norm(x, weight, self.config.rms_norm_eps)
 
 
 def load_model(model_dir: Path, device: str = "cpu", dtype: str = "auto") -> M3Model:

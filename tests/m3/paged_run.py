@@ -30,7 +30,7 @@ class PagedRun:
             query_starts=torch.tensor([0, count], dtype=torch.int32),
             context_lens=torch.tensor([self.num_tokens], dtype=torch.int32),
             page_table=self.page_table,
-            logits_rows=torch.tensor([count - 1] if rows is None else rows),
+            logits_rows=torch.tensor([count - 1] if rows is None else rows, dtype=torch.int64),
         )
         logits = self.model.forward(batch, self.arena)
         self.num_tokens += count
@@ -38,9 +38,10 @@ class PagedRun:
 
     def prefill(self, token_ids: list[int], chunk: int) -> torch.Tensor:
         """Logits behind the last token: [vocab]."""
-        for begin in range(0, len(token_ids), chunk):
-            logits = self.feed(token_ids[begin : begin + chunk])
-        return logits[0]
+        last = (len(token_ids) - 1) // chunk * chunk
+        for begin in range(0, last, chunk):
+            self.feed(token_ids[begin : begin + chunk], [])
+        return self.feed(token_ids[last:])[0]
 
     def greedy(self, prompt: list[int], num_tokens: int, chunk: int) -> tuple[list[int], torch.Tensor]:
         """Tokens, and the logits that gave them: [num_tokens, vocab]."""
