@@ -67,7 +67,10 @@ class EngineLink:
         with theirs:
             args = lifeline.command(module, "--fd", str(theirs.fileno()))
             process = await asyncio.create_subprocess_exec(
-                *args, stdin=asyncio.subprocess.DEVNULL, pass_fds=(theirs.fileno(),)
+                *args,
+                stdin=asyncio.subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(),),
+                process_group=0,  # a terminal's Ctrl-C is for the front, which ends the engine process in good order
             )
         reader, writer = await asyncio.open_unix_connection(sock=ours)
         writer.write(encode_frame(settings))

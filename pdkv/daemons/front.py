@@ -88,9 +88,10 @@ async def run_worker(config: WorkerConfig, engine_module: str = ENGINE_MODULE) -
     served = ServedModel.load(config)
     stop = http_server.Stop()
     with http_server.bind(Address(config.listen), reuse_port=config.reuse_port) as sock, stop.on_signals():
-        settings = engine_settings(config, served, str(http_server.bound_address(sock)))
+        listen = str(http_server.bound_address(sock))
+        settings = engine_settings(config, served, listen)
         link = await EngineLink.start(settings, engine_module)
-        _log.info("loading", model=str(Path(config.model)), listen=str(http_server.bound_address(sock)))
+        _log.info("loading", model=str(Path(config.model)), listen=listen)
         watching = asyncio.create_task(_end_with_engine(link, stop))
         try:
             await http_server.serve(create_app(settings.role, served, link), sock, stop, link.fail_all)

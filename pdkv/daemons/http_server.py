@@ -43,8 +43,7 @@ def create_app() -> FastAPI:
     app.add_exception_handler(RequestError, _answer_request_error)
     app.add_exception_handler(ClientGoneError, _answer_nobody)
     app.add_exception_handler(HTTPException, _answer_http_exception)
-    app.add_exception_handler(Exception, _answer_bug)
-    app.add_middleware(_RequestId)
+    app.add_middleware(_Outermost)
     return app
 
 
@@ -183,8 +182,8 @@ class _Server(uvicorn.Server):
         yield
 
 
-class _RequestId:
-    """Gives every request an id, in its scope, its logs and its answer."""
+class _Outermost:
+    """Gives every request an id, in its scope, its logs and its answer, and answers what nobody caught with a 500."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -196,14 +195,23 @@ class _RequestId:
         given = Headers(scope=scope).get(REQUEST_ID, "")
         chosen = given if given and len(given) <= 128 and given.isprintable() else secrets.token_hex(16)
         scope["pdkv.request_id"] = chosen
+        started = False
 
         async def send_with_id(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message)[REQUEST_ID] = chosen
+                started = True
             await send(message)
 
         with structlog.contextvars.bound_contextvars(request_id=chosen):
-            await self._app(scope, receive, send_with_id)
+            try:
+                await self._app(scope, receive, send_with_id)
+            except Exception:  # noqa: BLE001  a daemon's outermost loop
+                _log.exception("unhandled error")
+                if not started:  # otherwise the server breaks the connection off, so that nobody takes it for whole
+                    bug = ApiError.of(500, "internal error; the server's log has the details", code="internal")
+                    await error_response(bug)(scope, receive, send_with_id)
 
 
 def _answer_api_error(_request: Request, exc: Exception) -> Response:
@@ -230,8 +238,3 @@ def _answer_http_exception(request: Request, exc: Exception) -> Response:
     response = error_response(ApiError.of(exc.status_code, message))
     response.headers.update(exc.headers or {})
     return response
-
-
-def _answer_bug(_request: Request, exc: Exception) -> Response:
-    _log.error("unhandled error", exc_info=exc)
-    return error_response(ApiError.of(500, "internal error; the server's log has the details", code="internal"))

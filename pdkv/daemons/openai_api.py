@@ -160,7 +160,7 @@ def parse_completion(body: bytes) -> CompletionRequest:
         raise RequestError(f"the body is not valid JSON: {exc}") from None
     values: dict[str, Any] = {}
     for name, raw in fields.items():
-        if bytes(raw).strip() == b"null" and name != "prompt":
+        if _start(raw, 5) == b"null" and name != "prompt":
             continue
         if name in _OFF:
             _refuse_unless_off(name, raw)
@@ -231,11 +231,15 @@ def encode_models(models: Mapping[str, int]) -> bytes:
     return msgspec.json.encode({"object": "list", "data": data})
 
 
+def _start(raw: msgspec.Raw, size: int) -> bytes:
+    return bytes(memoryview(raw)[:size])
+
+
 def _decode(name: str, raw: msgspec.Raw, kind: Any, meaning: str) -> Any:
     try:
         return msgspec.json.decode(raw, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError):
-        found = bytes(raw[:40]).decode("utf-8", "replace")
+        found = _start(raw, 40).decode("utf-8", "replace")
         raise RequestError(f"{name!r} must be {meaning}, found {found}", param=name) from None
 
 
@@ -254,13 +258,13 @@ def _number(low: float, high: float, kind: Any, meaning: str) -> Callable[[str, 
 
 
 def _prompt(name: str, raw: msgspec.Raw) -> str | list[int]:
-    first = bytes(raw[:64]).lstrip()[:1]
+    first = _start(raw, 64).lstrip()[:1]
     if first == b'"':
         text: str = _decode(name, raw, str, "valid text")
         return text
     if first != b"[":
         raise RequestError("'prompt' must be text or a list of token ids", param=name)
-    rest = bytes(raw[:256]).lstrip()[1:].lstrip()[:1]
+    rest = _start(raw, 256).lstrip()[1:].lstrip()[:1]
     if rest in (b'"', b"["):
         raise RequestError(
             "'prompt' is a list of prompts; send one prompt a request, as text or a list of token ids", param=name

@@ -1,0 +1,117 @@
+"""Real processes for the daemons' tests: fronts above scripted engines, and routers."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from pdkv.verify.link_chasing_checkpoint import write_checkpoint
+
+DEADLINE_S = 60
+
+
+class Daemon:
+    """One process that logs JSON to stderr, and the address it logged."""
+
+    def __init__(self, *args: str, env: dict[str, str] | None = None) -> None:
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("PDKV_")}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", *args], stderr=subprocess.PIPE, text=True, env={**clean, **(env or {})}
+        )
+        self.url = ""
+
+    def wait_for_event(self, event: str) -> dict[str, object]:
+        assert self.process.stderr is not None
+        seen = []
+        for line in self.process.stderr:
+            seen.append(line)
+            with contextlib.suppress(ValueError):
+                record = json.loads(line)
+                if record.get("event") == event:
+                    return record
+        raise AssertionError(f"the process ended before it logged {event!r}: {''.join(seen)}")
+
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.kill()
+        self.process.wait()
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+
+
+class Fleet:
+    """Starts workers and routers, and ends them all."""
+
+    def __init__(self) -> None:
+        self._daemons: list[Daemon] = []
+
+    def worker(self, role: str, model: Path, port: int = 0) -> Daemon:
+        daemon = self._start("tests.daemons.scripted_worker", role, str(model), f"127.0.0.1:{port}")
+        daemon.url = f"http://{daemon.wait_for_event('loading')['listen']}"
+        return daemon
+
+    def router(self, prefill: list[Daemon], decode: list[Daemon], *flags: str, ready: bool = True) -> Daemon:
+        targets = [f"--prefill={p.url}" for p in prefill] + [f"--decode={d.url}" for d in decode]
+        daemon = self._start("pdkv", "router", "--listen=127.0.0.1:0", "--poll-interval=0.2", *targets, *flags)
+        daemon.url = str(daemon.wait_for_event("listening")["url"])
+        if ready:
+            wait_until(lambda: httpx.get(daemon.url + "/health").status_code == 200)
+        return daemon
+
+    def _start(self, *args: str) -> Daemon:
+        daemon = Daemon(*args)
+        self._daemons.append(daemon)
+        return daemon
+
+    def close(self) -> None:
+        for daemon in self._daemons:
+            daemon.kill()
+
+
+def wait_until(condition) -> None:
+    """Poll until the condition holds; a condition that never does fails the test."""
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline, "the condition never became true"
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "link-chasing"
+    write_checkpoint(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bare_checkpoint(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same without a tokenizer."""
+    folder = tmp_path_factory.mktemp("model") / "bare"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).symlink_to(checkpoint / name)
+    return folder
+
+
+@pytest.fixture
+def fleet() -> Iterator[Fleet]:
+    fleet = Fleet()
+    yield fleet
+    fleet.close()
+
+
+@pytest.fixture(scope="module")
+def shared_fleet() -> Iterator[Fleet]:
+    """For tests that leave their workers as they found them."""
+    fleet = Fleet()
+    yield fleet
+    fleet.close()
