@@ -30,7 +30,7 @@ from pdkv.verify.link_chasing import (
 )
 from pdkv.verify.link_chasing_checkpoint import write_checkpoint
 from pdkv.verify.state_loss import first_wrong_steps, prefill, region_keys
-from pdkv.verify.undivided import complete_with
+from pdkv.verify.undivided import complete, complete_with
 
 NUM_STEPS = 64
 """As many as there are nodes: every home of the chain is visited."""
@@ -117,6 +117,12 @@ def test_the_undivided_engine_follows_the_chain(model: M3Model, num_tokens: int)
     answer = complete_with(model, prompt.token_ids, NUM_STEPS)
     assert answer.token_ids == prompt.expected(NUM_STEPS)
     assert min(answer.logprobs) > -1e-4
+
+
+def test_bfloat16_follows_the_chain_too(checkpoint: Path) -> None:
+    prompt = make_prompt(4, 2300)
+    answer = complete(checkpoint, prompt.token_ids, NUM_STEPS, dtype="bfloat16")
+    assert answer.token_ids == prompt.expected(NUM_STEPS)
 
 
 def test_transformers_follows_the_same_chain(checkpoint: Path) -> None:
