@@ -150,6 +150,9 @@ class WorkerConfig(ServedConfig):
                     "yet: whoever reaches it can read the K/V of every request. Listen on 127.0.0.1, or spell out "
                     "--insecure on a network that you trust"
                 )
+        host = self.advertise_host or Address(self.control_listen).host
+        if host in ("0.0.0.0", "::"):
+            raise ValueError(f"peers cannot reach {host}; --advertise-host must name this machine as they see it")
         return self
 
 

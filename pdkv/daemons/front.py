@@ -87,7 +87,7 @@ async def run_worker(config: WorkerConfig, engine_module: str = ENGINE_MODULE) -
     """Run a worker until a signal or the end of its engine process; returns the exit code."""
     served = ServedModel.load(config)
     stop = http_server.Stop()
-    with http_server.bind(Address(config.listen), reuse_port=config.reuse_port) as sock, stop.on_signals():
+    with http_server.listen(Address(config.listen), reuse_port=config.reuse_port) as sock, stop.on_signals():
         listen = str(http_server.bound_address(sock))
         settings = engine_settings(config, served, listen)
         link = await EngineLink.start(settings, engine_module)

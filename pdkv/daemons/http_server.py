@@ -105,6 +105,13 @@ async def _wait_until_gone(request: Request) -> None:
         pass
 
 
+def listen(address: Address, *, reuse_port: bool = False) -> socket.socket:
+    """A socket that accepts connections from now on; they wait until ``serve``."""
+    sock = bind(address, reuse_port=reuse_port)
+    sock.listen(2048)
+    return sock
+
+
 def bind(address: Address, *, reuse_port: bool = False) -> socket.socket:
     """A bound TCP socket, not yet listening. Raises ConfigError when the address cannot be had."""
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET

@@ -37,7 +37,7 @@ class Health(msgspec.Struct, frozen=True):
 async def run_router(config: RouterConfig) -> int:
     """Serve until a signal; returns the exit code."""
     stop = http_server.Stop()
-    with http_server.bind(Address(config.listen), reuse_port=config.reuse_port) as sock, stop.on_signals():
+    with http_server.listen(Address(config.listen), reuse_port=config.reuse_port) as sock, stop.on_signals():
         async with open_client() as client:
             pool = WorkerPool(client, config.prefill_urls, config.decode_urls, config.poll_interval)
             async with pool.polling():

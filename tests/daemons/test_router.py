@@ -1,0 +1,239 @@
+"""The router over real HTTP: real fronts, real failures of processes, and the real OpenAI client."""
+
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from tests.daemons.conftest import Daemon, Fleet, wait_until
+from tests.daemons.scripted_engine import FIRST_NODE, Script
+
+
+@pytest.fixture(scope="module")
+def prefill(shared_fleet: Fleet, checkpoint: Path) -> Daemon:
+    return shared_fleet.worker("prefill", checkpoint)
+
+
+@pytest.fixture(scope="module")
+def decode(shared_fleet: Fleet, checkpoint: Path) -> Daemon:
+    return shared_fleet.worker("decode", checkpoint)
+
+
+@pytest.fixture(scope="module")
+def router(shared_fleet: Fleet, prefill: Daemon, decode: Daemon) -> Daemon:
+    return shared_fleet.router([prefill], [decode])
+
+
+@pytest.fixture
+def client(router: Daemon):
+    with openai.OpenAI(base_url=router.url + "/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def _body(script: Script = Script.ANSWER, **fields: object) -> dict:
+    return {"prompt": [1, 2, 3], "max_tokens": 4, "seed": int(script), **fields}
+
+
+def _ask(router: Daemon, script: Script = Script.ANSWER, **fields: object) -> httpx.Response:
+    return httpx.post(router.url + "/v1/completions", json=_body(script, **fields), timeout=60)
+
+
+def _status(worker: Daemon) -> dict:
+    return httpx.get(worker.url + "/pdkv/v1/status").json()
+
+
+def _idle(*workers: Daemon) -> bool:
+    return all(_status(worker)["pages_free"] == 10 for worker in workers)
+
+
+def test_the_openai_client_gets_whole_answers_and_streams(client: openai.OpenAI) -> None:
+    whole = client.completions.create(model="link-chasing", prompt="n1>n2 n1", max_tokens=4, seed=1)
+    assert whole.choices[0].text == "n0 n1 n2 n3"
+    assert whole.choices[0].finish_reason == "length"
+    assert whole.usage
+    assert whole.usage.total_tokens == 6
+    chunks = list(client.completions.create(model="link-chasing", prompt=[1, 2], max_tokens=4, seed=1, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == "n0 n1 n2 n3"
+    assert client.models.list().data[0].id == "link-chasing"
+
+
+def test_refusals_reach_the_openai_client_as_its_own_errors(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.completions.create(model="nope", prompt="n1", seed=1)
+    assert missing.value.code == "model_not_found"
+    with pytest.raises(openai.BadRequestError) as too_long:
+        client.completions.create(model="link-chasing", prompt=[1] * 600, seed=1)
+    assert (too_long.value.code, too_long.value.param) == ("context_length_exceeded", "prompt")
+    with pytest.raises(openai.InternalServerError) as full:
+        client.completions.create(model="link-chasing", prompt=[1], seed=int(Script.FULL))
+    assert full.value.status_code == 503
+    assert full.value.response.headers["retry-after"] == "1"
+
+
+def test_a_request_id_is_echoed_and_debug_is_passed_down(router: Daemon) -> None:
+    answer = httpx.post(
+        router.url + "/v1/completions", json=_body(), headers={"X-Request-Id": "mine", "X-Pdkv-Debug": "1"}
+    )
+    assert answer.headers["x-request-id"] == "mine"
+    assert answer.json()["pdkv"]["request_id"] == "mine"
+
+
+def test_a_stream_is_passed_on_as_it_comes(router: Daemon, decode: Daemon, prefill: Daemon) -> None:
+    body = _body(Script.HANG_AFTER_TWO, stream=True)
+    with httpx.stream("POST", router.url + "/v1/completions", json=body, timeout=60) as answer:
+        events = (line for line in answer.iter_lines() if line)
+        texts = [json.loads(next(events).removeprefix("data: "))["choices"][0]["text"] for _ in range(2)]
+        assert texts == ["n0", " n1"]
+        assert _status(decode)["requests_running"] == 1
+    wait_until(lambda: _idle(decode, prefill))  # the client has gone: both sides hear of it
+
+
+@pytest.mark.parametrize("script", [Script.HANG, Script.HANG_PREFILL])
+def test_a_client_that_goes_away_frees_both_workers(
+    router: Daemon, decode: Daemon, prefill: Daemon, script: Script
+) -> None:
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(router.url + "/v1/completions", json=_body(script), timeout=0.5)
+    wait_until(lambda: _idle(decode, prefill))
+
+
+def test_a_failed_prefill_cancels_decode_and_ends_in_its_error(router: Daemon, decode: Daemon) -> None:
+    answer = _ask(router, Script.PREFILL_FAILS)
+    assert answer.status_code == 500
+    assert answer.json()["error"]["message"] == "scripted: internal"
+    wait_until(lambda: _idle(decode))
+
+
+def test_unready_says_what_is_missing(fleet: Fleet, prefill: Daemon, decode: Daemon) -> None:
+    nobody = Daemon.__new__(Daemon)
+    nobody.url = "http://127.0.0.1:1"
+    router = fleet.router([prefill], [nobody], ready=False)
+    wait_until(lambda: "ConnectError" in httpx.get(router.url + "/health").text)
+    health = httpx.get(router.url + "/health")
+    assert health.status_code == 503
+    assert health.json()["missing"][0].startswith("no decode worker is ready (http://127.0.0.1:1")
+    refused = _ask(router)
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+    assert httpx.get(router.url + "/v1/models").status_code == 503
+    swapped = fleet.router([decode], [prefill], ready=False)
+    wait_until(lambda: "is a decode worker" in httpx.get(swapped.url + "/health").text)
+
+
+def test_workers_of_different_manifests_are_never_paired(
+    fleet: Fleet, prefill: Daemon, checkpoint: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "other").symlink_to(checkpoint)
+    stranger = fleet.worker("decode", tmp_path / "other")
+    router = fleet.router([prefill], [stranger], ready=False)
+    wait_until(lambda: "same manifest" in httpx.get(router.url + "/health").text)
+    assert httpx.get(router.url + "/health").status_code == 503
+
+
+def test_a_deadline_ends_a_request_with_504_and_frees_both(fleet: Fleet, prefill: Daemon, decode: Daemon) -> None:
+    router = fleet.router([prefill], [decode], "--request-timeout=0.5")
+    answer = _ask(router, Script.HANG)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline")
+    events = _ask(router, Script.HANG_AFTER_TWO, stream=True).text.split("\n\n")
+    assert json.loads(events[-2].removeprefix("data: "))["error"]["code"] == "deadline"
+    wait_until(lambda: _idle(decode, prefill))
+
+
+def test_every_worker_gets_its_turn(fleet: Fleet, checkpoint: Path) -> None:
+    prefills = [fleet.worker("prefill", checkpoint) for _ in range(2)]
+    decodes = [fleet.worker("decode", checkpoint) for _ in range(2)]
+    router = fleet.router(prefills, decodes)
+    wait_until(lambda: all(worker["ready"] for worker in httpx.get(router.url + "/health").json()["workers"]))
+    controllers = [_hang(router) for _ in range(4)]
+    wait_until(lambda: [_status(worker)["requests_running"] for worker in decodes] == [2, 2])
+    for controller in controllers:
+        controller.close()
+    wait_until(lambda: _idle(*decodes, *prefills))
+
+
+def _hang(router: Daemon) -> httpx.Client:
+    client = httpx.Client(timeout=60)
+    request = client.build_request(
+        "POST", router.url + "/v1/completions", json=_body(Script.HANG_AFTER_TWO, stream=True)
+    )
+    client.send(request, stream=True)
+    return client
+
+
+def test_a_dead_prefill_is_passed_over_and_taken_back_after_its_restart(fleet: Fleet, checkpoint: Path) -> None:
+    first, second = (fleet.worker("prefill", checkpoint) for _ in range(2))
+    decode = fleet.worker("decode", checkpoint)
+    router = fleet.router([first, second], [decode])
+    wait_until(lambda: all(worker["ready"] for worker in httpx.get(router.url + "/health").json()["workers"]))
+    first.process.kill()
+    first.process.wait()
+    assert [_ask(router).status_code for _ in range(4)] == [200] * 4
+    second.process.kill()
+    second.process.wait()
+    refused = _ask(router)
+    assert refused.status_code in (502, 503)
+    assert "error" in refused.json()
+    fleet.worker("prefill", checkpoint, port=int(first.url.rpartition(":")[2]))
+    wait_until(lambda: httpx.get(router.url + "/health").status_code == 200)
+    assert _ask(router).json()["choices"][0]["text"] == "n0 n1 n2 n3"
+    assert decode.process.poll() is None
+
+
+def test_a_prefill_that_dies_while_it_computes_gives_an_error_and_frees_decode(fleet: Fleet, checkpoint: Path) -> None:
+    prefill, decode = fleet.worker("prefill", checkpoint), fleet.worker("decode", checkpoint)
+    router = fleet.router([prefill], [decode])
+    answer = _ask(router, Script.DIE_PREFILL)
+    assert answer.status_code in (502, 503)
+    assert answer.json()["error"]["code"] in ("peer_lost", "shutdown")
+    wait_until(lambda: _idle(decode))
+
+
+def test_a_decode_that_dies_in_a_stream_ends_it_with_an_error_event(fleet: Fleet, checkpoint: Path) -> None:
+    prefill, decode = fleet.worker("prefill", checkpoint), fleet.worker("decode", checkpoint)
+    router = fleet.router([prefill], [decode])
+    with httpx.stream(
+        "POST", router.url + "/v1/completions", json=_body(Script.HANG_AFTER_TWO, stream=True), timeout=60
+    ) as answer:
+        lines = (line for line in answer.iter_lines() if line)
+        next(lines)
+        next(lines)
+        decode.process.kill()
+        rest = list(lines)
+    assert "error" in json.loads(rest[-1].removeprefix("data: "))
+    assert "data: [DONE]" not in rest
+    wait_until(lambda: _idle(prefill))
+
+
+def test_a_stopped_worker_costs_no_more_than_the_deadline(fleet: Fleet, prefill: Daemon, checkpoint: Path) -> None:
+    decode = fleet.worker("decode", checkpoint)
+    router = fleet.router([prefill], [decode], "--request-timeout=1")
+    os.kill(decode.process.pid, signal.SIGSTOP)
+    assert _ask(router).status_code in (503, 504)
+    wait_until(lambda: _idle(prefill))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_signal_ends_the_router_and_tells_its_clients(
+    fleet: Fleet, prefill: Daemon, decode: Daemon, stream: bool
+) -> None:
+    router = fleet.router([prefill], [decode])
+    answers: list[httpx.Response] = []
+    script = Script.HANG_AFTER_TWO if stream else Script.HANG
+    thread = threading.Thread(target=lambda: answers.append(_ask(router, script, stream=stream)))
+    thread.start()
+    wait_until(lambda: not _idle(decode))
+    router.process.send_signal(signal.SIGTERM)
+    thread.join()
+    assert '"shutdown"' in answers[0].text
+    assert stream or answers[0].status_code == 503
+    assert router.process.wait(timeout=30) == 143
+    wait_until(lambda: _idle(decode, prefill))
+
+
+def test_ids_come_back_when_asked_for(router: Daemon) -> None:
+    choice = _ask(router, return_token_ids=True).json()["choices"][0]
+    assert choice["token_ids"] == [FIRST_NODE + i for i in range(4)]
