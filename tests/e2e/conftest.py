@@ -1,0 +1,39 @@
+"""One running deployment for all end-to-end tests: they run in one group, wherever the others run."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pdkv.verify.link_chasing_checkpoint import write_checkpoint
+from tests.e2e.deployment import Process, Trio, running, trio, up
+
+E2E = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if E2E in item.path.parents:
+            item.add_marker(pytest.mark.xdist_group("e2e"))
+
+
+@pytest.fixture(scope="session")
+def link_chasing_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("models") / "link-chasing"
+    write_checkpoint(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def deployment(link_chasing_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    """``pdkv up`` with one prefill and one decode worker on the link-chasing checkpoint."""
+    process = up(link_chasing_model, tmp_path_factory.mktemp("up"), "--max-model-len", "8192")
+    with running(process):
+        yield process
+
+
+@pytest.fixture(scope="session")
+def three(link_chasing_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trio]:
+    """Separate prefill, decode and router processes, for tests that look into workers without harming them."""
+    with trio(link_chasing_model, tmp_path_factory.mktemp("trio"), "--max-model-len", "8192") as processes:
+        yield processes

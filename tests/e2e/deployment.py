@@ -1,0 +1,186 @@
+"""Real deployments for tests: ``pdkv`` processes on free ports, asked over HTTP, ended by pid."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+
+START_S = 60.0
+END_S = 30.0
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def wait_until(condition: object, what: str, timeout_s: float = 30.0) -> None:
+    """Poll ``condition()`` until it is true; fail, saying ``what``, when it does not become so in time."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}"
+        time.sleep(0.02)
+
+
+@dataclass
+class Process:
+    """One ``pdkv ROLE`` process and all below it. ``url`` is its HTTP address; what it logs goes to ``log``."""
+
+    role: str
+    url: str
+    arguments: list[str]
+    log: Path
+    environment: dict[str, str] = field(default_factory=dict)
+    prefix: tuple[str, ...] = ()
+    """In front of the command, for example ("ip", "netns", "exec", NAME)."""
+    popen: "subprocess.Popen[bytes] | None" = None
+
+    def start(self) -> None:
+        command = [*self.prefix, sys.executable, "-m", "pdkv", self.role, *self.arguments]
+        environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", **self.environment}
+        with self.log.open("ab") as out:
+            self.popen = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
+
+    def health(self) -> int:
+        """The status of ``GET /health``; 0 when nobody answers."""
+        try:
+            return httpx.get(f"{self.url}/health", timeout=5).status_code
+        except httpx.HTTPError:
+            return 0
+
+    def status(self) -> dict[str, object]:
+        """Pages, requests, leases and peers of a worker."""
+        answer = httpx.get(f"{self.url}/pdkv/v1/status", timeout=10)
+        answer.raise_for_status()
+        return dict(answer.json())
+
+    def info(self) -> dict[str, object]:
+        return dict(httpx.get(f"{self.url}/pdkv/v1/info", timeout=10).json())
+
+    def holds_nothing(self) -> bool:
+        status = self.status()
+        return status["pages_free"] == status["pages_usable"] and status["transfers_open"] == 0
+
+    def kill(self, signum: int = signal.SIGKILL) -> None:
+        assert self.popen is not None
+        self.popen.send_signal(signum)
+        if signum == signal.SIGKILL:
+            self.popen.wait(END_S)
+
+    def end(self) -> int | None:
+        """SIGTERM and wait; returns the exit code. Harmless for a process that has ended."""
+        if self.popen is None:
+            return None
+        if self.popen.poll() is None:
+            self.popen.send_signal(signal.SIGCONT)
+            self.popen.terminate()
+            try:
+                self.popen.wait(END_S)
+            except subprocess.TimeoutExpired:
+                self.popen.kill()
+                self.popen.wait(END_S)
+                raise
+        return self.popen.returncode
+
+    def tail(self) -> str:
+        return self.log.read_text(errors="replace")[-4000:]
+
+
+@contextlib.contextmanager
+def running(process: Process) -> Iterator[Process]:
+    """Started and answering ``/health`` with 200; ended on leaving."""
+    process.start()
+    try:
+        wait_ready(process)
+        yield process
+    finally:
+        process.end()
+
+
+def wait_ready(process: Process) -> None:
+    def ready() -> bool:
+        assert process.popen is not None
+        assert process.popen.poll() is None, f"{process.role} ended at start:\n{process.tail()}"
+        if process.role in ("prefill", "decode"):
+            return process.health() == 200 and bool(process.info()["ready"])
+        return process.health() == 200
+
+    try:
+        wait_until(ready, f"{process.role} ready", START_S)
+    except AssertionError as exc:
+        raise AssertionError(f"{exc}\n{process.tail()}") from exc
+
+
+def up(model: Path, folder: Path, *flags: str, **environment: str) -> Process:
+    """``pdkv up`` on a free port, not started yet."""
+    port = free_port()
+    arguments = ["--model", str(model), "--port", str(port), *flags]
+    return Process("up", f"http://127.0.0.1:{port}", arguments, folder / f"up-{port}.log", environment)
+
+
+def worker(role: str, model: Path, folder: Path, *flags: str, port: int | None = None) -> Process:
+    """``pdkv prefill`` or ``pdkv decode`` on a free port, with one torch thread, not started yet."""
+    port = port or free_port()
+    arguments = ["--model", str(model), "--listen", f"127.0.0.1:{port}", "--threads", "1", *flags]
+    return Process(role, f"http://127.0.0.1:{port}", arguments, folder / f"{role}-{port}.log")
+
+
+def router(folder: Path, prefill: Sequence[Process], decode: Sequence[Process], *flags: str) -> Process:
+    port = free_port()
+    urls = [flag for p in prefill for flag in ("--prefill", p.url)] + [f for d in decode for f in ("--decode", d.url)]
+    arguments = ["--listen", f"127.0.0.1:{port}", *urls, *flags]
+    return Process("router", f"http://127.0.0.1:{port}", arguments, folder / f"router-{port}.log")
+
+
+@dataclass(frozen=True)
+class Trio:
+    """One prefill worker, one decode worker and a router, each a process of its own."""
+
+    prefill: Process
+    decode: Process
+    router: Process
+
+
+@contextlib.contextmanager
+def trio(model: Path, folder: Path, *flags: str, router_flags: Sequence[str] = ()) -> Iterator[Trio]:
+    """Started and ready, ended on leaving. ``flags`` go to both workers."""
+    prefill = worker("prefill", model, folder, *flags)
+    decode = worker("decode", model, folder, *flags)
+    front = router(folder, [prefill], [decode], *router_flags)
+    with contextlib.ExitStack() as stack:
+        for process in (prefill, decode, front):
+            process.start()
+            stack.callback(process.end)
+        for process in (prefill, decode, front):
+            wait_ready(process)
+        yield Trio(prefill, decode, front)
+
+
+def ask(
+    url: str, prompt: Sequence[int] | str, max_tokens: int = 24, *, timeout_s: float = 120.0, **fields: object
+) -> httpx.Response:
+    """A greedy completion with token ids and the transfer's facts (``pdkv`` block)."""
+    body = {
+        "model": httpx.get(f"{url}/v1/models", timeout=10).json()["data"][0]["id"],
+        "prompt": prompt if isinstance(prompt, str) else list(prompt),
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+        **fields,
+    }
+    return httpx.post(f"{url}/v1/completions", json=body, headers={"X-Pdkv-Debug": "1"}, timeout=timeout_s)
+
+
+def token_ids(response: httpx.Response) -> list[int]:
+    assert response.status_code == 200, response.text
+    return list(response.json()["choices"][0]["token_ids"])

@@ -1,0 +1,29 @@
+"""Prompts whose answers are known, through router, prefill and decode, around every border of blocks and window."""
+
+import pytest
+
+from pdkv.verify.link_chasing import make_prompt
+from tests.e2e.deployment import Trio, ask, token_ids, wait_until
+
+
+@pytest.mark.parametrize("length", [64, 127, 128, 129, 512, 2048, 2049, 3072])
+def test_every_length_answers_its_chain(length: int, three: Trio) -> None:
+    prompt = make_prompt(length, length)
+    answer = ask(three.router.url, prompt.token_ids, 64 if length >= 512 else 8)
+    ids = token_ids(answer)
+    assert ids == list(prompt.expected(len(ids)))
+    assert answer.json()["usage"]["prompt_tokens"] == length
+    wait_until(lambda: three.prefill.holds_nothing() and three.decode.holds_nothing(), "pages back on both sides")
+
+
+def test_transfer_facts_add_up(three: Trio) -> None:
+    prompt = make_prompt(5, 6000)
+    answer = ask(three.router.url, prompt.token_ids, 24)
+    assert token_ids(answer) == list(prompt.expected(24))
+    facts = answer.json()["pdkv"]["transfer"]
+    bytes_per_page = int(three.decode.info()["bytes_per_token"]) * 128  # type: ignore[call-overload]
+    assert facts["num_pages"] == 47
+    assert sum(facts["bytes_by_region"].values()) == 47 * bytes_per_page
+    assert facts["bytes_by_region"]["index_k"] == 47 * 3 * 128 * 128 * 4
+    assert facts["num_spans"] <= 47
+    assert facts["path"] == "shm"
