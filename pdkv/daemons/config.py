@@ -19,6 +19,7 @@ from pdkv.errors import ConfigError
 
 ENV_PREFIX = "PDKV_"
 _CONFIG_VARIABLE = "PDKV_CONFIG"
+_OTHER_VARIABLES = {_CONFIG_VARIABLE, "PDKV_UCX_INCLUDE"}  # the latter is setup.py's
 
 
 class Flag:
@@ -242,7 +243,7 @@ def flag_of(schema: type[BaseSettings], field: str) -> Flag:
 
 
 def _refuse_unknown_variables() -> None:
-    known = {ENV_PREFIX + name.upper() for role in ROLES for name in role.model_fields} | {_CONFIG_VARIABLE}
+    known = {ENV_PREFIX + name.upper() for role in ROLES for name in role.model_fields} | _OTHER_VARIABLES
     unknown = sorted(name for name in os.environ if name.startswith(ENV_PREFIX) and name not in known)
     if unknown:
         raise ConfigError("; ".join(f"unknown environment variable {name}{_nearest(name, known)}" for name in unknown))

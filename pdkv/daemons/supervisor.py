@@ -13,8 +13,9 @@ import structlog
 
 from pdkv.daemons import lifeline
 
+_FRONT_GRACE_S = 6.0
 _TERM_GRACE_S = 12.0
-"""Between SIGTERM and SIGKILL."""
+"""Between SIGTERM and SIGKILL, of the last child and of the others; together well below 30 s."""
 _FIRST_BACKOFF_S = 1.0
 _LONGEST_BACKOFF_S = 30.0
 _HEALTHY_S = 60.0
@@ -29,7 +30,7 @@ class ChildSpec(NamedTuple):
 
 
 class Supervisor:
-    """Children that are kept alive until ``stop``. Lives on the main thread's event loop."""
+    """Children that are kept alive while ``running``. Lives on the main thread's event loop."""
 
     def __init__(
         self, specs: list[ChildSpec], env: Mapping[str, str], *, restart: bool, print_line: Callable[[str], None]
@@ -119,14 +120,21 @@ class Supervisor:
             self._print_line(f"[{name}] {partial.decode('utf-8', 'replace')}")
 
     async def _end_all(self) -> None:
+        """The last child first and alone: it stands in front of the others and tells its clients."""
         self._stopping = True
-        for process in self._processes.values():
-            _signal(process, signal.SIGTERM)
-        waits = [asyncio.create_task(process.wait()) for process in self._processes.values()]
+        names = [spec.name for spec in self._specs if spec.name in self._processes]
+        await self._end(names[-1:], _FRONT_GRACE_S)
+        await self._end(names, _TERM_GRACE_S)
+
+    async def _end(self, names: list[str], grace_s: float) -> None:
+        waits = [asyncio.create_task(self._processes[name].wait()) for name in names]
         if not waits:
             return
-        await asyncio.wait(waits, timeout=_TERM_GRACE_S)
-        for name, process in self._processes.items():
+        for name in names:
+            _signal(self._processes[name], signal.SIGTERM)
+        await asyncio.wait(waits, timeout=grace_s)
+        for name in names:
+            process = self._processes[name]
             if process.returncode is None:
                 _log.warning("does not end; killing it", child=name, pid=process.pid)
                 with contextlib.suppress(ProcessLookupError):

@@ -1,0 +1,52 @@
+# make demo and make test do everything on a machine with Python 3.11, a C compiler and PyPI.
+
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.pdkv-installed
+NATIVE := $(wildcard pdkv/transport/*.pyx pdkv/transport/native/*.c pdkv/transport/native/*.h)
+
+# The first Python that is new enough; override with make PYTHON=...
+PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+
+# Versions for machines without a GPU. With one: make CONSTRAINTS= , and bring a CUDA build of torch.
+CONSTRAINTS ?= constraints-cpu.txt
+# For example --extra-index-url https://download.pytorch.org/whl/cpu, which is a smaller torch than PyPI's.
+PIP_FLAGS   ?=
+
+# Tests run in as many processes as there are cores, up to four; each computes on one thread.
+WORKERS     ?= $(shell n=$$(nproc); echo $$((n > 4 ? 4 : n)))
+TESTS       ?= tests
+
+.PHONY: help demo test check fmt install clean
+.DEFAULT_GOAL := help
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(STAMP)  ## Move a 6,000-token prompt from a prefill to a decode worker and check the answer
+	$(BIN)/pdkv demo
+
+test: $(STAMP)  ## Run all tests (TESTS=tests/core for a part)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(TESTS)
+
+check: $(STAMP)  ## Lint, formatting, types and import contracts
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+fmt: $(STAMP)  ## Format the code and mend what the linter can
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+install: $(STAMP)  ## Make .venv with pdkv in it (the others do it by themselves)
+
+clean:  ## Remove .venv and what was built
+	rm -rf $(VENV) build *.egg-info pdkv/transport/_ucp.c pdkv/transport/_ucp.*.so
+
+$(STAMP): pyproject.toml setup.py $(CONSTRAINTS) $(NATIVE)
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or newer found; install one or name it: make PYTHON=..." >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) $(addprefix -c ,$(CONSTRAINTS)) -e '.[dev]'
+	@touch $@
