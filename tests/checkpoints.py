@@ -75,10 +75,12 @@ class OracleCase:
 
 
 class Oracle:
-    """transformers' own model of a checkpoint, float32 unless the checkpoint says otherwise."""
+    """transformers' own model of a checkpoint; maths in float32 whatever the weights are stored in."""
 
     def __init__(self, directory: Path) -> None:
-        self._model = MiniMaxM3VLForCausalLM.from_pretrained(directory, attn_implementation="eager").eval()
+        self._model = MiniMaxM3VLForCausalLM.from_pretrained(
+            directory, attn_implementation="eager", dtype=torch.float32
+        ).eval()
         self.vocab_size = int(self._model.config.vocab_size)
 
     @torch.no_grad()
