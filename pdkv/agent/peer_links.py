@@ -95,7 +95,7 @@ class PeerLinks:
         """The link to one life of a worker, greeted now if it is new. Raises ``ConfigError`` for a bad endpoint."""
         link = self._links.get((control, incarnation))
         if link is None:
-            link = PeerLink(control, incarnation, self._channel.connect(control), at)
+            link = PeerLink(control, incarnation, self._route(control), at)
             self._links[control, incarnation] = link
             hello = link.outbox.put(Hello(name=self._identity.name, ranks=(self._identity.offer,)), at)
             self._send(link, hello.seq, hello.body)
@@ -103,15 +103,17 @@ class PeerLinks:
 
     def on_message(self, received: Received) -> None:
         """A message between workers. Those of transfers are not for here."""
-        link = self._by_route(received.route)
+        body = received.body
+        told_of = body.incarnation if isinstance(body, Gone) else received.envelope.sender
+        link = next((k for k in self._links.values() if k.route == received.route and k.incarnation == told_of), None)
         if link is None:
             return
-        match received.body:
-            case Welcome() as welcome if link.state is LinkState.GREETING:
-                self._on_welcome(link, welcome)
+        match body:
+            case Welcome() if link.state is LinkState.GREETING:
+                self._on_welcome(link, body)
             case Reject(code=code, message=message) if link.state is LinkState.GREETING:
                 self.lose(link, HandshakeError(code, f"prefill worker {link.control} refused the handshake: {message}"))
-            case Gone(incarnation=incarnation) if incarnation == link.incarnation:
+            case Gone():
                 told = f"prefill worker {link.control} was restarted"
                 self.lose(link, HandshakeError(FailureCode.PEER_LOST, told))
             case _:
@@ -168,8 +170,9 @@ class PeerLinks:
         link.error = error
         for peer in link.ranks:
             self._transport.close_peer(peer)
-        self._channel.disconnect(link.route)
         del self._links[link.control, link.incarnation]
+        if not any(other.control == link.control for other in self._links.values()):
+            self._channel.disconnect(link.route)
         if self._probing is link:
             self._probing = None
         self._changed.append(link)
@@ -177,8 +180,10 @@ class PeerLinks:
     def facts(self) -> tuple[PeerFacts, ...]:
         return tuple(link.facts() for link in self._links.values())
 
-    def _by_route(self, route: Route) -> PeerLink | None:
-        return next((link for link in self._links.values() if link.route == route), None)
+    def _route(self, control: str) -> Route:
+        """One connection an address, whichever lives are behind it: P tells connections apart by our incarnation."""
+        known = (link.route for link in self._links.values() if link.control == control)
+        return next(known, None) or self._channel.connect(control)
 
     def _on_welcome(self, link: PeerLink, welcome: Welcome) -> None:
         link.outbox.clear()

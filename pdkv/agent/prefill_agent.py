@@ -105,7 +105,7 @@ class PrefillAgent(Agent[PrefillCommand]):
     def on_message(self, received: Received, at: float) -> None:
         envelope = received.envelope
         if envelope.addressee != self._identity.incarnation:
-            self._reply(received, Gone(incarnation=envelope.addressee))
+            self._reply(received, Gone(incarnation=envelope.addressee), NO_TRANSFER)
             return
         if envelope.transfer == NO_TRANSFER:
             if isinstance(received.body, Hello):
@@ -147,14 +147,14 @@ class PrefillAgent(Agent[PrefillCommand]):
                 check_pairing([self._identity.manifest], [offer.manifest for offer in hello.ranks])
         except HandshakeError as exc:
             _LOG.warning("decode worker %s refused: %s", hello.name, exc)
-            self._reply(received, Reject(code=exc.code, message=str(exc)))
+            self._reply(received, Reject(code=exc.code, message=str(exc)), NO_TRANSFER)
             return
         peer = _Peer(hello.name, Incarnation(received.envelope.sender), received.route)
         if peer.incarnation not in self._peers:
             self._end_older_lives(peer, at)
             self._peers[peer.incarnation] = peer
             _LOG.info("decode worker %s welcomed, incarnation %016x", peer.name, peer.incarnation)
-        self._reply(received, Welcome(name=self._identity.name, ranks=(self._identity.offer,)))
+        self._reply(received, Welcome(name=self._identity.name, ranks=(self._identity.offer,)), NO_TRANSFER)
 
     def _end_older_lives(self, peer: _Peer, at: float) -> None:
         for old in [p for p in self._peers.values() if p.name == peer.name]:
@@ -181,7 +181,8 @@ class PrefillAgent(Agent[PrefillCommand]):
         if transfer is None:
             if not isinstance(received.body, Acquire | Cancel | Release):
                 if isinstance(received.body, Renew):
-                    self._reply(received, Failed(FailureCode.UNKNOWN_TRANSFER, "no such transfer here"))
+                    unknown = Failed(FailureCode.UNKNOWN_TRANSFER, "no such transfer here")
+                    self._reply(received, unknown, transfer_id)
                 return
             transfer = self._transfers[transfer_id] = _Transfer(PrefillSession(self._identity.policy))
         if transfer.peer is None:
@@ -213,14 +214,10 @@ class PrefillAgent(Agent[PrefillCommand]):
             envelope = make_envelope(self._identity.incarnation, transfer.peer.incarnation, transfer_id, seq)
             self._channel.send(transfer.peer.route, envelope, body)
 
-    def _reply(self, received: Received, body: Body) -> None:
-        envelope = make_envelope(
-            self._identity.incarnation,
-            Incarnation(received.envelope.sender),
-            TransferId(received.envelope.transfer),
-            0,
-            self._identity.digest,
-        )
+    def _reply(self, received: Received, body: Body, transfer_id: TransferId) -> None:
+        identity = self._identity
+        sender = Incarnation(received.envelope.sender)
+        envelope = make_envelope(identity.incarnation, sender, transfer_id, 0, identity.digest)
         self._channel.send(received.route, envelope, body)
 
     def _statistics(self) -> AgentStatistics:

@@ -1,6 +1,6 @@
 """The control channel: zmq sockets that carry envelopes and bodies between workers.
 
-P binds one ROUTER; D connects one DEALER to each life of each P. The zmq identity is the sender's incarnation, so
+P binds one ROUTER; D connects one DEALER to the address of each P. The zmq identity is the sender's incarnation, so
 nothing reaches, or comes from, the wrong life of a worker. Delivery is not promised here: outboxes send again. What
 breaks the protocol is counted, logged and dropped, and harms nobody else.
 """
@@ -89,6 +89,7 @@ class Channel:
         socket = self._make_socket(zmq.ROUTER)
         self._security.secure_server(socket)
         socket.set(zmq.ROUTER_MANDATORY, 1)
+        socket.set(zmq.ROUTER_HANDOVER, 1)  # a peer that reconnects is heard before its old connection is found dead
         try:
             socket.bind(listen)
         except zmq.ZMQError as exc:
