@@ -98,22 +98,32 @@ static int start_context(pdkv_engine *engine, pdkv_setting *settings, size_t num
     return 0;
 }
 
-static int start_worker(pdkv_engine *engine, char *error, size_t size)
+ucs_status_t pdkv_open_worker(pdkv_engine *engine, ucp_worker_h *worker, int *fd)
 {
     pdkv_ucx_api *ucx = &engine->ucx;
     ucp_worker_params_t params = {
         .field_mask = UCP_WORKER_PARAM_FIELD_THREAD_MODE,
-        .thread_mode = UCS_THREAD_MODE_SERIALIZED, /* made here, then used by the engine's thread alone */
+        .thread_mode = UCS_THREAD_MODE_SERIALIZED, /* one may be made by the owner; all are used by one thread */
     };
-    ucs_status_t status = ucx->ucp_worker_create(engine->context, &params, &engine->worker);
+    ucs_status_t status = ucx->ucp_worker_create(engine->context, &params, worker);
     if (status != UCS_OK) {
-        engine->worker = NULL;
-        snprintf(error, size, "ucp_worker_create: %s", ucx->ucs_status_string(status));
-        return -1;
+        *worker = NULL;
+        return status;
     }
-    status = ucx->ucp_worker_get_efd(engine->worker, &engine->worker_fd);
+    status = ucx->ucp_worker_get_efd(*worker, fd);
     if (status != UCS_OK) {
-        snprintf(error, size, "ucp_worker_get_efd: %s", ucx->ucs_status_string(status));
+        ucx->ucp_worker_destroy(*worker);
+        *worker = NULL;
+    }
+    return status;
+}
+
+static int start_worker(pdkv_engine *engine, char *error, size_t size)
+{
+    pdkv_ucx_api *ucx = &engine->ucx;
+    ucs_status_t status = pdkv_open_worker(engine, &engine->worker, &engine->worker_fd);
+    if (status != UCS_OK) {
+        snprintf(error, size, "ucp_worker_create: %s", ucx->ucs_status_string(status));
         return -1;
     }
     ucp_worker_attr_t attributes = {.field_mask = UCP_WORKER_ATTR_FIELD_ADDRESS};
@@ -153,6 +163,7 @@ static void free_engine(pdkv_engine *engine)
     pthread_mutex_destroy(&engine->lock);
     free(engine->memories);
     free(engine->peer_table);
+    free(engine->poll_fds);
     free(engine);
 }
 

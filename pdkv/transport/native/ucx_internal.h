@@ -2,6 +2,7 @@
 #ifndef PDKV_UCX_INTERNAL_H
 #define PDKV_UCX_INTERNAL_H
 
+#include <poll.h>
 #include <pthread.h>
 #include <stdatomic.h>
 
@@ -44,6 +45,8 @@ struct pdkv_peer {
     pdkv_remote_memory *memories; /* address and length: constant, read by both threads */
     size_t num_memories;
     /* engine thread */
+    ucp_worker_h worker; /* the peer's own, see ucx_peer.c; NULL once it is over */
+    int worker_fd;
     ucp_ep_h ep;
     ucs_status_ptr_t closing;  /* request of the endpoint's close */
     int lost;                  /* UCX reported the peer dead: close the endpoint, fail what comes */
@@ -86,7 +89,7 @@ typedef struct pdkv_registration {
 struct pdkv_engine {
     pdkv_ucx_api ucx;
     ucp_context_h context;
-    ucp_worker_h worker;
+    ucp_worker_h worker; /* serves the reads of peers; each peer that is read has its own */
     int worker_fd;
     ucp_address_t *address;
     size_t address_size;
@@ -103,6 +106,9 @@ struct pdkv_engine {
 
     /* engine thread */
     pdkv_peer *peers;
+    size_t num_open_peers;
+    struct pollfd *poll_fds; /* room for num_open_peers + 2 */
+    size_t poll_fds_size;
     int stopping;
 
     /* written by the engine thread while the owner waits in register, read by both */
@@ -118,6 +124,7 @@ struct pdkv_engine {
 /* ucx_engine.c */
 void pdkv_signal(int fd);
 void pdkv_complete(pdkv_engine *engine, pdkv_done *done);
+ucs_status_t pdkv_open_worker(pdkv_engine *engine, ucp_worker_h *worker, int *fd);
 void pdkv_fail(pdkv_done *done, int status, const char *format, ...) __attribute__((format(printf, 3, 4)));
 
 /* ucx_thread.c */

@@ -1,4 +1,9 @@
-/* One peer on the engine's thread: its endpoint, its queue of batches, its gets in flight, and its end. */
+/* One peer on the engine's thread: its worker, its endpoint, its queue of batches, its gets in flight, and its end.
+ *
+ * Each peer that is read has a UCX worker of its own. Over shared memory all senders write into one queue of the
+ * receiving worker, and a sender killed while it fills an element blocks that queue for everybody and for ever: with a
+ * worker each, it takes along only its own. Destroying the worker also makes a close final beyond doubt.
+ */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -60,7 +65,13 @@ void pdkv_peer_open(pdkv_peer *peer)
         .err_mode = UCP_ERR_HANDLING_MODE_PEER,
         .err_handler = {.cb = on_error, .arg = peer},
     };
-    ucs_status_t status = ucx->ucp_ep_create(peer->engine->worker, &params, &peer->ep);
+    ucs_status_t status = pdkv_open_worker(peer->engine, &peer->worker, &peer->worker_fd);
+    if (status != UCS_OK) {
+        pdkv_peer_lose(peer, status);
+        return;
+    }
+    peer->engine->num_open_peers++;
+    status = ucx->ucp_ep_create(peer->worker, &params, &peer->ep);
     if (status != UCS_OK)
         peer->ep = NULL;
     for (size_t i = 0; status == UCS_OK && i < peer->num_memories; i++) {
@@ -213,6 +224,17 @@ void pdkv_peer_close(pdkv_peer *peer)
     peer->closing = UCS_PTR_IS_PTR(request) ? request : NULL;
 }
 
+static void close_worker(pdkv_peer *peer)
+{
+    pdkv_ucx_api *ucx = &peer->engine->ucx;
+    for (size_t i = 0; i < peer->num_memories; i++)
+        if (peer->memories[i].rkey != NULL)
+            ucx->ucp_rkey_destroy(peer->memories[i].rkey);
+    ucx->ucp_worker_destroy(peer->worker);
+    peer->worker = NULL;
+    peer->engine->num_open_peers--;
+}
+
 int pdkv_peer_reap(pdkv_peer *peer)
 {
     pdkv_ucx_api *ucx = &peer->engine->ucx;
@@ -226,18 +248,17 @@ int pdkv_peer_reap(pdkv_peer *peer)
         peer->closing = NULL;
         moved = 1;
     }
-    if (peer->ep == NULL && peer->closing == NULL && peer->in_flight == 0)
-        for (size_t i = 0; i < peer->num_memories; i++)
-            if (peer->memories[i].rkey != NULL) {
-                ucx->ucp_rkey_destroy(peer->memories[i].rkey);
-                peer->memories[i].rkey = NULL;
-            }
+    int over = peer->lost || peer->closed_by_owner;
+    if (over && peer->ep == NULL && peer->closing == NULL && peer->in_flight == 0 && peer->worker != NULL) {
+        close_worker(peer);
+        moved = 1;
+    }
     return moved;
 }
 
 int pdkv_peer_is_gone(const pdkv_peer *peer)
 {
-    return peer->closed_by_owner && peer->ep == NULL && peer->closing == NULL && peer->in_flight == 0;
+    return peer->closed_by_owner && peer->worker == NULL;
 }
 
 void pdkv_peer_free(pdkv_peer *peer)

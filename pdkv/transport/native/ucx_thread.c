@@ -90,13 +90,30 @@ static void run_register(pdkv_engine *engine, pdkv_registration *registration)
 
 /* ---- commands ---- */
 
+/* Makes room for one more peer in the poll set. */
+static int reserve_poll_fd(pdkv_engine *engine)
+{
+    size_t needed = engine->num_open_peers + 3;
+    if (needed <= engine->poll_fds_size)
+        return 0;
+    struct pollfd *grown = realloc(engine->poll_fds, 2 * needed * sizeof(*grown));
+    if (grown == NULL)
+        return -1;
+    engine->poll_fds = grown;
+    engine->poll_fds_size = 2 * needed;
+    return 0;
+}
+
 static void run_command(pdkv_engine *engine, pdkv_command *command)
 {
     switch (command->kind) {
     case PDKV_CONNECT:
         command->peer->next = engine->peers;
         engine->peers = command->peer;
-        pdkv_peer_open(command->peer);
+        if (reserve_poll_fd(engine) == 0)
+            pdkv_peer_open(command->peer);
+        else
+            pdkv_peer_lose(command->peer, UCS_ERR_NO_MEMORY);
         break;
     case PDKV_CLOSE_PEER:
         command->peer->closed_by_owner = 1;
@@ -142,6 +159,8 @@ static int serve_peers(pdkv_engine *engine)
     int moved = 0;
     for (pdkv_peer **link = &engine->peers; *link != NULL;) {
         pdkv_peer *peer = *link;
+        if (peer->worker != NULL)
+            moved |= engine->ucx.ucp_worker_progress(peer->worker) != 0;
         moved |= pdkv_peer_post(peer);
         moved |= pdkv_peer_reap(peer);
         if (pdkv_peer_is_gone(peer)) {
@@ -154,14 +173,30 @@ static int serve_peers(pdkv_engine *engine)
     return moved;
 }
 
+/* 1 when it is safe to sleep on `fd`, 0 when events came in between. */
+static int arm(pdkv_engine *engine, ucp_worker_h worker, int fd, struct pollfd *slot, int *timeout_ms)
+{
+    ucs_status_t status = engine->ucx.ucp_worker_arm(worker);
+    if (status == UCS_ERR_BUSY)
+        return 0;
+    if (status != UCS_OK)
+        *timeout_ms = 10; /* a worker that cannot be armed gives no events: it is looked at a hundred times a second */
+    *slot = (struct pollfd){.fd = fd, .events = POLLIN};
+    return 1;
+}
+
 static void sleep_until_event(pdkv_engine *engine)
 {
-    ucs_status_t status = engine->ucx.ucp_worker_arm(engine->worker);
-    if (status == UCS_ERR_BUSY)
-        return; /* events came in between */
-    struct pollfd fds[2] = {{.fd = engine->command_fd, .events = POLLIN}, {.fd = engine->worker_fd, .events = POLLIN}};
-    /* A worker that cannot be armed gives no events; it is then looked at a hundred times a second. */
-    poll(fds, 2, status == UCS_OK ? -1 : 10);
+    struct pollfd *fds = engine->poll_fds;
+    int timeout_ms = -1;
+    size_t count = 0;
+    fds[count++] = (struct pollfd){.fd = engine->command_fd, .events = POLLIN};
+    if (!arm(engine, engine->worker, engine->worker_fd, &fds[count++], &timeout_ms))
+        return;
+    for (pdkv_peer *peer = engine->peers; peer != NULL; peer = peer->next)
+        if (peer->worker != NULL && !arm(engine, peer->worker, peer->worker_fd, &fds[count++], &timeout_ms))
+            return;
+    poll(fds, count, timeout_ms);
 }
 
 static double now_s(void)
@@ -187,6 +222,8 @@ static void drain_peers(pdkv_engine *engine)
 void *pdkv_engine_run(void *argument)
 {
     pdkv_engine *engine = argument;
+    if (reserve_poll_fd(engine) != 0)
+        abort(); /* not a hundred bytes left at the start */
     double last_moved_s = now_s();
     while (!engine->stopping) {
         int moved = run_commands(engine);
