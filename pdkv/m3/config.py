@@ -27,6 +27,9 @@ _FIXED: dict[str, tuple[object, ...]] = {
     "attention_output_gate": (False, None),
     "hidden_act": ("silu", "swigluoai"),  # transformers writes silu and computes swigluoai
     "index_block_size": (BLOCK_SIZE,),
+    "index_skip_topk_offset": (0, None),
+    "index_topk_freq": (1, None),
+    "index_topk_pattern": (None,),
     "model_type": (_MODEL_TYPE,),
     "n_shared_experts": (1,),
     "qk_norm_type": ("per_head",),
@@ -35,6 +38,7 @@ _FIXED: dict[str, tuple[object, ...]] = {
     "scoring_func": ("sigmoid",),
     "sliding_window": (None,),
     "use_gemma_norm": (True,),
+    "use_index_cache": (False, None),
     "use_qk_norm": (True,),
     "use_routing_bias": (True,),
 }
@@ -51,11 +55,11 @@ _READ = """
 
 _WITHOUT_EFFECT = """
     _name_or_path architectures attention_dropout auto_map chunk_size_feed_forward id2label initializer_range
-    is_encoder_decoder label2id name_or_path output_attentions output_hidden_states output_router_logits
-    pad_token_id problem_type return_dict router_aux_loss_coef router_jitter_noise tokenizer_class
-    transformers_version use_cache
+    is_encoder_decoder label2id name_or_path num_mtp_modules num_nextn_predict_layers output_attentions
+    output_hidden_states output_router_logits pad_token_id problem_type return_dict router_aux_loss_coef
+    router_jitter_noise tokenizer_class transformers_version use_cache
 """.split()  # noqa: SIM905
-"""Fields of training, of tokenizers and of transformers itself: they do not change a forward pass."""
+"""Fields of training, of drafting, of tokenizers and of transformers itself: they do not change a forward pass."""
 
 _T = TypeVar("_T", int, float)
 

@@ -9,6 +9,7 @@ import pytest
 
 from pdkv.errors import ModelError
 from pdkv.m3.config import M3Config, kv_layout, load_config, model_fingerprint
+from pdkv.m3.model import load_model
 from pdkv.schema import Shard
 from tests.checkpoints import write_random_checkpoint
 
@@ -55,6 +56,41 @@ def test_reads_what_transformers_writes(tmp_path: Path, written: dict[str, Any])
         eos_token_ids=(2, 5),
     )
     assert (config.swiglu_alpha, config.swiglu_limit, config.swiglu_beta) == (1.702, 7.0, 1.0)
+
+
+def test_fields_of_the_released_config_pass_through_transformers(tmp_path: Path):
+    released_fields = {
+        "hidden_act": "swigluoai",
+        "use_gemma_norm": True,
+        "use_qk_norm": True,
+        "qk_norm_type": "per_head",
+        "scoring_func": "sigmoid",
+        "use_routing_bias": True,
+        "n_shared_experts": 1,
+        "attention_output_gate": False,
+        "num_mtp_modules": 7,
+        "moe_layer_freq": [0, 0, 1, 1],
+        "mlp_layer_types": None,
+        "layer_types": None,
+        "partial_rotary_factor": 0.5,
+        "sparse_attention_config": {
+            "use_sparse_attention": True,
+            "sparse_attention_freq": [0, 1, 0, 1],
+            "sparse_num_index_heads": 4,
+            "sparse_index_dim": 32,
+            "sparse_topk_blocks": 3,
+            "sparse_block_size": 128,
+            "sparse_score_type": "max",
+            "sparse_init_block": 0,
+            "sparse_local_block": 2,
+        },
+    }
+    write_random_checkpoint(tmp_path, 0, **released_fields)
+    config = load_config(tmp_path)
+    assert config.moe_layers == (False, False, True, True)
+    assert config.sparse_layers == (False, True, False, True)
+    assert (config.topk_blocks, config.local_blocks, config.rotary_dim) == (3, 2, 16)
+    load_model(tmp_path)
 
 
 def test_absent_fields_get_the_models_defaults(tmp_path: Path, written: dict[str, Any]):
@@ -109,7 +145,8 @@ def test_two_counts_of_rotated_dims_that_disagree(tmp_path: Path, written: dict[
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"scoring_func": "softmax"}, "scoring_func"),
         ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"use_index_cache": True}, "use_index_cache"),
+        ({"use_index_cache": True}, "use_index_cache is True"),
+        ({"mystery_gate": 1}, "mystery_gate is not a field"),
         ({"layer_types": ["full_attention", "mamba", "full_attention", "full_attention"]}, "layer_types has mamba"),
         ({"layer_types": ["full_attention"]}, "1 attention kinds for 4 layers"),
         ({"rope_parameters": {**ROPE, "rope_type": "yarn"}}, "rope_type is 'yarn'"),
