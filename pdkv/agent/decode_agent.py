@@ -38,7 +38,7 @@ from pdkv.errors import ConfigError, FailureCode, HandshakeError
 from pdkv.schema import TransferId
 from pdkv.transport.base import Completion, ReadId, ReadStatus, Transport
 from pdkv.wire.channel import Channel, Received
-from pdkv.wire.messages import NO_TRANSFER, Done, make_envelope
+from pdkv.wire.messages import NO_TRANSFER, Done, OtherVersion, make_envelope
 
 _LOG = logging.getLogger("pdkv.agent")
 
@@ -124,20 +124,20 @@ class DecodeAgent(Agent[DecodeCommand]):
         self._settle_links(at)
 
     def on_message(self, received: Received, at: float) -> None:
-        envelope = received.envelope
+        envelope, body = received.envelope, received.body
         if envelope.addressee != self._identity.incarnation:
             self._channel.drop(f"addressed to incarnation {envelope.addressee:016x}")
             return
-        if envelope.transfer == NO_TRANSFER:
+        if envelope.transfer == NO_TRANSFER or isinstance(body, OtherVersion):
             self._links.on_message(received)
         else:
             transfer = self._transfers.get(TransferId(envelope.transfer))
             if transfer is None or transfer.link.incarnation != envelope.sender:
                 self._channel.drop(f"transfer {envelope.transfer.hex()} is not known, or not of that worker")
                 return
-            if isinstance(received.body, Done) and transfer.bytes_before_done is None:
+            if isinstance(body, Done) and transfer.bytes_before_done is None:
                 transfer.bytes_before_done = transfer.landed_bytes
-            self._handle(transfer, MessageArrived(envelope.seq, received.body), at)
+            self._handle(transfer, MessageArrived(envelope.seq, body), at)
         self._settle_links(at)
 
     def on_completions(self, completions: Sequence[Completion], at: float) -> None:

@@ -13,10 +13,10 @@ from pdkv.agent.events import PeerFacts, Probe, WorkerIdentity
 from pdkv.core.manifest import check_pairing
 from pdkv.core.plan import TransferPlan
 from pdkv.errors import FailureCode, HandshakeError, TransportError
-from pdkv.schema import Incarnation, ReadBatch
+from pdkv.schema import PROTOCOL_VERSION, Incarnation, ReadBatch
 from pdkv.transport.base import Completion, PeerId, ReadId, ReadStatus, Transport
 from pdkv.wire.channel import Channel, Received, Route
-from pdkv.wire.messages import NO_TRANSFER, Gone, Hello, Reject, Welcome, make_envelope
+from pdkv.wire.messages import NO_TRANSFER, Gone, Hello, OtherVersion, Reject, Welcome, make_envelope
 from pdkv.wire.outbox import Outbox, ResendPolicy
 
 _LOG = logging.getLogger("pdkv.agent")
@@ -113,6 +113,9 @@ class PeerLinks:
                 self._on_welcome(link, body)
             case Reject(code=code, message=message) if link.state is LinkState.GREETING:
                 self.lose(link, HandshakeError(code, f"prefill worker {link.control} refused the handshake: {message}"))
+            case OtherVersion(version=version):
+                told = f"prefill worker {link.control} speaks protocol {version}, this worker {PROTOCOL_VERSION}"
+                self.lose(link, HandshakeError(FailureCode.MANIFEST, told))
             case Gone():
                 told = f"prefill worker {link.control} was restarted"
                 self.lose(link, HandshakeError(FailureCode.PEER_LOST, told))

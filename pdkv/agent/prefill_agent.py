@@ -40,7 +40,7 @@ from pdkv.core.events import (
 from pdkv.core.manifest import check_pairing
 from pdkv.core.prefill_session import PrefillSession, PrefillState
 from pdkv.errors import FailureCode, HandshakeError
-from pdkv.schema import Incarnation, TransferId
+from pdkv.schema import PROTOCOL_VERSION, Incarnation, TransferId
 from pdkv.transport.base import Completion
 from pdkv.wire.channel import Channel, Received, Route
 from pdkv.wire.messages import (
@@ -51,6 +51,7 @@ from pdkv.wire.messages import (
     Failed,
     Gone,
     Hello,
+    OtherVersion,
     Reject,
     Release,
     Renew,
@@ -103,21 +104,25 @@ class PrefillAgent(Agent[PrefillCommand]):
                 self._tell(transfer, LocalFailure(code, message), at)
 
     def on_message(self, received: Received, at: float) -> None:
-        envelope = received.envelope
+        envelope, body = received.envelope, received.body
+        if isinstance(body, OtherVersion):
+            told = f"prefill speaks protocol {PROTOCOL_VERSION}, decode {body.version}; run the same version on both"
+            self._reply(received, Reject(code=FailureCode.MANIFEST, message=told), NO_TRANSFER)
+            return
         if envelope.addressee != self._identity.incarnation:
             self._reply(received, Gone(incarnation=envelope.addressee), NO_TRANSFER)
             return
         if envelope.transfer == NO_TRANSFER:
-            if isinstance(received.body, Hello):
-                self._on_hello(received, received.body, at)
+            if isinstance(body, Hello):
+                self._on_hello(received, body, at)
             else:
-                self._channel.drop(f"{type(received.body).__name__} without a transfer")
+                self._channel.drop(f"{type(body).__name__} without a transfer")
             return
         peer = self._peers.get(Incarnation(envelope.sender))
         if peer is None:
             self._channel.drop(f"incarnation {envelope.sender:016x} has not said Hello")
             return
-        self._on_transfer_message(received, peer, at)
+        self._on_transfer_message(received, body, peer, at)
 
     def on_completions(self, completions: Sequence[Completion], at: float) -> None:
         """P reads nothing."""
@@ -175,12 +180,12 @@ class PrefillAgent(Agent[PrefillCommand]):
             return
         self._handle(transfer_id, transfer, RequestArrived(num_tokens, deadline_s), at)
 
-    def _on_transfer_message(self, received: Received, peer: _Peer, at: float) -> None:
+    def _on_transfer_message(self, received: Received, body: Body, peer: _Peer, at: float) -> None:
         transfer_id = TransferId(received.envelope.transfer)
         transfer = self._transfers.get(transfer_id)
         if transfer is None:
-            if not isinstance(received.body, Acquire | Cancel | Release):
-                if isinstance(received.body, Renew):
+            if not isinstance(body, Acquire | Cancel | Release):
+                if isinstance(body, Renew):
                     unknown = Failed(FailureCode.UNKNOWN_TRANSFER, "no such transfer here")
                     self._reply(received, unknown, transfer_id)
                 return
@@ -190,7 +195,7 @@ class PrefillAgent(Agent[PrefillCommand]):
         elif transfer.peer.incarnation != peer.incarnation:
             self._channel.drop(f"transfer {transfer_id.hex()} belongs to another decode worker")
             return
-        self._handle(transfer_id, transfer, MessageArrived(received.envelope.seq, received.body), at)
+        self._handle(transfer_id, transfer, MessageArrived(received.envelope.seq, body), at)
 
     def _tell(self, transfer_id: TransferId, event: PrefillEvent, at: float) -> None:
         transfer = self._transfers.get(transfer_id)

@@ -16,7 +16,7 @@ import zmq
 
 from pdkv.errors import ConfigError, ProtocolError, TransportError
 from pdkv.schema import PROTOCOL_VERSION, Incarnation
-from pdkv.wire.messages import Body, Envelope, decode_body, decode_envelope, encode
+from pdkv.wire.messages import Body, Envelope, OtherVersion, decode_body, decode_envelope, encode
 
 _LOG = logging.getLogger("pdkv.wire.channel")
 _IDENTITY = struct.Struct(">Q")
@@ -28,7 +28,7 @@ _RECEIVE_AT_ONCE = 256
 class Received(msgspec.Struct, frozen=True):
     route: "Route"
     envelope: Envelope
-    body: Body
+    body: Body | OtherVersion
 
 
 class Route(msgspec.Struct, frozen=True):
@@ -141,7 +141,10 @@ class Channel:
         self._sent += 1
 
     def receive(self) -> Iterator[Received]:
-        """What has come, a bounded number at a time; what cannot be read is counted and dropped."""
+        """What has come, a bounded number at a time; what cannot be read is counted and dropped.
+
+        Of another protocol version's messages only the envelope is given, so that the peer can be told.
+        """
         if self._router is not None:
             yield from self._receive_from(self._router, None)
         for key, socket in list(self._dealers.items()):
@@ -196,7 +199,8 @@ class Channel:
         if identity is not None and envelope.sender != identity:
             raise ProtocolError(f"envelope of {envelope.sender:016x} from connection {identity:016x}")
         if envelope.version != PROTOCOL_VERSION:
-            raise ProtocolError(f"peer speaks protocol {envelope.version}, this worker speaks {PROTOCOL_VERSION}")
+            self.drop(f"peer speaks protocol {envelope.version}, this worker speaks {PROTOCOL_VERSION}")
+            return Received(route=route, envelope=envelope, body=OtherVersion(envelope.version))
         received = Received(route=route, envelope=envelope, body=decode_body(envelope, frames[1]))
         self._received += 1
         return received

@@ -151,6 +151,13 @@ Body = (
     | Ack
 )
 
+
+class OtherVersion(msgspec.Struct, frozen=True):
+    """Never sent: stands for the unread body of a message whose envelope names another protocol version."""
+
+    version: int
+
+
 _ENCODER = msgspec.msgpack.Encoder()
 _ENVELOPE_DECODER = msgspec.msgpack.Decoder(Envelope)
 _BODY_DECODER: msgspec.msgpack.Decoder[Body] = msgspec.msgpack.Decoder(Body)

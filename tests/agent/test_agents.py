@@ -11,11 +11,12 @@ import pytest
 import zmq
 
 from pdkv.agent import events as e
-from pdkv.agent import peer_links
+from pdkv.agent import peer_links, prefill_agent
 from pdkv.errors import FailureCode
 from pdkv.schema import Manifest, TransferId
 from pdkv.transport.inproc import Faults, InprocTransport
 from pdkv.transport.ucx import UcxOptions, UcxTransport
+from pdkv.wire import messages
 from tests.agent.workers import AgentSide, DecodeSide, PrefillSide, same_bytes
 
 ONE, TWO = TransferId(b"\x01" * 16), TransferId(b"\x02" * 16)
@@ -99,6 +100,23 @@ def test_forgotten_index_keys_are_refused_by_name(side: str, make: Make) -> None
     failed = decode.expect_failure(ONE)
     assert failed.code is FailureCode.MANIFEST
     assert "index_k for layer 2" in failed.message
+
+
+@pytest.mark.parametrize("older", ["prefill", "decode"])
+def test_another_protocol_version_is_told_at_once(older: str, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    prefill, decode = make(PrefillSide), make(DecodeSide)
+    module = prefill_agent if older == "prefill" else peer_links
+    original = messages.make_envelope
+
+    def of_another_version(*args: object) -> messages.Envelope:
+        return msgspec.structs.replace(original(*args), version=99)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "make_envelope", of_another_version)
+    decode.fetch(ONE, prefill, (1, 2, 3))
+    failed = decode.expect_failure(ONE)
+    assert failed.code is FailureCode.MANIFEST
+    assert "protocol" in failed.message
+    assert "99" in failed.message
 
 
 @pytest.mark.parametrize("change", [swapped, wrong_stride])
