@@ -161,6 +161,7 @@ class DecodeSession:
             case Failed(code=code, message=message) | Refused(code=code, message=message):
                 self._fail(code, f"prefill: {message}", now)
         self._read_what_is_complete(now)
+        self._succeed_if_complete(now)  # of whole blocks only, all may have landed before Done
 
     def _on_ack(self, seq: int, now: float) -> None:
         settled = self._outbox.acknowledge(seq)
@@ -209,15 +210,17 @@ class DecodeSession:
             return
         if not ended.ok:
             self._fail(FailureCode.READ_FAILED, f"a read from prefill failed: {ended.error}", now)
-        elif self._done is not None and self._residency.complete:
-            self._succeed(self._done, now)
+        else:
+            self._succeed_if_complete(now)
 
     # ---- ends
 
-    def _succeed(self, done: Done, now: float) -> None:
+    def _succeed_if_complete(self, now: float) -> None:
+        if self.state is not DecodeState.RECEIVING or self._done is None or not self._residency.complete:
+            return
         self._end(now)
         self._settle(Outcome())
-        self._out.append(Resume(token=done.token, logprob=done.logprob))
+        self._out.append(Resume(token=self._done.token, logprob=self._done.logprob))
         self._put(Release(), now)
 
     def _fail(self, code: FailureCode, message: str, now: float) -> None:

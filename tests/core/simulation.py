@@ -51,6 +51,8 @@ class World:
     longest_delay: float = 0.01
     longest_read: float = 0.05
     chunk_time: float = 0.05
+    sampling_time: float = 0.0
+    """From the last watermark to the first token."""
     deadline: float = 40.0
     request_at: float | None = 0.0
     cancel_at: float | None = None
@@ -233,11 +235,11 @@ class Simulation:
     def compute(self, tokens: int) -> None:
         if self.freed or self.prefill_dead:
             return
+        self.to_prefill(Progressed(min(tokens, self.world.num_tokens)))
         if tokens >= self.world.num_tokens:
-            self.to_prefill(PrefillEnded(7, -0.5))
-            return
-        self.to_prefill(Progressed(tokens))
-        self.at(self.world.chunk_time, lambda: self.compute(tokens + self.world.chunk))
+            self.at(self.world.sampling_time, lambda: self.to_prefill(PrefillEnded(7, -0.5)))
+        else:
+            self.at(self.world.chunk_time, lambda: self.compute(tokens + self.world.chunk))
 
     def kill_prefill(self) -> None:
         self.prefill_dead = True

@@ -18,6 +18,7 @@ worlds = st.builds(
     longest_delay=st.sampled_from([0.001, 0.3, 12.0]),
     longest_read=st.sampled_from([0.001, 0.5, 12.0]),
     chunk_time=st.sampled_from([0.01, 0.5]),
+    sampling_time=st.sampled_from([0.0, 0.3]),
     deadline=st.sampled_from([5.0, 40.0]),
     request_at=st.one_of(st.just(0.0), times),
     cancel_at=times,
@@ -45,7 +46,8 @@ def test_any_world_ends_well_on_both_sides(world: World) -> None:
     st.builds(
         World,
         seed=st.integers(0, 2**32),
-        num_tokens=st.integers(1, 4000),
+        num_tokens=st.integers(1, 4000) | st.integers(1, 31).map(lambda blocks: 128 * blocks),
+        sampling_time=st.sampled_from([0.0, 0.3]),
         chunk=st.sampled_from([64, 100, 512]),
         loss=st.sampled_from([0.0, 0.1]),
         duplicates=st.sampled_from([0.0, 0.5]),
@@ -69,3 +71,11 @@ def test_lossless_network_reads_while_prefill_computes() -> None:
     simulation.run(200)
     simulation.validate()
     assert simulation.resumed == 1
+
+
+def test_a_prompt_of_whole_blocks_that_landed_before_done_resumes_at_once() -> None:
+    simulation = Simulation(World(seed=1, num_tokens=256, chunk=512, longest_read=0.01, sampling_time=0.5))
+    simulation.run(1.0)
+    assert simulation.resumed == 1
+    simulation.run(200)
+    simulation.validate()

@@ -98,6 +98,7 @@ def hostile_worlds() -> list[World]:
         common = {"seed": seed, "num_tokens": 5000, "longest_delay": (0.01, 2.0)[seed % 2], "chunk_time": 0.02}
         worlds += [
             World(**common, longest_read=14.0, partition=(2.0, 30.0)),
+            World(**{**common, "num_tokens": 200}, longest_read=14.0, partition=(2.5, 30.0)),
             World(**common, longest_read=14.0, decode_sleeps=(0.5, 14.0)),
             World(**common, longest_read=14.0, prefill_sleeps=(1.0, 15.0)),
             World(**common, longest_read=3.0, abort_at=0.3),
