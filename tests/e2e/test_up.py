@@ -1,0 +1,164 @@
+"""``pdkv up`` as a whole: it ends when told to, leaves no orphan however it ends, and starts the dead anew."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pdkv.verify.link_chasing import make_prompt
+from tests.e2e.deployment import END_S, Process, ask, running, token_ids, up, wait_until
+
+
+def _descendants(pid: int) -> set[int]:
+    """All processes below ``pid``."""
+    found: set[int] = set()
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in map(int, task.read_text().split()):
+            found |= {child} | _descendants(child)
+    return found
+
+
+def _alive(pids: set[int]) -> set[int]:
+    def runs(pid: int) -> bool:
+        try:
+            return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+
+    return {pid for pid in pids if runs(pid)}
+
+
+def _pid_of(process: Process, role: str) -> int:
+    """The front or router of this role below a ``pdkv up``."""
+    assert process.popen is not None
+    for pid in _descendants(process.popen.pid):
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        if words[1:4] == [b"-m", b"pdkv", role.encode()]:
+            return pid
+    raise AssertionError(f"no {role} below {process.popen.pid}")
+
+
+def _start(model: Path, folder: Path, *flags: str) -> Process:
+    return up(model, folder, "--max-model-len", "1024", "--max-batch", "2", *flags)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_all_of_it(link_chasing_model: Path, tmp_path: Path, number: signal.Signals, code: int) -> None:
+    process = _start(link_chasing_model, tmp_path)
+    with running(process):
+        assert process.popen is not None
+        below = _descendants(process.popen.pid)
+        assert len(_alive(below)) >= 5  # two fronts, two engine processes, a router
+        process.popen.send_signal(number)
+        assert process.popen.wait(END_S) == code
+        assert _alive(below) == set()
+        log = process.tail()
+        assert f"curl {process.url}/v1/completions" in log
+        assert "Traceback" not in log
+
+
+def test_a_child_that_hangs_is_killed_in_time(link_chasing_model: Path, tmp_path: Path) -> None:
+    process = _start(link_chasing_model, tmp_path)
+    with running(process):
+        assert process.popen is not None
+        below = _descendants(process.popen.pid)
+        os.kill(_pid_of(process, "prefill"), signal.SIGSTOP)
+        os.kill(_pid_of(process, "router"), signal.SIGSTOP)
+        process.popen.terminate()
+        process.popen.wait(END_S)
+        wait_until(lambda: not _alive(below), "no orphan")
+
+
+def test_a_killed_up_takes_everything_with_it(link_chasing_model: Path, tmp_path: Path) -> None:
+    process = _start(link_chasing_model, tmp_path)
+    with running(process):
+        assert process.popen is not None
+        below = _descendants(process.popen.pid)
+        process.kill()
+        wait_until(lambda: not _alive(below), "no orphan")
+
+
+def test_a_dead_worker_is_started_anew_and_serves(link_chasing_model: Path, tmp_path: Path) -> None:
+    process = _start(link_chasing_model, tmp_path)
+    prompt = make_prompt(1, 300)
+    with running(process):
+        for role in ("prefill", "decode"):
+            os.kill(_pid_of(process, role), signal.SIGKILL)
+            wait_until(lambda: process.health() == 503, "the router notices")
+            wait_until(lambda: process.health() == 200, "the worker is back", 60)
+            assert token_ids(ask(process.url, prompt.token_ids, 8)) == list(prompt.expected(8))
+        assert "starting it anew" in process.log.read_text()
+
+
+def test_without_restarts_a_dead_worker_stays_dead(link_chasing_model: Path, tmp_path: Path) -> None:
+    process = _start(link_chasing_model, tmp_path, "--no-restart")
+    with running(process):
+        os.kill(_pid_of(process, "decode"), signal.SIGKILL)
+        wait_until(lambda: "restarts are switched off" in process.log.read_text(), "it says so")
+        wait_until(lambda: process.health() == 503, "the router notices")
+
+
+def test_two_of_each(link_chasing_model: Path, tmp_path: Path) -> None:
+    process = _start(link_chasing_model, tmp_path, "--prefill", "2", "--decode", "2")
+    prompt = make_prompt(2, 300)
+    with running(process):
+        answers = [ask(process.url, prompt.token_ids, 8) for _ in range(4)]
+        assert [token_ids(answer) for answer in answers] == [list(prompt.expected(8))] * 4
+        assert len({answer.json()["pdkv"]["prefill_control"] for answer in answers}) == 2
+
+
+def test_a_start_that_fails_says_why_and_ends(link_chasing_model: Path, tmp_path: Path) -> None:
+    taken = _start(link_chasing_model, tmp_path)
+    with running(taken):
+        second = up(link_chasing_model, tmp_path, "--port", taken.url.rpartition(":")[2])
+        second.start()
+        assert second.popen is not None
+        assert second.popen.wait(END_S) == 2
+        assert "cannot listen on" in second.tail()
+    broken = up(tmp_path, tmp_path)
+    started = time.monotonic()
+    broken.start()
+    assert broken.popen is not None
+    assert broken.popen.wait(END_S) == 2, broken.tail()
+    assert time.monotonic() - started < END_S
+    assert "config.json" in broken.tail()
+
+
+def test_demo_proves_itself(tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "pdkv", "demo", "--tokens", "2500"],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    for word in (
+        "2,500 tokens",
+        "chain expected",
+        "prefill -> decode",
+        "undivided",
+        "index_k",
+        "spans",
+        "GB/s",
+        "path",
+    ):
+        assert word in ended.stdout
+
+
+def test_generate_answers_through_a_deployment_of_its_own(link_chasing_model: Path) -> None:
+    prompt = make_prompt(3, 200)
+    ended = subprocess.run(
+        [sys.executable, "-m", "pdkv", "generate", "--model", str(link_chasing_model), "--prompt", prompt.text],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**os.environ, "PDKV_MAX_BATCH": "2"},
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.split() == [f"n{token - 64}" for token in prompt.expected(16)]
