@@ -1,4 +1,4 @@
-"""The engine process of a worker: model, arena, agent and transport put together, and the loop that runs them.
+"""The engine process of a worker: the loop between its front, its engine and its agent.
 
 Three threads: this one owns the engine, the agent thread owns channel and transport, a third reads the link to the
 front. They meet only at queues. The process ends when the front goes, when the agent dies, or when it cannot start.
@@ -8,25 +8,16 @@ import argparse
 import logging
 import os
 import queue
-import secrets
 import signal
 import socket
 import sys
 import threading
 import time
-from pathlib import Path
 
 import msgspec
-import torch
 
-from pdkv.agent.decode_agent import DecodeAgent
-from pdkv.agent.events import AgentStatistics, DecodeAgentEvent, Inspect, PrefillAgentEvent, WorkerIdentity
-from pdkv.agent.loop import Agent, AgentLoop
-from pdkv.agent.peer_links import PathRequirement, PeerLinks
-from pdkv.agent.prefill_agent import PrefillAgent
-from pdkv.core.events import SessionPolicy
-from pdkv.core.lease import LeasePolicy
-from pdkv.core.manifest import pairing_digest
+from pdkv.agent.events import AgentStatistics, DecodeAgentEvent, Inspect, PrefillAgentEvent
+from pdkv.daemons.assembly import assemble
 from pdkv.daemons.decode_role import DecodeRole
 from pdkv.daemons.link import (
     BlockingLink,
@@ -40,120 +31,79 @@ from pdkv.daemons.link import (
 )
 from pdkv.daemons.logs import configure_logging
 from pdkv.daemons.prefill_role import PrefillRole
-from pdkv.daemons.roles import AgentSaid, EngineParts, FrontSaid, Inbox, Role
-from pdkv.daemons.sizing import choose_num_pages
-from pdkv.errors import ConfigError, PdkvError
-from pdkv.m3.config import kv_layout, model_fingerprint
-from pdkv.m3.engine import Engine
-from pdkv.m3.model import load_model
-from pdkv.m3.requests import EngineSettings
-from pdkv.memory.arena import Arena
-from pdkv.memory.manifest import build_manifest
-from pdkv.memory.pages import PagePool
-from pdkv.memory.probe import ProbePages
-from pdkv.memory.row import RowLayout
-from pdkv.schema import Incarnation
-from pdkv.transport.base import Transport
-from pdkv.transport.ucx import UcxOptions, UcxTransport
-from pdkv.wire.channel import Channel, NoSecurity
-from pdkv.wire.messages import RankOffer
+from pdkv.daemons.roles import EngineParts, Role
+from pdkv.errors import PdkvError
 
 _LOG = logging.getLogger("pdkv.engine")
-_LONGEST_WAIT_S = 1.0
+_LONGEST_WAIT_S = 0.5
+"""How late a deadline may be noticed by an idle engine."""
 
 
-class FrontGone(msgspec.Struct, frozen=True):
-    """The front has closed the link: time to end."""
+class _FrontSaid(msgspec.Struct, frozen=True):
+    message: ToEngine
 
 
-class AgentDied(msgspec.Struct, frozen=True):
+class _FrontGone(msgspec.Struct, frozen=True):
+    pass
+
+
+class _AgentSaid(msgspec.Struct, frozen=True):
+    event: PrefillAgentEvent | DecodeAgentEvent
+
+
+class _AgentDied(msgspec.Struct, frozen=True):
     message: str
 
 
-class Statistics(msgspec.Struct, frozen=True):
+class _Inspected(msgspec.Struct, frozen=True):
     query: int
     agent: AgentStatistics
 
 
 class EngineProcess:
-    """One worker's engine side, complete. ``run`` returns the exit code."""
+    """One worker's engine side. Everything but the queue belongs to the thread that calls ``run``."""
 
     def __init__(self, settings: WorkerSettings, link: BlockingLink) -> None:
         self._settings = settings
         self._link = link
-        self._inbox: Inbox = queue.SimpleQueue()
-        torch.set_num_threads(settings.num_threads or os.cpu_count() or 1)
-        model_dir = Path(settings.model_dir)
-        model = load_model(model_dir, device=settings.device, dtype=settings.dtype)
-        dtype = model.config.dtype
-        needed = kv_layout(model.config, dtype, dtype)
-        layout = RowLayout.of(needed)
-        num_pages = choose_num_pages(settings, layout)
-        arena = Arena.allocate(layout, num_pages)
-        self._fingerprint = model_fingerprint(model_dir, model.config)
-        manifest = build_manifest(arena, needed, self._fingerprint)
-        self._incarnation = new_incarnation()
-        probe = ProbePages(arena)
-        if settings.role == "prefill":
-            probe.fill(self._incarnation)
-        self._layout = layout
-        self._pool = PagePool(num_pages, reserved=probe.pages)
-        self._engine = Engine(
-            model,
-            arena,
-            self._pool,
-            EngineSettings(
-                max_model_len=settings.max_model_len,
-                prefill_chunk=settings.prefill_chunk,
-                max_batch=settings.max_batch,
-            ),
-        )
-        transport = make_transport(settings)
-        transport.register(arena.memory)
-        channel = Channel(self._incarnation, NoSecurity(), insecure=settings.insecure)
-        self._control = advertised(channel.bind(settings.control_listen), settings) if is_prefill(settings) else ""
-        self._identity = WorkerIdentity(
-            name=settings.name,
-            incarnation=self._incarnation,
-            manifest=manifest,
-            offer=RankOffer(manifest=manifest, address=transport.address()),
-            digest=pairing_digest([manifest]),
-            policy=session_policy(settings.lease_ttl_s),
-        )
-        self._role = self._start_role(channel, transport, probe, arena.memory.address)
-        self._transport_line = f"{transport.name}: {getattr(transport, 'describe', lambda: '')()}"
+        self._inbox: queue.SimpleQueue[msgspec.Struct] = queue.SimpleQueue()
+        self._parts = assemble(settings, lambda event: self._inbox.put(_AgentSaid(event)))
+        self._parts.start_agent(lambda exc: self._inbox.put(_AgentDied(repr(exc))))
+        self._engine = self._parts.engine
+        parts = EngineParts(engine=self._engine, post=self._parts.loop.post, send=link.send)
+        role = PrefillRole if settings.role == "prefill" else DecodeRole
+        self._role: Role = role(parts, self._parts.layout.kv.block_size)
 
     def run(self) -> int:
-        """Serve until the front goes."""
+        """Serve until the front goes; returns the exit code. Raises ``PdkvError`` when the agent has died."""
         threading.Thread(target=self._read_front, name="pdkv-front-link", daemon=True).start()
         self._link.send(self._ready())
         while True:
             for message in self._take():
-                match message:
-                    case FrontGone():
-                        self._loop.stop()
-                        return 0
-                    case AgentDied(message=text):
-                        raise PdkvError(f"the agent thread died: {text}")
-                    case FrontSaid(message=StatusQuery(query=query)):
-                        self._inspect(query)
-                    case Statistics(query=query, agent=agent):
-                        self._link.send(self._status(query, agent))
-                    case FrontSaid(message=said):
-                        self._role.on_front(said, time.monotonic())
-                    case AgentSaid(event=event):
-                        self._role.on_agent(event)
+                if isinstance(message, _FrontGone):
+                    self._parts.loop.stop()
+                    return 0
+                self._on_message(message)
             self._role.on_time(time.monotonic())
             if self._engine.has_work:
                 self._role.on_engine(self._engine.step())
 
-    def _inspect(self, query: int) -> None:
-        def answer(facts: AgentStatistics) -> None:
-            self._inbox.put(Statistics(query, facts))
+    def _on_message(self, message: msgspec.Struct) -> None:
+        match message:
+            case _FrontSaid(message=StatusQuery(query=query)):
+                self._inspect(query)
+            case _FrontSaid(message=said):
+                self._role.on_front(said, time.monotonic())
+            case _AgentSaid(event=event):
+                self._role.on_agent(event)
+            case _Inspected(query=query, agent=agent):
+                self._link.send(self._status(query, agent))
+            case _AgentDied(message=text):
+                raise PdkvError(f"the agent thread died: {text}")
+            case _:
+                raise AssertionError(f"nobody puts {type(message).__name__} here")
 
-        self._loop.post(Inspect(answer=answer))
-
-    def _take(self) -> list[object]:
+    def _take(self) -> list[msgspec.Struct]:
         """What has come in; waits for it only while the engine has nothing to do."""
         messages = []
         if not self._engine.has_work:
@@ -165,51 +115,37 @@ class EngineProcess:
             messages.append(self._inbox.get_nowait())
         return messages
 
-    def _start_role(self, channel: Channel, transport: Transport, probe: ProbePages, base: int) -> Role:
-        self._loop: AgentLoop[object] = AgentLoop(channel, transport)
-
-        def emit(event: PrefillAgentEvent | DecodeAgentEvent) -> None:
-            self._inbox.put(AgentSaid(event))
-
-        agent: Agent[object]
-        if is_prefill(self._settings):
-            agent = PrefillAgent(self._identity, channel, emit)  # type: ignore[assignment]
-        else:
-            requirement = PathRequirement(self._settings.require_transport)
-            links = PeerLinks(self._identity, channel, transport, probe, (base,), requirement)
-            agent = DecodeAgent(self._identity, channel, transport, links, (base,), emit)  # type: ignore[assignment]
-        self._loop.start(agent, lambda exc: self._inbox.put(AgentDied(repr(exc))))
-        parts = EngineParts(engine=self._engine, post=self._loop.post, send=self._link.send)
-        role = PrefillRole if is_prefill(self._settings) else DecodeRole
-        return role(parts, self._layout.kv.block_size)
-
     def _read_front(self) -> None:
         decoder = msgspec.msgpack.Decoder(ToEngine)
         while (body := self._link.receive_bytes()) is not None:
-            self._inbox.put(FrontSaid(decoder.decode(body)))
-        self._inbox.put(FrontGone())
+            self._inbox.put(_FrontSaid(decoder.decode(body)))
+        self._inbox.put(_FrontGone())
+
+    def _inspect(self, query: int) -> None:
+        self._parts.loop.post(Inspect(answer=lambda facts: self._inbox.put(_Inspected(query, facts))))
 
     def _ready(self) -> EngineReady:
+        identity, layout = self._parts.identity, self._parts.layout
         return EngineReady(
             role=self._settings.role,
-            incarnation=self._incarnation,
-            control=self._control,
-            manifest_digest=self._identity.digest,
-            model_fingerprint=self._fingerprint,
+            incarnation=identity.incarnation,
+            control=self._parts.control,
+            manifest_digest=identity.digest,
+            model_fingerprint=identity.manifest.model_fingerprint,
             max_model_len=self._settings.max_model_len,
-            block_size=self._layout.kv.block_size,
-            num_pages=self._identity.manifest.num_pages,
-            bytes_per_token=self._layout.num_bytes // self._layout.kv.block_size,
-            num_regions=len(self._layout.slots),
-            transport=self._transport_line,
+            block_size=layout.kv.block_size,
+            num_pages=identity.manifest.num_pages,
+            bytes_per_token=layout.num_bytes // layout.kv.block_size,
+            num_regions=len(layout.slots),
+            transport=self._parts.transport,
         )
 
     def _status(self, query: int, agent: AgentStatistics) -> Status:
-        pool, engine = self._pool.statistics(), self._engine.statistics()
+        pool, engine = self._parts.pool.statistics(), self._engine.statistics()
         return Status(
             query=query,
             role=self._settings.role,
-            incarnation=self._incarnation,
+            incarnation=self._parts.identity.incarnation,
             pages_usable=pool.num_usable,
             pages_free=pool.num_free,
             fragmentation=pool.fragmentation,
@@ -221,33 +157,6 @@ class EngineProcess:
             messages_dropped=agent.messages_dropped,
             peers=[PeerStatus(p.control, p.incarnation, p.state, p.path, p.probe_gbps) for p in agent.peers],
         )
-
-
-def is_prefill(settings: WorkerSettings) -> bool:
-    return settings.role == "prefill"
-
-
-def new_incarnation() -> Incarnation:
-    return Incarnation(secrets.randbits(64) | 1 << 56)
-
-
-def session_policy(lease_ttl_s: float) -> SessionPolicy:
-    """A tenth of the lease as margin, four renewals in its life."""
-    return SessionPolicy(LeasePolicy(ttl_s=lease_ttl_s, margin_s=lease_ttl_s / 10, renew_every_s=lease_ttl_s / 4))
-
-
-def make_transport(settings: WorkerSettings) -> Transport:
-    """``--transport auto`` is UCX, until others can be better for a pair of workers."""
-    if settings.transport not in ("auto", "ucx"):
-        raise ConfigError(f"transport {settings.transport!r} is not one of auto, ucx")
-    return UcxTransport(UcxOptions(tls=settings.ucx_tls, library=settings.ucx_library))
-
-
-def advertised(endpoint: str, settings: WorkerSettings) -> str:
-    """The bound endpoint as peers are to dial it."""
-    port = endpoint.rpartition(":")[2]
-    host = settings.advertise_host
-    return f"tcp://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def main() -> int:

@@ -1,6 +1,5 @@
-"""What the two roles of an engine process share: their queue, their parts, and HTTP's word for each failure."""
+"""What the two roles of an engine process share: what they act on, and HTTP's word for each failure."""
 
-import queue
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
@@ -12,18 +11,6 @@ from pdkv.errors import FailureCode
 from pdkv.m3.engine import Engine
 from pdkv.m3.requests import EngineEvent
 from pdkv.schema import TransferId
-
-
-class FrontSaid(msgspec.Struct, frozen=True):
-    message: ToEngine
-
-
-class AgentSaid(msgspec.Struct, frozen=True):
-    event: PrefillAgentEvent | DecodeAgentEvent
-
-
-Inbox = queue.SimpleQueue[object]
-"""Everything that other threads tell the engine thread."""
 
 STATUS_OF = {
     FailureCode.CANCELLED: 499,

@@ -16,7 +16,7 @@ from pdkv.agent.prefill_agent import PrefillAgent
 from pdkv.core.events import SessionPolicy
 from pdkv.core.lease import LeasePolicy
 from pdkv.core.manifest import pairing_digest
-from pdkv.daemons.engine_process import new_incarnation
+from pdkv.daemons.assembly import new_incarnation
 from pdkv.errors import FailureCode
 from pdkv.memory.arena import Arena
 from pdkv.memory.manifest import build_manifest
