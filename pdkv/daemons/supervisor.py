@@ -13,8 +13,8 @@ import structlog
 
 from pdkv.daemons import lifeline
 
-_FRONT_GRACE_S = 6.0
-_TERM_GRACE_S = 12.0
+_FRONT_GRACE_S = 5.0
+_TERM_GRACE_S = 10.0
 """Between SIGTERM and SIGKILL, of the last child and of the others; together well below 30 s."""
 _FIRST_BACKOFF_S = 1.0
 _LONGEST_BACKOFF_S = 30.0
