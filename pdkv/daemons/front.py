@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -15,20 +14,19 @@ from starlette.types import Receive, Scope, Send
 
 import pdkv
 from pdkv.daemons import http_server, openai_api, worker_api
+from pdkv.daemons.completion_answer import CompletionAnswer, failure
 from pdkv.daemons.config import Address, PrefillConfig, WorkerConfig
-from pdkv.daemons.engine_link import ENGINE_MODULE, EngineGoneError, EngineLink, JobEvent, JobEvents
+from pdkv.daemons.engine_link import ENGINE_MODULE, EngineGoneError, EngineLink
 from pdkv.daemons.link import (
     DecodeJob,
     EngineReady,
     JobFailed,
-    JobFinished,
     PrefillJob,
     Sampling,
-    TokensOut,
     WorkerSettings,
 )
-from pdkv.daemons.openai_api import ApiError, Choice, Completion, CompletionRequest, DebugBlock, Usage
-from pdkv.daemons.tokenization import TextCodec, TextStream
+from pdkv.daemons.openai_api import ApiError, CompletionRequest, DebugBlock
+from pdkv.daemons.tokenization import TextCodec
 from pdkv.errors import FailureCode, RequestError
 from pdkv.m3.config import load_config
 
@@ -178,7 +176,7 @@ class _Front:
             with self._link.open(job) as events:
                 event = await http_server.unless_gone(request, events.next())
         if isinstance(event, JobFailed):
-            raise _failure(event)
+            raise failure(event)
         return http_server.json_response(msgspec.json.encode(worker_api.Prefilled(len(prompt))))
 
     async def completions(self, request: Request) -> Response:
@@ -202,12 +200,12 @@ class _Front:
         debug = None
         if request.headers.get(worker_api.DEBUG) == "1":
             debug = DebugBlock(http_server.request_id(request), transfer.hex(), control, None)
-        answer = _Answer(asked, self._served, len(prompt), debug)
+        answer = CompletionAnswer(asked, self._served.name, self._served.codec, len(prompt), debug)
         with contextlib.ExitStack() as stack:
             events = stack.enter_context(self._link.open(job))
             first = await http_server.unless_gone(request, events.next())
             if isinstance(first, JobFailed):
-                raise _failure(first)
+                raise failure(first)
             if asked.stream:
                 return _JobStream(answer.stream(first, events), stack.pop_all())
             return http_server.json_response(await http_server.unless_gone(request, answer.whole(first, events)))
@@ -235,78 +233,6 @@ class _Front:
         return codec.encode(text) if len(text) < _LONG_TEXT else await asyncio.to_thread(codec.encode, text)
 
 
-class _Answer:
-    """Turns one job's messages into OpenAI's answer, whole or as a stream."""
-
-    def __init__(
-        self, asked: CompletionRequest, served: ServedModel, num_prompt_tokens: int, debug: DebugBlock | None
-    ) -> None:
-        self._asked = asked
-        self._model = served.name
-        self._text = TextStream(served.codec)
-        self._num_prompt_tokens = num_prompt_tokens
-        self._num_tokens = 0
-        self._debug = debug
-        self._id = f"cmpl-{time.time_ns():x}"
-        self._created = int(time.time())
-
-    async def whole(self, event: JobEvent, events: JobEvents) -> bytes:
-        """The body of a 200. Raises ApiError when the job fails on the way."""
-        text: list[str] = []
-        tokens: list[int] = []
-        while isinstance(event, TokensOut):
-            tokens += event.tokens
-            text.append(self._push(event))
-            event = await events.next()
-        if isinstance(event, JobFailed):
-            raise _failure(event)
-        text.append(self._text.finish())
-        completion = self._completion(self._choice("".join(text), tokens, event.reason))
-        return msgspec.json.encode(
-            msgspec.structs.replace(completion, usage=self._usage(), pdkv=self._debug_block(event))
-        )
-
-    async def stream(self, event: JobEvent, events: JobEvents) -> AsyncIterator[bytes]:
-        """Server-sent events; a failure on the way is an error event, and no [DONE] follows it."""
-        while isinstance(event, TokensOut):
-            yield self._chunk(self._choice(self._push(event), event.tokens, None))
-            event = await events.next()
-        if isinstance(event, JobFailed):
-            yield openai_api.encode_event(_failure(event).body)
-            return
-        yield self._chunk(self._choice(self._text.finish(), [], event.reason), event)
-        if self._asked.include_usage:
-            yield openai_api.encode_event(msgspec.structs.replace(self._completion(), usage=self._usage()))
-        yield openai_api.END_OF_STREAM
-
-    def _push(self, event: TokensOut) -> str:
-        self._num_tokens += len(event.tokens)
-        return self._text.push(event.tokens)
-
-    def _chunk(self, choice: Choice, finished: JobFinished | None = None) -> bytes:
-        chunk = self._completion(choice)
-        if self._asked.include_usage:
-            chunk = msgspec.structs.replace(chunk, usage=None)
-        if finished is not None:
-            chunk = msgspec.structs.replace(chunk, pdkv=self._debug_block(finished))
-        return openai_api.encode_event(chunk)
-
-    def _choice(self, text: str, tokens: list[int], reason: str | None) -> Choice:
-        token_ids = tokens if self._asked.return_token_ids else msgspec.UNSET
-        return Choice(text=text, finish_reason=reason, token_ids=token_ids)
-
-    def _completion(self, *choices: Choice) -> Completion:
-        return Completion(id=self._id, created=self._created, model=self._model, choices=choices)
-
-    def _usage(self) -> Usage:
-        return Usage.of(self._num_prompt_tokens, self._num_tokens)
-
-    def _debug_block(self, finished: JobFinished) -> DebugBlock | msgspec.UnsetType:
-        if self._debug is None:
-            return msgspec.UNSET
-        return msgspec.structs.replace(self._debug, transfer=finished.report)
-
-
 class _JobStream(StreamingResponse):
     """A stream that ends its job even when the client goes before the first event was asked for."""
 
@@ -317,11 +243,6 @@ class _JobStream(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._job:
             await super().__call__(scope, receive, send)
-
-
-def _failure(failed: JobFailed) -> ApiError:
-    retry = 1 if failed.status in (429, 503) else None
-    return ApiError.of(failed.status, failed.message, code=failed.code, retry_after_s=retry)
 
 
 def _sampling(asked: CompletionRequest, transfer: bytes) -> Sampling:

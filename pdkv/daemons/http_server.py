@@ -5,6 +5,7 @@ import contextlib
 import secrets
 import signal
 import socket
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
@@ -202,13 +203,14 @@ class _Outermost:
         given = Headers(scope=scope).get(REQUEST_ID, "")
         chosen = given if given and len(given) <= 128 and given.isprintable() else secrets.token_hex(16)
         scope["pdkv.request_id"] = chosen
-        started = False
+        status = 0
+        began = time.monotonic()
 
         async def send_with_id(message: Message) -> None:
-            nonlocal started
+            nonlocal status
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message)[REQUEST_ID] = chosen
-                started = True
+                status = message["status"]
             await send(message)
 
         with structlog.contextvars.bound_contextvars(request_id=chosen):
@@ -216,9 +218,11 @@ class _Outermost:
                 await self._app(scope, receive, send_with_id)
             except Exception:  # noqa: BLE001  a daemon's outermost loop
                 _log.exception("unhandled error")
-                if not started:  # otherwise the server breaks the connection off, so that nobody takes it for whole
+                if not status:  # otherwise the server breaks the connection off, so that nobody takes it for whole
                     bug = ApiError.of(500, "internal error; the server's log has the details", code="internal")
                     await error_response(bug)(scope, receive, send_with_id)
+            log = _log.debug if scope["method"] == "GET" else _log.info
+            log("request", path=scope["path"], status=status, seconds=round(time.monotonic() - began, 4))
 
 
 def _answer_api_error(_request: Request, exc: Exception) -> Response:

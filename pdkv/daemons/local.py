@@ -37,17 +37,9 @@ class StartFailedError(PdkvError):
         self.exit_code = exit_code
 
 
-class Deployment:
-    """A deployment that is ready to serve."""
-
-    def __init__(self, url: str, supervisor: Supervisor) -> None:
-        self.url = url
-        self.supervisor = supervisor
-
-
 @contextlib.asynccontextmanager
-async def deployed(config: UpConfig, print_line: Callable[[str], None]) -> AsyncIterator[Deployment]:
-    """Start a deployment, wait until it is ready, and end all of it on leaving. Raises StartFailedError."""
+async def deployed(config: UpConfig, print_line: Callable[[str], None]) -> AsyncIterator[str]:
+    """Start a deployment, give its URL when it is ready, and end all of it on leaving. Raises StartFailedError."""
     addresses: list[Address] = []
     with contextlib.ExitStack() as stack:
         for host, port in [(config.host, config.port), *[("127.0.0.1", 0)] * (config.num_prefill + config.num_decode)]:
@@ -64,7 +56,7 @@ async def deployed(config: UpConfig, print_line: Callable[[str], None]) -> Async
         async with supervisor.running():
             await _until_ready(url, supervisor)
             supervisor.settle()
-            yield Deployment(url, supervisor)
+            yield url
 
 
 async def run_up(config: UpConfig) -> int:
@@ -84,8 +76,8 @@ async def run_up(config: UpConfig) -> int:
 
 
 async def _serve(config: UpConfig) -> None:
-    async with deployed(config, print_to_stderr) as deployment:
-        sys.stdout.write(f"ready: {deployment.url}\n\n  {curl_line(config, deployment.url)}\n\n")
+    async with deployed(config, print_to_stderr) as url:
+        sys.stdout.write(f"ready: {url}\n\n  {curl_line(config, url)}\n\n")
         sys.stdout.flush()
         await asyncio.Event().wait()
 

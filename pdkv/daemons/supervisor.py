@@ -64,10 +64,6 @@ class Supervisor:
         """Wait until a child has died before ``settle``; returns the exit code to end with."""
         return await asyncio.shield(self._failed)
 
-    def pids(self) -> dict[str, int]:
-        """Process ids of the children that live, by name."""
-        return {name: process.pid for name, process in self._processes.items() if process.returncode is None}
-
     async def _keep(self, spec: ChildSpec) -> None:
         backoff = _FIRST_BACKOFF_S
         while not self._stopping:
