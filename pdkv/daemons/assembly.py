@@ -29,6 +29,7 @@ from pdkv.memory.pages import PagePool
 from pdkv.memory.probe import ProbePages
 from pdkv.memory.row import RowLayout
 from pdkv.schema import Incarnation
+from pdkv.transport.base import Transport
 from pdkv.transport.ucx import UcxOptions, UcxTransport
 from pdkv.wire.channel import Channel, NoSecurity
 from pdkv.wire.messages import RankOffer
@@ -40,6 +41,7 @@ class Assembly(msgspec.Struct, frozen=True):
     """The parts of one engine process. Engine and pool are the engine thread's, the rest of the agent thread's."""
 
     engine: Engine
+    arena: Arena
     pool: PagePool
     layout: RowLayout
     identity: WorkerIdentity
@@ -54,9 +56,10 @@ class Assembly(msgspec.Struct, frozen=True):
         self.loop.start(self.agent, on_crash)
 
 
-def assemble(settings: WorkerSettings, emit: Emit) -> Assembly:
+def assemble(settings: WorkerSettings, emit: Emit, transport: Transport | None = None) -> Assembly:
     """Load the model, lay out and register the arena, bind the channel. ``emit`` gets the agent's events, from its
-    thread, once it is started. Raises whatever ``PdkvError`` keeps the worker from starting."""
+    thread, once it is started. ``transport`` stands in for the one that ``settings`` name. Raises whatever
+    ``PdkvError`` keeps the worker from starting."""
     torch.set_num_threads(settings.num_threads or os.cpu_count() or 1)
     model_dir = Path(settings.model_dir)
     model = load_model(model_dir, device=settings.device, dtype=settings.dtype)
@@ -67,7 +70,7 @@ def assemble(settings: WorkerSettings, emit: Emit) -> Assembly:
     incarnation = new_incarnation()
     probe = ProbePages(arena)
     pool = PagePool(arena.num_pages, reserved=probe.pages)
-    transport = make_transport(settings)
+    transport = transport or make_transport(settings)
     transport.register(arena.memory)
     identity = WorkerIdentity(
         name=settings.name,
@@ -94,11 +97,12 @@ def assemble(settings: WorkerSettings, emit: Emit) -> Assembly:
     )
     return Assembly(
         engine=Engine(model, arena, pool, bounds),
+        arena=arena,
         pool=pool,
         layout=layout,
         identity=identity,
         control=control,
-        transport=f"ucx {transport.library.version} from {transport.library.source}, {transport.library.path}",
+        transport=describe(transport),
         loop=AgentLoop(channel, transport),
         agent=agent,  # type: ignore[arg-type]  # its own commands are all that its role posts
     )
@@ -113,11 +117,17 @@ def session_policy(lease_ttl_s: float) -> SessionPolicy:
     return SessionPolicy(LeasePolicy(ttl_s=lease_ttl_s, margin_s=lease_ttl_s / 10, renew_every_s=lease_ttl_s / 4))
 
 
-def make_transport(settings: WorkerSettings) -> UcxTransport:
+def make_transport(settings: WorkerSettings) -> Transport:
     """``--transport auto`` is UCX, until others can be better for a pair of workers."""
     if settings.transport not in ("auto", "ucx"):
         raise ConfigError(f"transport {settings.transport!r} is not one of auto, ucx")
     return UcxTransport(UcxOptions(tls=settings.ucx_tls, library=settings.ucx_library))
+
+
+def describe(transport: Transport) -> str:
+    if isinstance(transport, UcxTransport):
+        return f"ucx {transport.library.version} from {transport.library.source}, {transport.library.path}"
+    return transport.name
 
 
 def advertised(endpoint: str, host: str) -> str:

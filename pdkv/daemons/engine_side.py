@@ -1,0 +1,140 @@
+"""The engine side of a worker: what runs between its front, its engine and its agent, one turn at a time."""
+
+import queue
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from pdkv.agent.events import AgentStatistics, DecodeAgentEvent, Inspect, PrefillAgentEvent
+from pdkv.daemons.assembly import assemble
+from pdkv.daemons.decode_role import DecodeRole
+from pdkv.daemons.link import EngineReady, PeerStatus, Status, StatusQuery, ToEngine, ToFront, WorkerSettings
+from pdkv.daemons.prefill_role import PrefillRole
+from pdkv.daemons.roles import EngineParts, Role
+from pdkv.errors import PdkvError
+from pdkv.memory.arena import Arena
+from pdkv.transport.base import Transport
+
+
+class _FrontSaid(msgspec.Struct, frozen=True):
+    message: ToEngine
+
+
+class _AgentSaid(msgspec.Struct, frozen=True):
+    event: PrefillAgentEvent | DecodeAgentEvent
+
+
+class _AgentDied(msgspec.Struct, frozen=True):
+    message: str
+
+
+class _Inspected(msgspec.Struct, frozen=True):
+    query: int
+    agent: AgentStatistics
+
+
+class EngineSide:
+    """One worker without its front. ``hear`` may be called from any thread, all else from the engine thread.
+
+    ``send`` gets every message for the front, from the engine thread.
+    """
+
+    def __init__(
+        self, settings: WorkerSettings, send: Callable[[ToFront], None], transport: Transport | None = None
+    ) -> None:
+        """Load and start everything. ``transport`` stands in for the one that ``settings`` name; it is owned from here
+        on. Raises whatever ``PdkvError`` keeps the worker from starting."""
+        self._settings = settings
+        self._send = send
+        self._inbox: queue.SimpleQueue[msgspec.Struct] = queue.SimpleQueue()
+        self._parts = assemble(settings, lambda event: self._inbox.put(_AgentSaid(event)), transport)
+        self._parts.start_agent(lambda exc: self._inbox.put(_AgentDied(repr(exc))))
+        self._engine = self._parts.engine
+        parts = EngineParts(engine=self._engine, post=self._parts.loop.post, send=send)
+        role = PrefillRole if settings.role == "prefill" else DecodeRole
+        self._role: Role = role(parts, self._parts.layout.kv.block_size)
+
+    @property
+    def arena(self) -> Arena:
+        return self._parts.arena
+
+    def hear(self, message: ToEngine) -> None:
+        """Queue a message of the front."""
+        self._inbox.put(_FrontSaid(message))
+
+    def turn(self, longest_wait_s: float) -> None:
+        """Act on all that has come in, then run one step of the engine; waits only while there is nothing to do.
+
+        Raises ``PdkvError`` when the agent thread has died: leases are kept by nobody then.
+        """
+        for message in self._take(longest_wait_s):
+            self._on_message(message)
+        self._role.on_time(time.monotonic())
+        if self._engine.has_work:
+            self._role.on_engine(self._engine.step())
+
+    def close(self) -> None:
+        """End the agent thread, and with it channel and transport."""
+        self._parts.loop.stop()
+
+    def ready(self) -> EngineReady:
+        """Who this worker is, for the front."""
+        identity, layout = self._parts.identity, self._parts.layout
+        return EngineReady(
+            role=self._settings.role,
+            incarnation=identity.incarnation,
+            control=self._parts.control,
+            manifest_digest=identity.digest,
+            model_fingerprint=identity.manifest.model_fingerprint,
+            max_model_len=self._settings.max_model_len,
+            block_size=layout.kv.block_size,
+            num_pages=identity.manifest.num_pages,
+            bytes_per_token=layout.num_bytes // layout.kv.block_size,
+            num_regions=len(layout.slots),
+            transport=self._parts.transport,
+        )
+
+    def _take(self, longest_wait_s: float) -> list[msgspec.Struct]:
+        messages = []
+        if not self._engine.has_work:
+            try:
+                messages.append(self._inbox.get(timeout=longest_wait_s))
+            except queue.Empty:
+                return []
+        while not self._inbox.empty():
+            messages.append(self._inbox.get_nowait())
+        return messages
+
+    def _on_message(self, message: msgspec.Struct) -> None:
+        match message:
+            case _FrontSaid(message=StatusQuery(query=query)):
+                self._parts.loop.post(Inspect(answer=lambda facts: self._inbox.put(_Inspected(query, facts))))
+            case _FrontSaid(message=said):
+                self._role.on_front(said, time.monotonic())
+            case _AgentSaid(event=event):
+                self._role.on_agent(event)
+            case _Inspected(query=query, agent=agent):
+                self._send(self._status(query, agent))
+            case _AgentDied(message=text):
+                raise PdkvError(f"the agent thread died: {text}")
+            case _:
+                raise AssertionError(f"nobody puts {type(message).__name__} here")
+
+    def _status(self, query: int, agent: AgentStatistics) -> Status:
+        pool, engine = self._parts.pool.statistics(), self._engine.statistics()
+        return Status(
+            query=query,
+            role=self._settings.role,
+            incarnation=self._parts.identity.incarnation,
+            pages_usable=pool.num_usable,
+            pages_free=pool.num_free,
+            fragmentation=pool.fragmentation,
+            requests_queued=engine.num_queued,
+            requests_running=engine.num_prefilling + engine.num_decoding,
+            transfers_open=agent.transfers_open,
+            leases_active=agent.leases_active,
+            reads_outstanding=agent.reads_outstanding,
+            messages_dropped=agent.messages_dropped,
+            peers=[PeerStatus(p.control, p.incarnation, p.state, p.path, p.probe_gbps) for p in agent.peers],
+        )
