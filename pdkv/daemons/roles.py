@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from pdkv.agent.events import DecodeAgentEvent, PrefillAgentEvent
-from pdkv.daemons.link import JobFailed, ToEngine
+from pdkv.daemons.link import JobFailed, ToEngine, ToFront
 from pdkv.errors import FailureCode
 from pdkv.m3.engine import Engine
 from pdkv.m3.requests import EngineEvent
@@ -33,7 +33,7 @@ class EngineParts(msgspec.Struct, frozen=True):
     engine: Engine
     post: Callable[[object], None]
     """To the agent thread."""
-    send: Callable[[msgspec.Struct], None]
+    send: Callable[[ToFront], None]
     """To the front."""
 
 
