@@ -62,11 +62,14 @@ class PrefillRole(Role):
                 raise AssertionError(f"a prefill agent tells no {type(event).__name__}")
 
     def on_engine(self, events: Sequence[EngineEvent]) -> None:
+        finished = {event.id for event in events if isinstance(event, PrefillFinished)}
         for event in events:
             transfer = TransferId(event.id)
             match event:
                 case PagesReserved(pages=pages):
                     self._parts.post(GrantPages(transfer, pages, 0))
+                case PrefillProgress() if event.id in finished:
+                    pass  # Done says as much, and all that is left is read in one go
                 case PrefillProgress(tokens_done=tokens):
                     self._parts.post(RaiseWatermark(transfer, tokens))
                 case PrefillFinished(token=token, logprob=logprob):

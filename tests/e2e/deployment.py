@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -165,6 +166,15 @@ def trio(model: Path, folder: Path, *flags: str, router_flags: Sequence[str] = (
         yield Trio(prefill, decode, front)
 
 
+@contextlib.contextmanager
+def another_prefill(decode: Process, model: Path, folder: Path, *flags: str) -> Iterator[Trio]:
+    """A prefill worker with ``flags`` of its own and a router, in front of a decode worker that runs already."""
+    prefill = worker("prefill", model, folder, *flags)
+    front = router(folder, [prefill], [decode])
+    with running(prefill), running(front):
+        yield Trio(prefill, decode, front)
+
+
 def ask(
     url: str, prompt: Sequence[int] | str, max_tokens: int = 24, *, timeout_s: float = 120.0, **fields: object
 ) -> httpx.Response:
@@ -179,6 +189,12 @@ def ask(
         **fields,
     }
     return httpx.post(f"{url}/v1/completions", json=body, headers={"X-Pdkv-Debug": "1"}, timeout=timeout_s)
+
+
+def transfer_facts(response: httpx.Response) -> dict[str, Any]:
+    """What moving the prompt's state took, from an answer of ``ask``."""
+    assert response.status_code == 200, response.text
+    return dict(response.json()["pdkv"]["transfer"])
 
 
 def token_ids(response: httpx.Response) -> list[int]:
