@@ -24,6 +24,7 @@ cdef extern from "native/ucx_engine.h" nogil:
         size_t window_spans
         size_t window_bytes
         unsigned linger_us
+        unsigned drain_ms
 
     ctypedef struct pdkv_memory:
         uint64_t address
@@ -63,7 +64,7 @@ cdef class Engine:
     cdef readonly list refused
 
     def __init__(self, bytes library, list settings, size_t window_spans, size_t window_bytes,
-                 unsigned linger_us):
+                 unsigned linger_us, unsigned drain_ms):
         cdef pdkv_limits limits
         cdef char error[PDKV_ERROR_SIZE]
         cdef size_t count = len(settings)
@@ -74,6 +75,7 @@ cdef class Engine:
         limits.window_spans = window_spans
         limits.window_bytes = window_bytes
         limits.linger_us = linger_us
+        limits.drain_ms = drain_ms
         for i, (name, value) in enumerate(settings):
             native[i].name = name
             native[i].value = value

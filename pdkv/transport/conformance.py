@@ -8,7 +8,6 @@ must be importable there. ``make_inproc`` and ``make_ucx`` are the factories of 
 """
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 
@@ -21,8 +20,6 @@ from pdkv.transport.conformance_rig import ConformanceFailure, Rig
 from pdkv.transport.conformance_target import TransportSpec
 
 __all__ = ["CheckResult", "ConformanceFailure", "TransportSpec", "check_names", "run_check", "run_conformance"]
-
-log = logging.getLogger("pdkv.transport.conformance")
 
 
 class CheckResult(msgspec.Struct, frozen=True):
@@ -67,7 +64,6 @@ def run_conformance(spec: TransportSpec, names: Sequence[str] | None = None) -> 
         except (ConformanceFailure, PdkvError, OSError) as failure:
             error = f"{type(failure).__name__}: {failure}"
         results.append(CheckResult(name, error))
-        log.log(logging.ERROR if error else logging.INFO, f"{name}: {error or 'passed'}")
     return results
 
 
@@ -79,9 +75,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--same-process", action="store_true", help="both ends in one process")
     parser.add_argument("--check", action="append", help="run this check only; may be repeated")
     chosen = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     spec = TransportSpec(chosen.factory, chosen.argument, not chosen.same_process, chosen.path)
-    return int(any(result.error for result in run_conformance(spec, chosen.check)))
+    failed = 0
+    for name in chosen.check or check_names(spec):
+        (result,) = run_conformance(spec, [name])
+        sys.stdout.write(f"{name}: {result.error or 'passed'}\n")
+        failed += bool(result.error)
+    return int(failed > 0)
 
 
 if __name__ == "__main__":

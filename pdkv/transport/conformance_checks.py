@@ -53,8 +53,8 @@ def reads_scattered_odd_spans(rig: Rig) -> None:
 
 def reads_spans_of_tens_of_mb(rig: Rig) -> None:
     target = rig.target()
-    sizes = np.array([40 * MIB + 1, 31 * MIB - 3, 17 * MIB])
-    remote = np.array([1, 5 * MIB + 3, 31 * MIB])
+    sizes = np.array([20 * MIB + 1, 16 * MIB - 3, 11 * MIB])
+    remote = np.array([1, 5 * MIB + 3, 13 * MIB])
     offset = np.concatenate([[3], 3 + np.cumsum(sizes)[:-1]])
     rig.read_well(rig.connect(target), target, rig.batch(np.zeros(3, np.int64), remote, offset, sizes))
 
@@ -65,7 +65,7 @@ def reads_many_batches_at_once(rig: Rig) -> None:
     peer = rig.connect(target)
     batches = [
         rig.batch(
-            np.zeros(n, np.int64), np.arange(n) * 4_099 + i, i * 200_000 + np.arange(n) * 4_001, np.full(n, 4_001)
+            np.zeros(n, np.int64), np.arange(n) * 4_099 + i, i * 165_000 + np.arange(n) * 4_001, np.full(n, 4_001)
         )
         for i, n in enumerate(np.resize([1, 40, 3, 17], 300).tolist())
     ]
@@ -142,7 +142,7 @@ def reads_two_peers_at_once(rig: Rig) -> None:
     submitted = []
     for i in range(40):
         batch = rig.batch(
-            np.zeros(8, np.int64), np.arange(8) * MIB + i, i * 2 * MIB + np.arange(8) * 150_001, np.full(8, 150_001)
+            np.zeros(8, np.int64), np.arange(8) * MIB + i, i * MIB + np.arange(8) * 130_001, np.full(8, 130_001)
         )
         submitted.append((rig.submit(peers[i % 2], batch), targets[i % 2], batch))
     for read, target, batch in submitted:
@@ -162,7 +162,7 @@ def fails_when_killed_during(rig: Rig) -> None:
     """Batches end OK, with the right bytes, or FAILED; those submitted afterwards fail; another peer is not harmed."""
     target, other = rig.target(1), rig.target(2)
     peer, healthy = rig.connect(target), rig.connect(other)
-    batches = [rig.span(0, i, i * 3 * MIB, 3 * MIB - 5) for i in range(24)]
+    batches = [rig.span(0, i, i * 2 * MIB, 2 * MIB - 5) for i in range(20)]
     reads = [rig.submit(peer, batch) for batch in batches]
     rig.wait(reads[0])
     target.kill()
@@ -188,12 +188,12 @@ def fails_when_killed_after(rig: Rig) -> None:
 def closes_during_read(rig: Rig) -> None:
     """Exactly one completion each, OK or CANCELLED, and no byte lands after them."""
     target = rig.target()
-    for turn in range(4):
+    for turn in range(3):
         peer, other = rig.connect(target), rig.connect(target)
-        batches = [rig.span(0, i, i * 3 * MIB, 3 * MIB - 5) for i in range(30)]
+        batches = [rig.span(0, i, i * 2 * MIB, 2 * MIB - 5) for i in range(20)]
         reads = [rig.submit(peer, batch) for batch in batches]
         if turn:
-            rig.wait(*reads[: 3 * turn])
+            rig.wait(*reads[: 4 * turn])
         rig.reader.close_peer(peer)
         for completion, batch in zip(rig.wait(*reads), batches, strict=True):
             require(completion.status in (OK, CANCELLED), f"a read whose peer was closed ended as {completion}")
@@ -209,8 +209,8 @@ def closes_stopped_peer(rig: Rig) -> None:
     peer, healthy = rig.connect(target), rig.connect(other)
     rig.read_well(peer, target, rig.span(0, 0, 0, 64))
     target.stop()
-    reads = [rig.submit(peer, rig.span(0, 0, i * 8 * MIB, 8 * MIB)) for i in range(8)]
-    rig.read_well(healthy, other, rig.span(1, 0, 90 * MIB, 4_096))
+    reads = [rig.submit(peer, rig.span(0, 0, i * 4 * MIB, 4 * MIB)) for i in range(8)]
+    rig.read_well(healthy, other, rig.span(1, 0, 40 * MIB, 4_096))
     rig.reader.close_peer(peer)
     statuses = {completion.status for completion in rig.wait(*reads)}
     require(statuses <= {OK, CANCELLED}, f"reads from a stopped peer that was closed ended as {statuses}")
@@ -278,7 +278,7 @@ def destroys_with_reads_outstanding(rig: Rig) -> None:
     doomed.register(rig.destination.memory)
     peer = doomed.connect(target.address)
     for i in range(16):
-        doomed.submit(peer, rig.span(0, i, i * 4 * MIB, 4 * MIB))
+        doomed.submit(peer, rig.span(0, i, i * 2 * MIB, 2 * MIB))
     doomed.close()
     doomed.close()
     rig.require_still(rig.connect(target), target)

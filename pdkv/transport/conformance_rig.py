@@ -55,7 +55,6 @@ class Rig:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.reader.close()
-        self.destination.close()
         for target in self._targets:
             target.close()
 

@@ -19,7 +19,7 @@ from pdkv.transport.base import Transport
 
 Bytes = npt.NDArray[np.uint8]
 
-MEMORY_SIZES = (48 << 20, 1_000_003)
+MEMORY_SIZES = (24 << 20, 1_000_003)
 """Bytes of each target's memories: room for spans of tens of MB, and one of odd length."""
 
 PATIENCE_S = 60.0
@@ -44,22 +44,15 @@ class TransportSpec(msgspec.Struct, frozen=True):
 
 
 class SharedArray:
-    """Bytes in a memfd mapped shared, as a worker's arena is on the CPU. Owned by whoever made it; ``close`` unmaps."""
+    """Bytes in a memfd mapped shared, as a worker's arena is on the CPU; unmapped when nobody refers to them."""
 
     def __init__(self, size: int) -> None:
         descriptor = os.memfd_create("pdkv-conformance")
         os.ftruncate(descriptor, size)
-        self._mapping = mmap.mmap(descriptor, size)
+        mapping = mmap.mmap(descriptor, size)
         os.close(descriptor)
-        self.bytes: Bytes = np.frombuffer(self._mapping, dtype=np.uint8)
-
-    @property
-    def memory(self) -> LocalMemory:
-        return LocalMemory(address=self.bytes.ctypes.data, length=self.bytes.size)
-
-    def close(self) -> None:
-        self.bytes = np.empty(0, dtype=np.uint8)
-        self._mapping.close()
+        self.bytes: Bytes = np.frombuffer(mapping, dtype=np.uint8)  # holds the mapping
+        self.memory = LocalMemory(address=self.bytes.ctypes.data, length=size)
 
 
 def pattern(seed: int, memory: int) -> Bytes:
@@ -102,8 +95,6 @@ class LocalTarget:
 
     def close(self) -> None:
         self._transport.close()
-        for array in self._arrays:
-            array.close()
         self._arrays.clear()
 
 
@@ -129,17 +120,21 @@ class SpawnedTarget:
         self._process.stdin.flush()
 
     def has_answered(self) -> bool:
-        return bool(select.select([self._process.stdout], [], [], 0)[0])
+        return self._has_line(0)
 
     def answer(self) -> bytes:
         """The target's next line; an error if it does not come."""
         assert self._process.stdout is not None
-        if not select.select([self._process.stdout], [], [], PATIENCE_S)[0]:
+        if not self._has_line(PATIENCE_S):
             raise TimeoutError("the conformance target does not answer")
         line = self._process.stdout.readline()
         if not line:
             raise ChildProcessError("the conformance target ended; its standard error says why")
         return line
+
+    def _has_line(self, timeout_s: float) -> bool:
+        assert self._process.stdout is not None
+        return bool(select.select([self._process.stdout.fileno()], [], [], timeout_s)[0])
 
     def stop(self) -> None:
         self._process.send_signal(signal.SIGSTOP)
@@ -152,11 +147,15 @@ class SpawnedTarget:
         self._reap()
 
     def close(self) -> None:
+        if self._process.returncode is not None:
+            return
         if self._process.poll() is None:
             self.resume()
             assert self._process.stdin is not None
             self._process.stdin.close()
         self._reap()
+        if self._process.returncode != 0:
+            raise ChildProcessError(f"the conformance target ended by itself with status {self._process.returncode}")
 
     def _reap(self) -> None:
         try:
@@ -181,7 +180,7 @@ def _serve(spec: TransportSpec, seed: int) -> None:
         if line.strip() == "hold-gil":
             answers.write(b"holding\n")
             answers.flush()
-            sum(range(200_000_000))  # one C loop: the interpreter lets nothing else run until it ends
+            sum(range(100_000_000))  # one C loop: the interpreter lets nothing else run until it ends
             answers.write(b"released\n")
             answers.flush()
     target.close()

@@ -47,12 +47,15 @@ class UcxOptions(msgspec.Struct, frozen=True):
     """Network devices to use, as in UCX_NET_DEVICES; None = all."""
     keepalive_ms: int = 500
     """How often UCX looks whether a silent peer still lives; over shared memory this bounds the time to notice."""
-    window_spans: int = 64
+    window_spans: int = 16
     """Most spans of one peer in flight."""
-    window_bytes: int = 64 << 20
+    window_bytes: int = 16 << 20
     """Most bytes of one peer in flight, one span aside."""
     linger_us: int = 50
     """How long the progress thread goes on looking after the last event before it sleeps."""
+    drain_ms: int = 200
+    """How long a close lets reads in flight arrive before it uses force; UCX can abort a *target* whose reader leaves
+    amid an emulated read. Only a peer that hangs makes a close take that long, and ``close_peer`` never blocks."""
 
 
 class UcxSetting(msgspec.Struct, frozen=True):
@@ -90,7 +93,12 @@ class UcxTransport(Transport):
         ours = [(s.name.removeprefix("UCX_").encode(), s.value.encode()) for s in self.settings if not s.inherited]
         try:
             self._engine = Engine(
-                os.fsencode(chosen.path), ours, options.window_spans, options.window_bytes, options.linger_us
+                os.fsencode(chosen.path),
+                ours,
+                options.window_spans,
+                options.window_bytes,
+                options.linger_us,
+                options.drain_ms,
             )
         except OSError as error:
             raise TransportError(f"UCX ({chosen.path}) cannot start: {error}; {HOW_TO_INSTALL}") from error
@@ -185,6 +193,8 @@ def ucx_settings(options: UcxOptions, environ: dict[str, str]) -> tuple[UcxSetti
         "UCX_TCP_RX_SEG_SIZE": "1M",
         # Every buffer is registered once, by hand: no cache, and so no hooks in the process's mmap and munmap.
         "UCX_RCACHE_ENABLE": "n",
+        # UCX logs to standard output, and calls a peer's death an error of its own; ours is a completion.
+        "UCX_LOG_LEVEL": "fatal",
     }
     if options.net_devices is not None:
         ours["UCX_NET_DEVICES"] = options.net_devices

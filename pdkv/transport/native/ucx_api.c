@@ -20,5 +20,7 @@ int pdkv_ucx_api_load(pdkv_ucx_api *api, const char *path, char *error, size_t e
     }
     PDKV_UCX_FUNCTIONS(PDKV_RESOLVE)
 #undef PDKV_RESOLVE
+    api->ucs_global_opts_set_value =
+        (__typeof__(api->ucs_global_opts_set_value))dlsym(library, "ucs_global_opts_set_value");
     return 0;
 }

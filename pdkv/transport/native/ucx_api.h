@@ -21,7 +21,7 @@
     X(ucp_worker_release_address) \
     X(ucp_ep_create) \
     X(ucp_ep_close_nbx) \
-    X(ucp_ep_query) \
+    X(ucp_ep_flush_nbx) \
     X(ucp_ep_rkey_unpack) \
     X(ucp_rkey_destroy) \
     X(ucp_rkey_pack) \
@@ -38,6 +38,8 @@ typedef struct pdkv_ucx_api {
 #define PDKV_DECLARE(name) __typeof__(&name) name;
     PDKV_UCX_FUNCTIONS(PDKV_DECLARE)
 #undef PDKV_DECLARE
+    /* Sets what belongs to the process and not to a context, such as LOG_LEVEL; NULL in a UCX that hides it. */
+    ucs_status_t (*ucs_global_opts_set_value)(const char *name, const char *value);
 } pdkv_ucx_api;
 
 /* Opens the libucp at `path` and fills the table. 0, or -1 with a message in `error`. The library stays loaded for the

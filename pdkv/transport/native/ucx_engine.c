@@ -72,6 +72,16 @@ static void enqueue(pdkv_engine *engine, pdkv_command *command)
 
 /* ---- starting ---- */
 
+static void apply_setting(pdkv_ucx_api *ucx, ucp_config_t *config, pdkv_setting *setting)
+{
+    ucs_status_t status = UCS_ERR_UNSUPPORTED;
+    if (strncmp(setting->name, "LOG_", 4) != 0)
+        status = ucx->ucp_config_modify(config, setting->name, setting->value);
+    else if (ucx->ucs_global_opts_set_value != NULL)
+        status = ucx->ucs_global_opts_set_value(setting->name, setting->value);
+    setting->refused = status != UCS_OK;
+}
+
 static int start_context(pdkv_engine *engine, pdkv_setting *settings, size_t num_settings, char *error, size_t size)
 {
     pdkv_ucx_api *ucx = &engine->ucx;
@@ -82,7 +92,7 @@ static int start_context(pdkv_engine *engine, pdkv_setting *settings, size_t num
         return -1;
     }
     for (size_t i = 0; i < num_settings; i++)
-        settings[i].refused = ucx->ucp_config_modify(config, settings[i].name, settings[i].value) != UCS_OK;
+        apply_setting(ucx, config, &settings[i]);
     ucp_params_t params = {
         .field_mask = UCP_PARAM_FIELD_FEATURES | UCP_PARAM_FIELD_NAME,
         .features = UCP_FEATURE_RMA | UCP_FEATURE_WAKEUP,

@@ -27,6 +27,9 @@ typedef struct pdkv_limits {
     /* How long the thread goes on looking after the last event before it sleeps. A sleeper costs the other side a
      * system call for every packet; one that lingers past the gaps of a stream costs none. */
     unsigned linger_us;
+    /* How long a close waits for the gets in flight before it uses force. UCX (1.14 to 1.22) aborts the *target* when
+     * an endpoint breaks while it answers an emulated get: whoever leaves lets the answers come in first. */
+    unsigned drain_ms;
 } pdkv_limits;
 
 typedef struct pdkv_memory {

@@ -48,6 +48,9 @@ struct pdkv_peer {
     ucp_worker_h worker; /* the peer's own, see ucx_peer.c; NULL once it is over */
     int worker_fd;
     ucp_ep_h ep;
+    int draining;              /* closing, and waiting for `flush` and the gets in flight, until `drain_until_s` */
+    double drain_until_s;
+    ucs_status_ptr_t flush;    /* request of the flush that ends the draining */
     ucs_status_ptr_t closing;  /* request of the endpoint's close */
     int lost;                  /* UCX reported the peer dead: close the endpoint, fail what comes */
     int closed_by_owner;       /* close_peer was called: cancel what is left, then free the peer */
@@ -130,13 +133,14 @@ void pdkv_fail(pdkv_done *done, int status, const char *format, ...) __attribute
 /* ucx_thread.c */
 void *pdkv_engine_run(void *engine);
 void pdkv_engine_free_ucx(pdkv_engine *engine);
+double pdkv_now_s(void);
 ucp_mem_h pdkv_local_handle(const pdkv_engine *engine, uint64_t address, uint64_t length, int *found);
 
 /* ucx_peer.c: engine thread only. The int results tell whether anything moved. */
 void pdkv_peer_open(pdkv_peer *peer);
 void pdkv_peer_submit(pdkv_peer *peer, pdkv_batch *batch);
 void pdkv_peer_lose(pdkv_peer *peer, ucs_status_t status);
-void pdkv_peer_close(pdkv_peer *peer);
+void pdkv_peer_drain(pdkv_peer *peer);
 int pdkv_peer_post(pdkv_peer *peer);
 int pdkv_peer_reap(pdkv_peer *peer);
 int pdkv_peer_is_gone(const pdkv_peer *peer);

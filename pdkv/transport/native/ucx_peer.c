@@ -211,7 +211,27 @@ void pdkv_peer_lose(pdkv_peer *peer, ucs_status_t status)
              peer->engine->ucx.ucs_status_string(status));
 }
 
-void pdkv_peer_close(pdkv_peer *peer)
+/* Begins the end that the owner asked for: posts nothing more and gives what is in flight a moment to arrive. */
+void pdkv_peer_drain(pdkv_peer *peer)
+{
+    pdkv_engine *engine = peer->engine;
+    drop_queue(peer);
+    if (peer->ep == NULL || peer->lost)
+        return;
+    ucp_request_param_t params = {.op_attr_mask = 0};
+    ucs_status_ptr_t flush = engine->ucx.ucp_ep_flush_nbx(peer->ep, &params);
+    peer->flush = UCS_PTR_IS_PTR(flush) ? flush : NULL;
+    peer->draining = 1;
+    peer->drain_until_s = pdkv_now_s() + 1e-3 * engine->limits.drain_ms;
+}
+
+static int has_drained(pdkv_peer *peer)
+{
+    int flushed = peer->flush == NULL || peer->engine->ucx.ucp_request_check_status(peer->flush) != UCS_INPROGRESS;
+    return (flushed && peer->in_flight == 0) || peer->lost || pdkv_now_s() > peer->drain_until_s;
+}
+
+static void close_endpoint(pdkv_peer *peer)
 {
     pdkv_ucx_api *ucx = &peer->engine->ucx;
     drop_queue(peer);
@@ -239,9 +259,14 @@ int pdkv_peer_reap(pdkv_peer *peer)
 {
     pdkv_ucx_api *ucx = &peer->engine->ucx;
     int moved = 0;
-    if (peer->lost && (peer->ep != NULL || peer->first != NULL)) {
-        pdkv_peer_close(peer);
+    if ((peer->lost && (peer->ep != NULL || peer->first != NULL)) || (peer->draining && has_drained(peer))) {
+        peer->draining = 0;
+        close_endpoint(peer);
         moved = 1;
+    }
+    if (peer->flush != NULL && ucx->ucp_request_check_status(peer->flush) != UCS_INPROGRESS) {
+        ucx->ucp_request_free(peer->flush);
+        peer->flush = NULL;
     }
     if (peer->closing != NULL && ucx->ucp_request_check_status(peer->closing) != UCS_INPROGRESS) {
         ucx->ucp_request_free(peer->closing);
@@ -249,7 +274,8 @@ int pdkv_peer_reap(pdkv_peer *peer)
         moved = 1;
     }
     int over = peer->lost || peer->closed_by_owner;
-    if (over && peer->ep == NULL && peer->closing == NULL && peer->in_flight == 0 && peer->worker != NULL) {
+    if (over && peer->ep == NULL && peer->closing == NULL && peer->flush == NULL && peer->in_flight == 0
+        && peer->worker != NULL) {
         close_worker(peer);
         moved = 1;
     }

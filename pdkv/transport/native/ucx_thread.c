@@ -26,6 +26,13 @@ ucp_mem_h pdkv_local_handle(const pdkv_engine *engine, uint64_t address, uint64_
     return NULL;
 }
 
+double pdkv_now_s(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
 /* ---- registration ---- */
 
 static int pack_key(pdkv_engine *engine, ucp_mem_h handle, pdkv_registration *registration)
@@ -117,7 +124,7 @@ static void run_command(pdkv_engine *engine, pdkv_command *command)
         break;
     case PDKV_CLOSE_PEER:
         command->peer->closed_by_owner = 1;
-        pdkv_peer_close(command->peer);
+        pdkv_peer_drain(command->peer);
         break;
     case PDKV_SUBMIT:
         pdkv_peer_submit(command->peer, command->batch);
@@ -193,27 +200,23 @@ static void sleep_until_event(pdkv_engine *engine)
     fds[count++] = (struct pollfd){.fd = engine->command_fd, .events = POLLIN};
     if (!arm(engine, engine->worker, engine->worker_fd, &fds[count++], &timeout_ms))
         return;
-    for (pdkv_peer *peer = engine->peers; peer != NULL; peer = peer->next)
+    for (pdkv_peer *peer = engine->peers; peer != NULL; peer = peer->next) {
         if (peer->worker != NULL && !arm(engine, peer->worker, peer->worker_fd, &fds[count++], &timeout_ms))
             return;
+        if (peer->draining)
+            timeout_ms = 5; /* its deadline is looked at by reap */
+    }
     poll(fds, count, timeout_ms);
-}
-
-static double now_s(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
 static void drain_peers(pdkv_engine *engine)
 {
     for (pdkv_peer *peer = engine->peers; peer != NULL; peer = peer->next) {
         peer->closed_by_owner = 1;
-        pdkv_peer_close(peer);
+        pdkv_peer_drain(peer);
     }
-    double deadline = now_s() + CLOSE_PATIENCE_S;
-    while (engine->peers != NULL && now_s() < deadline) {
+    double deadline = pdkv_now_s() + CLOSE_PATIENCE_S;
+    while (engine->peers != NULL && pdkv_now_s() < deadline) {
         engine->ucx.ucp_worker_progress(engine->worker);
         serve_peers(engine);
     }
@@ -224,14 +227,14 @@ void *pdkv_engine_run(void *argument)
     pdkv_engine *engine = argument;
     if (reserve_poll_fd(engine) != 0)
         abort(); /* not a hundred bytes left at the start */
-    double last_moved_s = now_s();
+    double last_moved_s = pdkv_now_s();
     while (!engine->stopping) {
         int moved = run_commands(engine);
         moved |= serve_peers(engine);
         moved |= engine->ucx.ucp_worker_progress(engine->worker) != 0;
         if (moved)
-            last_moved_s = now_s();
-        else if (!engine->stopping && now_s() - last_moved_s > 1e-6 * engine->limits.linger_us)
+            last_moved_s = pdkv_now_s();
+        else if (!engine->stopping && pdkv_now_s() - last_moved_s > 1e-6 * engine->limits.linger_us)
             sleep_until_event(engine);
     }
     drain_peers(engine);
