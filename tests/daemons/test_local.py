@@ -1,0 +1,79 @@
+"""What ``pdkv up`` starts: the command lines of its children."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pdkv.daemons.config import Address, ServedConfig, UpConfig, flag_name, load
+from pdkv.daemons.local import child_specs, curl_line
+
+ROUTER = Address("127.0.0.1:8000")
+WORKERS = [Address(f"127.0.0.1:{port}") for port in (1, 2, 3)]
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith("PDKV_"):
+            monkeypatch.delenv(name)
+
+
+def _config(**flags: object) -> UpConfig:
+    return load(UpConfig, {"model": Path("/models/m"), "num_prefill": 1, "num_decode": 2, **flags})
+
+
+def _value(args: tuple[str, ...], flag: str) -> str:
+    return args[args.index(flag) + 1]
+
+
+def test_every_child_has_its_role_and_address() -> None:
+    specs = child_specs(_config(), ROUTER, WORKERS)
+    assert [spec.name for spec in specs] == ["prefill-0", "decode-0", "decode-1", "router"]
+    assert [spec.args[0] for spec in specs] == ["prefill", "decode", "decode", "router"]
+    assert [_value(spec.args, "--listen") for spec in specs] == [*WORKERS, ROUTER]
+    router = specs[-1].args
+    assert _value(router, "--prefill") == "http://127.0.0.1:1"
+    assert [router[i + 1] for i, arg in enumerate(router) if arg == "--decode"] == [
+        "http://127.0.0.1:2",
+        "http://127.0.0.1:3",
+    ]
+
+
+def test_workers_get_every_setting_that_was_made() -> None:
+    made = {
+        "served_model_name": "name",
+        "max_model_len": 1000,
+        "max_batch": 3,
+        "num_pages": 40,
+        "prefill_chunk": 256,
+        "dtype": "bfloat16",
+        "transport": "ucx",
+        "require_transport": "tcp",
+        "ucx_tls": "tcp,self",
+        "ucx_library": "/opt/libucp.so",
+        "lease_ttl_s": 3.0,
+    }
+    assert set(made) | {"model", "log_level", "log_format"} == set(ServedConfig.model_fields)
+    specs = child_specs(_config(**made), ROUTER, WORKERS)
+    for spec in specs[:-1]:
+        for field, value in made.items():
+            assert _value(spec.args, flag_name(ServedConfig, field)) == str(value)
+
+
+def test_cores_are_shared_out_and_never_below_one() -> None:
+    cores = len(os.sched_getaffinity(0))
+    for spec in child_specs(_config(), ROUTER, WORKERS)[:-1]:
+        assert _value(spec.args, "--threads") == str(max(1, cores // 3))
+    assert _value(child_specs(_config(threads=5), ROUTER, WORKERS)[0].args, "--threads") == "5"
+
+
+def test_the_curl_line_fits_the_checkpoint(tmp_path: Path) -> None:
+    config = load(UpConfig, {"model": tmp_path / "m", "served_model_name": "shown"})
+    assert '"prompt": [1, 2, 3]' in curl_line(config, "http://h:1")
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "tokenizer.json").write_text("{}")
+    line = curl_line(config, "http://h:1")
+    assert '"prompt": "Hello"' in line
+    assert '"model": "shown"' in line
+    assert line.startswith("curl http://h:1/v1/completions ")
