@@ -1,0 +1,128 @@
+"""A prefill and a decode worker in one process: the very code of the daemons, without HTTP, over ``inproc``."""
+
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import msgspec
+
+from pdkv.daemons.engine_side import EngineSide
+from pdkv.daemons.link import (
+    DecodeJob,
+    JobFailed,
+    JobFinished,
+    PrefillJob,
+    Sampling,
+    ToFront,
+    TokensOut,
+    TransferReport,
+    WorkerSettings,
+)
+from pdkv.errors import FailureCode, TransferError
+from pdkv.memory.arena import Arena
+from pdkv.transport.inproc import InprocTransport
+from pdkv.verify.tampering import WitnessTransport
+
+PROBE_PAGES = 2
+_TURN_S = 0.001
+
+
+class DividedAnswer(msgspec.Struct, frozen=True):
+    token_ids: tuple[int, ...]
+    report: TransferReport
+    seconds: float
+
+
+class DividedPair:
+    """One P and one D with room for a single request each, so that the next request gets the same pages. Everything
+    runs in the calling thread but the two agents. Use as a context."""
+
+    def __init__(self, model_dir: Path, max_model_len: int, *, block_size: int = 128, prefill_chunk: int = 512) -> None:
+        num_pages = -(-max_model_len // block_size) + PROBE_PAGES
+        self._heard: list[ToFront] = []
+        self._number = 0
+        self.witness = WitnessTransport(InprocTransport())
+        prefill, decode = (
+            _settings(role, model_dir, max_model_len, num_pages, prefill_chunk) for role in ("prefill", "decode")
+        )
+        self._prefill = EngineSide(prefill, self._heard.append, InprocTransport())
+        self._decode = EngineSide(decode, self._heard.append, self.witness)
+        self.witness.attach(self._decode.arena)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self._decode.close()
+        self._prefill.close()
+
+    @property
+    def manifest_digest(self) -> str:
+        return self._decode.ready().manifest_digest
+
+    @property
+    def prefill_arena(self) -> Arena:
+        return self._prefill.arena
+
+    @property
+    def decode_arena(self) -> Arena:
+        return self._decode.arena
+
+    def ask(self, prompt: tuple[int, ...], max_tokens: int, deadline_s: float = 600.0) -> DividedAnswer:
+        """Answer one prompt greedily, blind to end tokens. Raises ``TransferError`` when it fails on either side."""
+        self._number += 1
+        transfer = self._number.to_bytes(16, "big")
+        ready = self._prefill.ready()
+        started = time.perf_counter()
+        self._heard.clear()
+        self._prefill.hear(PrefillJob(transfer, list(prompt), Sampling(), deadline_s))
+        job = DecodeJob(
+            transfer=transfer,
+            num_prompt_tokens=len(prompt),
+            max_tokens=max_tokens,
+            sampling=Sampling(),
+            ignore_eos=True,
+            prefill_control=ready.control,
+            prefill_incarnation=ready.incarnation,
+            deadline_s=deadline_s,
+        )
+        self._decode.hear(job)
+        while (end := self._end()) is None:
+            self._prefill.turn(_TURN_S)
+            self._decode.turn(_TURN_S)
+        tokens = [token for message in self._heard if isinstance(message, TokensOut) for token in message.tokens]
+        assert end.report is not None, "a decode worker reports its transfer"
+        return DividedAnswer(tuple(tokens), end.report, time.perf_counter() - started)
+
+    def _end(self) -> JobFinished | None:
+        for message in self._heard:
+            if isinstance(message, JobFailed):
+                raise TransferError(FailureCode(message.code), message.message)
+            if isinstance(message, JobFinished) and message.reason != "prefilled":
+                return message
+        return None
+
+
+def _settings(role: str, model_dir: Path, max_model_len: int, num_pages: int, prefill_chunk: int) -> WorkerSettings:
+    return WorkerSettings(
+        role=role,
+        model_dir=str(model_dir),
+        name=f"verify-{role}",
+        control_listen="tcp://127.0.0.1:0",
+        advertise_host="127.0.0.1",
+        num_pages=num_pages,
+        max_model_len=max_model_len,
+        max_batch=1,
+        prefill_chunk=prefill_chunk,
+        dtype="auto",
+        device="cpu",
+        num_threads=0,
+        transport="inproc",
+        ucx_tls=None,
+        ucx_library=None,
+        require_transport=None,
+        lease_ttl_s=60.0,
+        insecure=False,
+        log_level="warning",
+    )

@@ -1,0 +1,190 @@
+"""``pdkv verify``: link chasing through P -> D, every byte compared, and controls that must fail.
+
+A harness that cannot fail proves nothing. So each kind of region is dropped and zeroed in turn, and each of these
+controls must be caught: by the bytes always, by the answer wherever the answer can show it (index keys only beyond the
+blind window: below it every block is selected whatever they say, which is the disguise that this suite exists to lift).
+"""
+
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
+import torch
+
+import pdkv
+from pdkv.m3.config import M3Config
+from pdkv.m3.model import M3Model, load_model
+from pdkv.verify.link_chasing import NUM_KV_HEADS, NUM_LAYERS, LinkChasingPrompt, make_prompt
+from pdkv.verify.link_chasing_checkpoint import write_checkpoint
+from pdkv.verify.pair import DividedPair
+from pdkv.verify.report import SCHEMA, CaseResult, Coverage, Environment, Exit, RegionLoss, Report
+from pdkv.verify.tampering import Kind, Mutation, differing_blocks
+from pdkv.verify.undivided import complete_with
+
+STEPS = 64
+"""A whole cycle: every node is asked for once, so every home is visited."""
+
+_NOT_TESTED = (
+    "transports other than inproc",
+    "tensor parallelism, fp8 state, GPUs",
+    "K and V rows permuted alike inside a block: attention does not depend on their order",
+    "MoE, rope and norm weights: the link-chasing checkpoint has none that matter",
+)
+
+
+class SuiteOptions(msgspec.Struct, frozen=True):
+    name: str = "smoke"
+    lengths: tuple[int, ...] = (512, 3072)
+    seed: int = 1
+    mutate: str | None = None
+    """A mutation that the subject itself runs with; no controls then."""
+
+
+def run_suite(options: SuiteOptions, tell: Callable[[str], None]) -> Report:
+    """Run everything; ``tell`` gets a line as each case begins. Raises ``ConfigError`` for a mutation that is none."""
+    started, started_at = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
+    with tempfile.TemporaryDirectory(prefix="pdkv-verify-") as folder:
+        model_dir = Path(folder) / "link-chasing"
+        write_checkpoint(model_dir)
+        model = load_model(model_dir)
+        cases: list[CaseResult] = []
+        controls: list[CaseResult] = []
+        digest = ""
+        for length in options.lengths:
+            with DividedPair(model_dir, length + STEPS) as pair:
+                runner = _Runner(pair, model, make_prompt(options.seed, length), options.seed)
+                regions = sorted({slot.spec.name for slot in pair.decode_arena.layout.slots})
+                subject = Mutation.parse(options.mutate, regions) if options.mutate else None
+                tell(f"{length:,} tokens{f', {subject}' if subject else ''} ...")
+                cases.append(runner.run(subject))
+                for control in () if subject else _controls(regions):
+                    tell(f"{length:,} tokens, control {control} ...")
+                    controls.append(runner.run(control))
+                digest = pair.manifest_digest
+        coverage = tuple(_coverage(model.config, options))
+    problems = [*_subject_problems(cases), *_control_problems(controls), *_coverage_problems(coverage)]
+    questions = _open_questions(cases, coverage)
+    verdict = "wrong" if problems else "inconclusive" if questions else "right"
+    return Report(
+        schema=SCHEMA,
+        suite=options.name,
+        environment=_environment(),
+        started_at=started_at,
+        seconds=time.perf_counter() - started,
+        transport="inproc",
+        blind_window_tokens=blind_window(model.config),
+        manifest_digest=digest,
+        mutation=options.mutate or "",
+        cases=tuple(cases),
+        controls=tuple(controls),
+        coverage=coverage,
+        problems=tuple(problems),
+        open_questions=tuple(questions),
+        not_tested=_NOT_TESTED,
+        verdict=verdict,
+        exit_code={"right": Exit.RIGHT, "wrong": Exit.WRONG, "inconclusive": Exit.INCONCLUSIVE}[verdict],
+    )
+
+
+def blind_window(config: M3Config) -> int:
+    """Tokens up to which every visible block is selected, whatever the index keys say."""
+    return config.topk_blocks * config.block_size
+
+
+class _Runner:
+    """One prompt, run through one pair as often as there are mutations."""
+
+    def __init__(self, pair: DividedPair, model: M3Model, prompt: LinkChasingPrompt, seed: int) -> None:
+        self._pair = pair
+        self._prompt = prompt
+        self._seed = seed
+        self._beyond = len(prompt.token_ids) > blind_window(model.config)
+        self._undivided = complete_with(model, prompt.token_ids, STEPS, ignore_eos=True).token_ids
+        self._other = make_prompt(seed + 1, len(prompt.token_ids)).token_ids
+
+    def run(self, mutation: Mutation | None) -> CaseResult:
+        pair, prompt = self._pair, self._prompt
+        num_tokens = len(prompt.token_ids)
+        pair.witness.stop_watching()
+        pair.ask(self._other, 1)  # leaves another prompt's bytes in the pages that this one will get
+        pair.witness.watch(mutation)
+        answer = pair.ask(prompt.token_ids, STEPS)
+        differing = differing_blocks(pair.prefill_arena, pair.decode_arena, pair.witness.rows, num_tokens)
+        expected = prompt.expected(STEPS)
+        wrong = (step for step, (a, b) in enumerate(zip(answer.token_ids, expected, strict=True)) if a != b)
+        return CaseResult(
+            num_tokens=num_tokens,
+            seed=self._seed,
+            beyond_blind_window=self._beyond,
+            mutation=str(mutation) if mutation else "",
+            steps=STEPS,
+            first_wrong_step=next(wrong, None),
+            equals_undivided=answer.token_ids == self._undivided,
+            differing=tuple(RegionLoss(k.name, k.layer, k.head, blocks) for k, blocks in sorted(differing.items())),
+            num_spans=answer.report.num_spans,
+            num_bytes=answer.report.num_bytes,
+            seconds=answer.seconds,
+        )
+
+
+def _controls(regions: Sequence[str]) -> list[Mutation]:
+    return [Mutation(kind, region) for region in regions for kind in Kind]
+
+
+def _subject_problems(cases: Sequence[CaseResult]) -> Iterator[str]:
+    for case in cases:
+        if case.answer_wrong:
+            yield f"{case.num_tokens:,} tokens: the answer is wrong from step {case.first_wrong_step}"
+        for region in sorted({loss.region for loss in case.differing}):
+            losses = [loss for loss in case.differing if loss.region == region]
+            yield f"{case.num_tokens:,} tokens: {region} differs after the transfer in {len(losses)} layers and heads"
+
+
+def _control_problems(controls: Sequence[CaseResult]) -> Iterator[str]:
+    for case in controls:
+        region = case.mutation.partition(":")[2]
+        if {loss.region for loss in case.differing} != {region}:
+            yield f"control {case.mutation} at {case.num_tokens:,} tokens was not seen in the bytes of {region} alone"
+        can_show = case.beyond_blind_window or region != "index_k"
+        if can_show and not case.answer_wrong:
+            yield f"control {case.mutation} at {case.num_tokens:,} tokens did not change the answer"
+
+
+def _coverage(config: M3Config, options: SuiteOptions) -> Iterator[Coverage]:
+    """Counted over the prompts beyond the blind window; step 0 is P's own token and hangs on nothing transferred."""
+    beyond = [make_prompt(options.seed, n) for n in options.lengths if n > blind_window(config)]
+    homes = [prompt.home(step) for prompt in beyond for step in range(1, STEPS)]
+    for layer in range(NUM_LAYERS) if beyond else ():
+        for head in range(NUM_KV_HEADS):
+            steps = sum(home.layer == layer and home.kv_head == head for home in homes)
+            yield Coverage("k", layer, head, steps)
+            yield Coverage("v", layer, head, steps)
+        if config.sparse_layers[layer]:
+            yield Coverage("index_k", layer, 0, sum(home.layer == layer for home in homes))
+
+
+def _coverage_problems(coverage: Sequence[Coverage]) -> Iterator[str]:
+    for entry in coverage:
+        if entry.steps == 0:
+            yield f"no step hung on {entry.region} of layer {entry.layer} head {entry.head}"
+
+
+def _open_questions(cases: Sequence[CaseResult], coverage: Sequence[Coverage]) -> list[str]:
+    if coverage and any(case.beyond_blind_window for case in cases):
+        return []
+    return ["no prompt lies beyond the blind window: lost index keys could not have been seen"]
+
+
+def _environment() -> Environment:
+    return Environment(
+        pdkv=pdkv.__version__,
+        python=platform.python_version(),
+        torch=torch.__version__,
+        machine=f"{platform.machine()}, {os.cpu_count()} cores",
+        threads=torch.get_num_threads(),
+    )
