@@ -1,6 +1,7 @@
 """A checkpoint directory's weight files, and a digest that tells two of them apart without reading all bytes."""
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -17,22 +18,38 @@ class _Index(msgspec.Struct):
     weight_map: dict[str, str]
 
 
-def weight_files(model_dir: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, whole or in shards, sorted by name. Raises ``CheckpointError``."""
+@dataclass(frozen=True)
+class WeightFiles:
+    """The safetensors files of a checkpoint, whole or in shards."""
+
+    paths: tuple[Path, ...]
+    """Sorted by name; all exist."""
+    index: Path | None
+    """The file that says which shard holds a tensor, where there are shards."""
+    shard_of: dict[str, str]
+    """What it says: tensor name to file name. Empty without it."""
+
+
+def weight_files(model_dir: Path) -> WeightFiles:
+    """Find the weights. Raises ``CheckpointError``, also for every file that the index names and that is not there."""
     model_dir = Path(model_dir)
     index = model_dir / _INDEX
     if (model_dir / _SINGLE).is_file() and not index.is_file():
-        return [model_dir / _SINGLE]
+        return WeightFiles((model_dir / _SINGLE,), None, {})
     try:
-        names = set(msgspec.json.decode(index.read_bytes(), type=_Index).weight_map.values())
+        shard_of = msgspec.json.decode(index.read_bytes(), type=_Index).weight_map
     except FileNotFoundError as error:
         raise CheckpointError(f"{model_dir} holds neither {_SINGLE} nor {_INDEX}") from error
     except (OSError, msgspec.DecodeError) as error:
         raise CheckpointError(f"{index} cannot be read: {error}") from error
-    absent = sorted(name for name in names if not (model_dir / name).is_file())
+    names = sorted(set(shard_of.values()))
+    strange = [name for name in names if Path(name).name != name]
+    if strange:
+        raise CheckpointError(f"{index} names files outside its directory: {', '.join(strange)}")
+    absent = [name for name in names if not (model_dir / name).is_file()]
     if absent:
         raise CheckpointError(f"{index} names files that are not there: {', '.join(absent)}")
-    return sorted(model_dir / name for name in names)
+    return WeightFiles(tuple(model_dir / name for name in names), index, shard_of)
 
 
 def digest_weights(model_dir: Path, digest: "hashlib._Hash") -> None:
@@ -42,7 +59,7 @@ def digest_weights(model_dir: Path, digest: "hashlib._Hash") -> None:
     spread evenly, about 1 MiB a file. So it knows fine-tunes from one another and costs little, but is no proof of
     equality. Raises ``CheckpointError``.
     """
-    for path in weight_files(model_dir):
+    for path in weight_files(model_dir).paths:
         try:
             _digest_file(path, digest)
         except OSError as error:

@@ -3,20 +3,14 @@
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pdkv.errors import CheckpointError
 from pdkv.m3 import tensor_names
-from pdkv.m3.checkpoint import weight_files
-from pdkv.m3.config import M3Config
-from pdkv.m3.tensor_names import Slots
-
-_FLOATS = {"F32", "BF16", "F16"}
-"""Names that safetensors gives to the dtypes that weights may be stored in."""
+from pdkv.m3.model_config import M3Config
+from pdkv.m3.tensor_files import TensorFiles
+from pdkv.m3.tensor_names import Naming, Slot, Slots
 
 
 @dataclass(frozen=True)
@@ -65,66 +59,54 @@ class M3Weights:
 def load_weights(model_dir: Path, config: M3Config, device: str, dtype: torch.dtype) -> M3Weights:
     """Read all weights. ``config.dtype`` is what matrices are rounded to, ``dtype`` what they are held in.
 
-    Raises one ``CheckpointError`` that lists every missing, extra, mis-shaped or mis-typed tensor.
+    Takes the names of the release and those of transformers. Raises one ``CheckpointError`` that lists every missing,
+    extra, mis-shaped or mis-typed tensor.
     """
     with ExitStack() as stack:
-        checkpoint = _Checkpoint(model_dir, stack, device, getattr(torch, config.dtype), dtype)
-        checkpoint.check(tensor_names.all_parts(config))
-        return _assemble(checkpoint, config)
+        files = TensorFiles(model_dir, stack)
+        naming = tensor_names.choose_naming(files.names, config)
+        files.check(naming, tensor_names.all_parts(naming, config))
+        return _assemble(_Reader(files, device, getattr(torch, config.dtype), dtype), naming, config)
 
 
-def _assemble(checkpoint: "_Checkpoint", config: M3Config) -> M3Weights:
-    top = checkpoint.read(tensor_names.model_slots(config))
+def _assemble(reader: "_Reader", naming: Naming, config: M3Config) -> M3Weights:
+    top = reader.read(tensor_names.model_slots(naming, config))
     layers = []
     for layer, moe in enumerate(config.moe_layers):
         mlp: MlpWeights | MoeWeights
         if moe:
-            shared = MlpWeights(**checkpoint.read(tensor_names.shared_expert_slots(config, layer)))
-            mlp = MoeWeights(**checkpoint.read(tensor_names.routed_expert_slots(config, layer)), shared=shared)
+            shared = MlpWeights(**reader.read(tensor_names.shared_expert_slots(naming, config, layer)))
+            mlp = MoeWeights(**reader.read(tensor_names.routed_expert_slots(naming, config, layer)), shared=shared)
         else:
-            mlp = MlpWeights(**checkpoint.read(tensor_names.dense_mlp_slots(config, layer)))
-        attention = AttentionWeights(**checkpoint.read(tensor_names.attention_slots(config, layer)))
-        norms = checkpoint.read(tensor_names.layer_slots(config, layer))
+            mlp = MlpWeights(**reader.read(tensor_names.dense_mlp_slots(naming, config, layer)))
+        attention = AttentionWeights(**reader.read(tensor_names.attention_slots(naming, config, layer)))
+        norms = reader.read(tensor_names.layer_slots(naming, config, layer))
         layers.append(LayerWeights(**norms, attention=attention, mlp=mlp))
     lm_head = top["embed"] if config.tie_word_embeddings else top["lm_head"]
     return M3Weights(embed=top["embed"], layers=tuple(layers), norm=top["norm"], lm_head=lm_head)
 
 
-class _Checkpoint:
-    """Open files of one checkpoint; ``stack`` owns them."""
+@dataclass(frozen=True)
+class _Reader:
+    """Joins, rounds and places the parts of weights."""
 
-    def __init__(self, model_dir: Path, stack: ExitStack, device: str, stored: torch.dtype, held: torch.dtype) -> None:
-        self._model_dir, self._device, self._stored, self._held = model_dir, device, stored, held
-        self._files: dict[str, Any] = {}  # tensor name to the open file that holds it
-        for path in weight_files(model_dir):
-            try:
-                file = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
-            self._files |= dict.fromkeys(file.keys(), file)
-
-    def check(self, wanted: dict[str, tuple[int, ...]]) -> None:
-        problems = [f"missing: {name} {list(shape)}" for name, shape in wanted.items() if name not in self._files]
-        problems += [f"extra: {name}" for name in sorted(self._files.keys() - wanted.keys())]
-        for name in sorted(wanted.keys() & self._files.keys()):
-            view = self._files[name].get_slice(name)
-            if tuple(view.get_shape()) != wanted[name]:
-                problems.append(f"mis-shaped: {name} is {view.get_shape()}, the config asks for {list(wanted[name])}")
-            if view.get_dtype() not in _FLOATS:
-                problems.append(f"mis-typed: {name} is {view.get_dtype()}, served are {', '.join(sorted(_FLOATS))}")
-        if problems:
-            listed = "\n  ".join(problems)
-            raise CheckpointError(
-                f"the tensors in {self._model_dir} do not fit its config.json, {len(problems)} problems "
-                f"(expected are the names that transformers' save_pretrained writes):\n  {listed}"
-            )
+    files: TensorFiles
+    device: str
+    rounded: torch.dtype
+    held: torch.dtype
 
     def read(self, slots: Slots) -> dict[str, Tensor]:
-        """The weight of every slot, joined, rounded and placed."""
-        weights = {}
-        for field, slot in slots.items():
-            parts = [self._files[part.name].get_tensor(part.name) for part in slot.parts]
-            whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-            whole = whole.float() if slot.exact else whole.to(self._stored).to(self._held)
-            weights[field] = whole.to(self._device).contiguous()
-        return weights
+        return {field: self._whole(slot) for field, slot in slots.items()}
+
+    def _whole(self, slot: Slot) -> Tensor:
+        """Part by part into place, so that nothing but one part is ever in memory twice."""
+        rounded, held = (torch.float32, torch.float32) if slot.exact else (self.rounded, self.held)
+        whole = torch.empty(slot.shape, dtype=held, device=self.device)
+        rows = whole.view(-1, *slot.parts[0].shape[1:])  # the parts' first dimensions, one after the other
+        begin = 0
+        for part in slot.parts:
+            end = begin + part.shape[0]
+            rows[begin:end] = self.files.tensor(part.name).to(rounded)
+            begin = end
+        assert begin == len(rows), f"{slot.parts[0].name}: parts of {begin} rows in a weight of {len(rows)}"
+        return whole

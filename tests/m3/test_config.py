@@ -99,6 +99,7 @@ def test_absent_fields_get_the_models_defaults(tmp_path: Path, written: dict[str
     assert (config.rms_norm_eps, config.swiglu_alpha, config.swiglu_limit) == (1e-6, 1.702, 7.0)
     assert (config.routed_scaling_factor, config.dtype) == (1.0, "float32")
     assert config.moe_layers == (True,) * 4
+    assert load(tmp_path, written, index_local_blocks=...).local_blocks == 1
     assert load(tmp_path, written, layer_types=...).sparse_layers == (False,) * 4
     assert load(tmp_path, written, eos_token_id=None).eos_token_ids == ()
     assert load(tmp_path, written, eos_token_id=7).eos_token_ids == (7,)
@@ -139,7 +140,8 @@ def test_two_counts_of_rotated_dims_that_disagree(tmp_path: Path, written: dict[
     ("fields", "named"),
     [
         ({"model_type": "llama"}, "model_type is 'llama'"),
-        ({"model_type": ...}, "model_type is missing"),
+        ({"model_type": ..., "architectures": ...}, "model_type is missing"),
+        ({"architectures": ["LlamaForCausalLM"]}, "architectures is ['LlamaForCausalLM']"),
         ({"index_block_size": 64}, "index_block_size is 64"),
         ({"attention_output_gate": True}, "attention_output_gate is True"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
@@ -158,7 +160,7 @@ def test_two_counts_of_rotated_dims_that_disagree(tmp_path: Path, written: dict[
         ({"index_n_heads": 2}, "2 index heads for 4 kv heads"),
         ({"index_head_dim": 64}, "index dim 64 differs from head dim 32"),
         ({"index_local_blocks": 3}, "cannot hold 0 init and 3 local"),
-        ({"index_local_blocks": ...}, "index_local_blocks is missing"),
+        ({"index_topk_blocks": ...}, "index_topk_blocks is missing"),
         ({"num_attention_heads": 6}, "6 q heads"),
         ({"num_experts_per_tok": 5}, "5 experts per token of 4"),
         ({"dtype": "float16"}, "dtype float16"),
