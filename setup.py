@@ -34,7 +34,7 @@ setup(
                 sources=["pdkv/transport/_ucp.pyx"]
                 + [f"{NATIVE}/{name}.c" for name in ("ucx_api", "ucx_engine", "ucx_thread", "ucx_peer")],
                 depends=[f"{NATIVE}/{name}.h" for name in ("ucx_api", "ucx_engine", "ucx_internal")],
-                libraries=["dl", "pthread"],  # of glibc < 2.34; empty later
+                libraries=["dl", "pthread"],  # stubs since glibc 2.34
                 extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", "-isystem", ucx_headers()],
             )
         ],

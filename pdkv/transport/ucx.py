@@ -42,15 +42,16 @@ class UcxOptions(msgspec.Struct, frozen=True):
     library: str | None = None
     """A libucp file, or the directory that holds it; None looks for one (``ucx_library``)."""
     tls: str | None = None
-    """UCX transports to use, as in UCX_TLS. None = all but cma (2-5 x slower than posix, yet preferred by UCX)."""
+    """UCX transports to use, as in UCX_TLS. None = all but cma (2-5 x slower than posix) and sysv (same as posix)."""
     net_devices: str | None = None
     """Network devices to use, as in UCX_NET_DEVICES; None = all."""
     keepalive_ms: int = 500
     """How often UCX looks whether a silent peer still lives; over shared memory this bounds the time to notice."""
     window_spans: int = 16
     """Most spans of one peer in flight."""
-    window_bytes: int = 16 << 20
-    """Most bytes of one peer in flight, one span aside."""
+    window_bytes: int = 4 << 20
+    """Most bytes of one peer in flight, one span aside. More than any link's bandwidth x delay gains nothing, and each
+    emulated read in flight raises the odds that a reader's sudden death makes UCX abort its target."""
     linger_us: int = 50
     """How long the progress thread goes on looking after the last event before it sleeps."""
     drain_ms: int = 200
@@ -183,7 +184,7 @@ class UcxTransport(Transport):
 def ucx_settings(options: UcxOptions, environ: dict[str, str]) -> tuple[UcxSetting, ...]:
     """What UCX is told, and where ``environ`` (which UCX itself reads) has the last word."""
     ours = {
-        "UCX_TLS": options.tls or "^cma",
+        "UCX_TLS": options.tls or "^cma,sysv",
         "UCX_KEEPALIVE_INTERVAL": f"{options.keepalive_ms}ms",
         # Without it posix and sysv refuse endpoints that report a peer's death.
         "UCX_MM_ERROR_HANDLING": "y",

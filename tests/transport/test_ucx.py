@@ -90,7 +90,7 @@ def test_inherited_settings_win_with_a_warning(ucx, caplog, monkeypatch):
 def test_settings_follow_options():
     by_name = {s.name: s.value for s in ucx_settings(UcxOptions(keepalive_ms=250), {})}
     assert by_name["UCX_KEEPALIVE_INTERVAL"] == "250ms"
-    assert by_name["UCX_TLS"] == "^cma"
+    assert by_name["UCX_TLS"] == "^cma,sysv"
     assert "UCX_NET_DEVICES" not in by_name
     forced = {s.name: s.value for s in ucx_settings(UcxOptions(tls="tcp", net_devices="lo"), {})}
     assert (forced["UCX_TLS"], forced["UCX_NET_DEVICES"]) == ("tcp", "lo")
