@@ -82,6 +82,10 @@ class Arena:
         """
         return self._views[name, layer]
 
+    def rows(self) -> torch.Tensor:  # [num_pages, pitch] uint8
+        """Every byte of every page, padding included, in place."""
+        return self._storage.view(self.num_pages, self.layout.pitch)
+
     def page_bytes(self, name: str, layer: int, head: int, page: int) -> torch.Tensor:  # [bytes] uint8
         """The bytes of one page of one region of one (global) head, in place."""
         slot = self._slots[name, layer, head]

@@ -29,6 +29,9 @@ from pdkv.verify.undivided import complete_with
 STEPS = 64
 """A whole cycle: every node is asked for once, so every home is visited."""
 
+CONTROL_STEPS = 24
+"""Enough for every layer to be asked several times."""
+
 _NOT_TESTED = (
     "transports other than inproc",
     "tensor parallelism, fp8 state, GPUs",
@@ -105,26 +108,27 @@ class _Runner:
         self._seed = seed
         self._beyond = len(prompt.token_ids) > blind_window(model.config)
         self._undivided = complete_with(model, prompt.token_ids, STEPS, ignore_eos=True).token_ids
-        self._other = make_prompt(seed + 1, len(prompt.token_ids)).token_ids
+        pair.ask(make_prompt(seed + 1, len(prompt.token_ids)).token_ids, 1)
+        self._stale = pair.decode_arena.rows().clone()
 
     def run(self, mutation: Mutation | None) -> CaseResult:
         pair, prompt = self._pair, self._prompt
         num_tokens = len(prompt.token_ids)
-        pair.witness.stop_watching()
-        pair.ask(self._other, 1)  # leaves another prompt's bytes in the pages that this one will get
+        steps = STEPS if mutation is None else CONTROL_STEPS
+        pair.decode_arena.rows().copy_(self._stale)  # another prompt's bytes, in the pages that this one will get
         pair.witness.watch(mutation)
-        answer = pair.ask(prompt.token_ids, STEPS)
+        answer = pair.ask(prompt.token_ids, steps)
         differing = differing_blocks(pair.prefill_arena, pair.decode_arena, pair.witness.rows, num_tokens)
-        expected = prompt.expected(STEPS)
+        expected = prompt.expected(steps)
         wrong = (step for step, (a, b) in enumerate(zip(answer.token_ids, expected, strict=True)) if a != b)
         return CaseResult(
             num_tokens=num_tokens,
             seed=self._seed,
             beyond_blind_window=self._beyond,
             mutation=str(mutation) if mutation else "",
-            steps=STEPS,
+            steps=steps,
             first_wrong_step=next(wrong, None),
-            equals_undivided=answer.token_ids == self._undivided,
+            equals_undivided=answer.token_ids == self._undivided[:steps],
             differing=tuple(RegionLoss(k.name, k.layer, k.head, blocks) for k, blocks in sorted(differing.items())),
             num_spans=answer.report.num_spans,
             num_bytes=answer.report.num_bytes,
@@ -184,7 +188,7 @@ def _environment() -> Environment:
     return Environment(
         pdkv=pdkv.__version__,
         python=platform.python_version(),
-        torch=torch.__version__,
+        torch=str(torch.__version__),
         machine=f"{platform.machine()}, {os.cpu_count()} cores",
         threads=torch.get_num_threads(),
     )

@@ -39,9 +39,8 @@ class Mutation(msgspec.Struct, frozen=True):
         """From "drop:index_k". Raises ``ConfigError`` that lists what there is."""
         kind, colon, region = text.partition(":")
         if not colon or kind not in set(Kind) or region not in regions:
-            raise ConfigError(
-                f"--mutate {text!r}: expected drop:REGION or zero:REGION with REGION of {sorted(regions)}"
-            )
+            known = ", ".join(sorted(regions))
+            raise ConfigError(f"--mutate {text!r}: expected drop:REGION or zero:REGION, REGION one of {known}")
         return cls(Kind(kind), region)
 
     def __str__(self) -> str:
@@ -77,9 +76,6 @@ class WitnessTransport(Transport):
         self.rows = []
         self._mutation = mutation
         self._watching = True
-
-    def stop_watching(self) -> None:
-        self._watching = False
 
     def submit(self, peer: PeerId, batch: ReadBatch) -> ReadId:
         if not self._watching:

@@ -64,7 +64,7 @@ def test_views_cover_every_byte_of_every_row_once(kv, tp_size: int, rank: int) -
     for slot in layout.slots:
         for page in range(arena.num_pages):
             arena.page_bytes(slot.spec.name, slot.spec.layer, slot.head, page).add_(1)
-    rows = arena._storage.view(arena.num_pages, layout.pitch)
+    rows = arena.rows()
     assert bool((rows[:, : layout.num_bytes] == 1).all())
     assert bool((rows[:, layout.num_bytes :] == 0).all())
 

@@ -1,0 +1,88 @@
+"""``pdkv verify``: right as it is, wrong with a region lost, undecided without a long prompt, and its report."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pdkv.errors import ConfigError
+from pdkv.memory.row import RowLayout
+from pdkv.schema import ReadBatch
+from pdkv.verify.tampering import Kind, Mutation, rows_of, without_region
+from tests.layouts import make_layout
+
+REGIONS = ("index_k", "k", "v")
+
+
+def verify(*flags: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    command = [sys.executable, "-m", "pdkv", "verify", *flags]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=250, env=environment)
+
+
+def test_the_smoke_suite_passes_and_catches_every_control(tmp_path: Path) -> None:
+    done = verify("--suite", "smoke", "--report", str(tmp_path / "r"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "verdict: right" in done.stdout
+    assert len(done.stdout.splitlines()) <= 40, "one screen"
+    report = json.loads((tmp_path / "r" / "report.json").read_text())
+    assert report["schema"] == "pdkv.verify/v1"
+    assert {c["mutation"] for c in report["controls"]} == {f"{kind}:{r}" for kind in Kind for r in REGIONS}
+    blind = [c for c in report["controls"] if c["mutation"].endswith("index_k")]
+    assert {(c["beyond_blind_window"], c["first_wrong_step"] is not None) for c in blind} == {
+        (False, False),
+        (True, True),
+    }
+    assert len(report["coverage"]) == 2 * 16 + 3
+    assert all(entry["steps"] > 0 for entry in report["coverage"])
+
+
+@pytest.mark.parametrize("mutation", ["drop:index_k", "zero:index_k", "drop:k", "zero:v"])
+def test_a_lost_region_is_wrong_and_named(mutation: str) -> None:
+    done = verify("--mutate", mutation, "--lengths", "2304")
+    assert done.returncode == 4, done.stdout + done.stderr
+    region = mutation.partition(":")[2]
+    assert f"{region} differs after the transfer" in done.stdout
+    assert "the answer is wrong from step" in done.stdout
+
+
+def test_without_a_long_prompt_it_cannot_tell() -> None:
+    done = verify("--lengths", "256", "--json")
+    assert done.returncode == 5, done.stdout + done.stderr
+    report = json.loads(done.stdout)
+    assert report["verdict"] == "inconclusive"
+    assert "blind window" in report["open_questions"][0]
+
+
+@pytest.mark.parametrize("flags", [("--mutate", "drop:everything"), ("--suite", "none"), ("--lengths", "12,a")])
+def test_bad_flags_are_usage_errors(flags: tuple[str, str]) -> None:
+    done = verify(*flags)
+    assert done.returncode == 2
+    assert flags[0] in done.stderr
+
+
+def test_mutations_are_parsed() -> None:
+    assert str(Mutation.parse("zero:k", REGIONS)) == "zero:k"
+    with pytest.raises(ConfigError, match="one of index_k, k, v"):
+        Mutation.parse("zero", REGIONS)
+
+
+def test_runs_are_cut_into_rows_and_a_region_is_cut_out_of_them() -> None:
+    layout = RowLayout.of(make_layout(num_layers=2, num_dense=1, num_kv_heads=2, head_dim=16))
+    run = (3 - 1) * layout.pitch + layout.num_bytes
+    batch = ReadBatch(*(np.array([x], dtype=np.int64) for x in (0, 5 * layout.pitch, 1000, run)))
+    rows = rows_of(batch, layout.pitch)
+    assert rows.remote.tolist() == [5 * layout.pitch, 6 * layout.pitch, 7 * layout.pitch]
+    assert rows.local.tolist() == [1000, 1000 + layout.pitch, 1000 + 2 * layout.pitch]
+    left = without_region(rows, layout, "v")
+    touched = np.zeros(3 * layout.pitch, dtype=int)
+    for start, length in zip(left.local - 1000, left.length, strict=True):
+        touched[start : start + length] += 1
+    for row in range(3):
+        for slot in layout.slots:
+            where = slice(row * layout.pitch + slot.offset, row * layout.pitch + slot.offset + slot.num_bytes)
+            assert (touched[where] == (slot.spec.name != "v")).all()
