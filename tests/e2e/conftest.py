@@ -3,10 +3,12 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
+from pdkv.verify.link_chasing import make_prompt
 from pdkv.verify.link_chasing_checkpoint import write_checkpoint
-from tests.e2e.deployment import Process, Trio, running, trio, up
+from tests.e2e.deployment import Process, Trio, ask, running, trio, up, wait_until
 
 E2E = Path(__file__).parent
 
@@ -37,3 +39,10 @@ def three(link_chasing_model: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """Separate prefill, decode and router processes, for tests that look into workers without harming them."""
     with trio(link_chasing_model, tmp_path_factory.mktemp("trio"), "--max-model-len", "8192") as processes:
         yield processes
+
+
+@pytest.fixture(scope="session")
+def long_answer(three: Trio) -> httpx.Response:
+    """24 tokens behind the 6,000 of ``make_prompt(5, 6000)``, answered while nothing else ran."""
+    wait_until(lambda: three.prefill.holds_nothing() and three.decode.holds_nothing(), "unfragmented pools")
+    return ask(three.router.url, make_prompt(5, 6000).token_ids, 24)

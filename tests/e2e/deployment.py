@@ -24,6 +24,15 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
+def descendants(pid: int) -> set[int]:
+    """All processes below ``pid``."""
+    found: set[int] = set()
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in map(int, task.read_text().split()):
+            found |= {child} | descendants(child)
+    return found
+
+
 def wait_until(condition: object, what: str, timeout_s: float = 30.0) -> None:
     """Poll ``condition()`` until it is true; fail, saying ``what``, when it does not become so in time."""
     deadline = time.monotonic() + timeout_s

@@ -1,9 +1,10 @@
 """Prompts whose answers are known, through router, prefill and decode, around every border of blocks and window."""
 
+import httpx
 import pytest
 
 from pdkv.verify.link_chasing import make_prompt
-from tests.e2e.deployment import Trio, ask, token_ids, wait_until
+from tests.e2e.deployment import Trio, ask, token_ids, transfer_facts, wait_until
 
 
 @pytest.mark.parametrize("length", [64, 127, 128, 129, 512, 2048, 2049, 3072])
@@ -16,11 +17,9 @@ def test_every_length_answers_its_chain(length: int, three: Trio) -> None:
     wait_until(lambda: three.prefill.holds_nothing() and three.decode.holds_nothing(), "pages back on both sides")
 
 
-def test_transfer_facts_add_up(three: Trio) -> None:
-    prompt = make_prompt(5, 6000)
-    answer = ask(three.router.url, prompt.token_ids, 24)
-    assert token_ids(answer) == list(prompt.expected(24))
-    facts = answer.json()["pdkv"]["transfer"]
+def test_transfer_facts_add_up(three: Trio, long_answer: httpx.Response) -> None:
+    assert token_ids(long_answer) == list(make_prompt(5, 6000).expected(24))
+    facts = transfer_facts(long_answer)
     bytes_per_page = int(three.decode.info()["bytes_per_token"]) * 128  # type: ignore[call-overload]
     assert facts["num_pages"] == 47
     assert sum(facts["bytes_by_region"].values()) == 47 * bytes_per_page

@@ -6,6 +6,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -29,10 +30,7 @@ def show(case: str, pages: int, regions: int, spans: int) -> None:
     print(f"{case:<52} pages x regions {unmerged}   spans {spans:>3}")  # noqa: T201  the acceptance asks to see it
 
 
-def spans_of(url: str, length: int, case: str) -> int:
-    prompt = make_prompt(length, length)
-    answer = ask(url, prompt.token_ids, 2)
-    assert token_ids(answer) == list(prompt.expected(2))
+def spans_of(answer: httpx.Response, case: str) -> int:
     facts = transfer_facts(answer)
     show(case, facts["num_pages"], facts["num_regions"], facts["num_spans"])
     return int(facts["num_spans"])
@@ -40,15 +38,17 @@ def spans_of(url: str, length: int, case: str) -> int:
 
 def test_a_prompt_read_at_once_is_one_span(three: Trio, link_chasing_model: Path, tmp_path: Path) -> None:
     flags = ("--max-model-len", "8192", "--prefill-chunk", "3072")
+    prompt = make_prompt(7, 3000)
     with another_prefill(three.decode, link_chasing_model, tmp_path, *flags) as deployment:
         wait_until(three.decode.holds_nothing, "an unfragmented pool")
-        assert spans_of(deployment.router.url, 3000, "3,000 tokens, computed in one chunk") == 1
+        answer = ask(deployment.router.url, prompt.token_ids, 2)
+    assert token_ids(answer) == list(prompt.expected(2))
+    assert spans_of(answer, "3,000 tokens, computed in one chunk") == 1
 
 
-def test_a_streamed_prompt_is_one_span_a_read(three: Trio) -> None:
+def test_a_streamed_prompt_is_one_span_a_read(long_answer: httpx.Response) -> None:
     """Chunks of 512 end with whole blocks: a read each, fewer when D finds several complete at a time."""
-    wait_until(lambda: three.prefill.holds_nothing() and three.decode.holds_nothing(), "unfragmented pools")
-    assert 1 <= spans_of(three.router.url, 6000, "6,000 tokens, streamed in chunks of 512") <= -(-6000 // 512)
+    assert 1 <= spans_of(long_answer, "6,000 tokens, streamed in chunks of 512") <= -(-6000 // 512)
 
 
 class PlannedPair:

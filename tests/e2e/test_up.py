@@ -10,16 +10,7 @@ import httpx
 import pytest
 
 from pdkv.verify.link_chasing import make_prompt
-from tests.e2e.deployment import END_S, Process, ask, running, token_ids, up, wait_until
-
-
-def _descendants(pid: int) -> set[int]:
-    """All processes below ``pid``."""
-    found: set[int] = set()
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in map(int, task.read_text().split()):
-            found |= {child} | _descendants(child)
-    return found
+from tests.e2e.deployment import END_S, Process, ask, descendants, running, token_ids, up, wait_until
 
 
 def _alive(pids: set[int]) -> set[int]:
@@ -35,7 +26,7 @@ def _alive(pids: set[int]) -> set[int]:
 def _pid_of(process: Process, role: str) -> int:
     """The front or router of this role below a ``pdkv up``."""
     assert process.popen is not None
-    for pid in _descendants(process.popen.pid):
+    for pid in descendants(process.popen.pid):
         words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
         if words[1:4] == [b"-m", b"pdkv", role.encode()]:
             return pid
@@ -51,7 +42,7 @@ def test_a_signal_ends_all_of_it(link_chasing_model: Path, tmp_path: Path, numbe
     process = _start(link_chasing_model, tmp_path)
     with running(process):
         assert process.popen is not None
-        below = _descendants(process.popen.pid)
+        below = descendants(process.popen.pid)
         assert len(_alive(below)) >= 5  # two fronts, two engine processes, a router
         wait_until(lambda: f"curl {process.url}/v1/completions" in process.log.read_text(), "a curl line")
         process.popen.send_signal(number)
@@ -64,7 +55,7 @@ def test_a_child_that_hangs_is_killed_in_time(link_chasing_model: Path, tmp_path
     process = _start(link_chasing_model, tmp_path)
     with running(process):
         assert process.popen is not None
-        below = _descendants(process.popen.pid)
+        below = descendants(process.popen.pid)
         os.kill(_pid_of(process, "prefill"), signal.SIGSTOP)
         process.popen.terminate()
         process.popen.wait(END_S)
@@ -75,7 +66,7 @@ def test_a_killed_up_takes_everything_with_it(link_chasing_model: Path, tmp_path
     process = _start(link_chasing_model, tmp_path)
     with running(process):
         assert process.popen is not None
-        below = _descendants(process.popen.pid)
+        below = descendants(process.popen.pid)
         process.kill()
         wait_until(lambda: not _alive(below), "no orphan")
 
