@@ -7,13 +7,24 @@ from collections.abc import Callable
 import msgspec
 
 from pdkv.agent.events import AgentStatistics, DecodeAgentEvent, Inspect, PrefillAgentEvent
+from pdkv.core.manifest import ranges
 from pdkv.daemons.assembly import assemble
 from pdkv.daemons.decode_role import DecodeRole
-from pdkv.daemons.link import EngineReady, PeerStatus, Status, StatusQuery, ToEngine, ToFront, WorkerSettings
+from pdkv.daemons.link import (
+    EngineReady,
+    PeerStatus,
+    RegionSummary,
+    Status,
+    StatusQuery,
+    ToEngine,
+    ToFront,
+    WorkerSettings,
+)
 from pdkv.daemons.prefill_role import PrefillRole
 from pdkv.daemons.roles import EngineParts, Role
 from pdkv.errors import PdkvError
 from pdkv.memory.arena import Arena
+from pdkv.memory.row import RowLayout, RowSlot
 from pdkv.transport.base import Transport
 
 
@@ -93,6 +104,7 @@ class EngineSide:
             bytes_per_token=layout.num_bytes // layout.kv.block_size,
             num_regions=len(layout.slots),
             transport=self._parts.transport,
+            regions=summarize(layout),
         )
 
     def _take(self, longest_wait_s: float) -> list[msgspec.Struct]:
@@ -138,3 +150,20 @@ class EngineSide:
             messages_dropped=agent.messages_dropped,
             peers=[PeerStatus(p.control, p.incarnation, p.state, p.path, p.probe_gbps) for p in agent.peers],
         )
+
+
+def summarize(layout: RowLayout) -> list[RegionSummary]:
+    """The rank's regions by name, in the order of the row."""
+    by_name: dict[str, list[RowSlot]] = {}
+    for slot in layout.slots:
+        by_name.setdefault(slot.spec.name, []).append(slot)
+    return [
+        RegionSummary(
+            name=name,
+            dtype=slots[0].spec.dtype,
+            layers=ranges(sorted({slot.spec.layer for slot in slots})),
+            heads=len({slot.head for slot in slots}),
+            bytes_per_token=sum(slot.num_bytes for slot in slots) // layout.kv.block_size,
+        )
+        for name, slots in by_name.items()
+    ]

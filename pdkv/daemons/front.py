@@ -150,6 +150,7 @@ class _Front:
                 bytes_per_token=ready.bytes_per_token,
                 num_regions=ready.num_regions,
                 transport=ready.transport,
+                regions=ready.regions,
             )
         return http_server.json_response(msgspec.json.encode(info))
 

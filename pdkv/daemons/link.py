@@ -82,6 +82,17 @@ class StatusQuery(msgspec.Struct, frozen=True, tag="status?"):
 ToEngine = PrefillJob | DecodeJob | AbortJob | StatusQuery
 
 
+class RegionSummary(msgspec.Struct, frozen=True):
+    """One kind of region over all layers and heads of a worker, for people."""
+
+    name: str
+    dtype: str
+    layers: str
+    """Global ids, as "3..59"."""
+    heads: int
+    bytes_per_token: int
+
+
 class EngineReady(msgspec.Struct, frozen=True, tag="ready"):
     """Model loaded, arena registered, control channel bound. Nothing is accepted before it."""
 
@@ -98,7 +109,8 @@ class EngineReady(msgspec.Struct, frozen=True, tag="ready"):
     bytes_per_token: int
     num_regions: int
     transport: str
-    """One line: library, version, where found, settings made and overridden."""
+    """One line: library, version, where found."""
+    regions: list[RegionSummary] = []
 
 
 class EngineFatal(msgspec.Struct, frozen=True, tag="fatal"):

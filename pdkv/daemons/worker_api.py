@@ -2,6 +2,8 @@
 
 import msgspec
 
+from pdkv.daemons.link import RegionSummary
+
 INFO_PATH = "/pdkv/v1/info"
 STATUS_PATH = "/pdkv/v1/status"
 PREFILL_PATH = "/pdkv/v1/prefill"
@@ -36,6 +38,7 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     num_regions: int = 0
     transport: str = ""
     version: str = ""
+    regions: list[RegionSummary] = []
 
 
 class Prefilled(msgspec.Struct, frozen=True):
