@@ -49,7 +49,17 @@ class M3Model:
 
     @torch.no_grad()
     def forward(self, batch: StepBatch, cache: KvViews) -> Tensor:
-        """One step: float32 logits [num_logits, vocab].
+        """One step: float32 logits [num_logits, vocab]. ``logits`` of ``hidden``."""
+        return self.logits(self.hidden(batch, cache))
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:  # [num_rows, hidden] -> float32 [num_rows, vocab]
+        """What lm_head says of rows of ``hidden``; apart, because a row of logits is much larger than its source."""
+        return functional.linear(hidden, self._weights.lm_head).float()
+
+    @torch.no_grad()
+    def hidden(self, batch: StepBatch, cache: KvViews) -> Tensor:
+        """One step: the wanted rows as lm_head takes them, [num_logits, hidden].
 
         Writes k, v and index_k of the batch's tokens into their pages of ``cache``, then attends to them and to all
         that the pages held for earlier positions. Bytes of later positions are never looked at.
@@ -65,8 +75,7 @@ class M3Model:
                 break  # a chunk of a longer prompt: nobody reads what the last layer would say
             x = x + attend(asked, number, layer.attention, step, cache, config)
             x = x + feed_forward(self._normed(x, layer.post_attention_norm), layer.mlp, config)
-        wanted = self._normed(x[batch.logits_rows], weights.norm)
-        return functional.linear(wanted, weights.lm_head).float()
+        return self._normed(x[batch.logits_rows], weights.norm)
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
         return norm(x, weight, self.config.rms_norm_eps)

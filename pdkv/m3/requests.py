@@ -5,6 +5,7 @@ from typing import NewType
 
 import msgspec
 
+from pdkv.m3.logprobs import NO_TOP, PromptLogprobs, TopLogprobs
 from pdkv.m3.sampling import SamplingParams
 
 RequestId = NewType("RequestId", bytes)
@@ -34,6 +35,10 @@ class PrefillRequest(msgspec.Struct, frozen=True, kw_only=True):
     id: RequestId
     prompt: tuple[int, ...]
     sampling: SamplingParams
+    num_top: int = 0
+    """Likeliest tokens to tell with each generated one."""
+    prompt_top: int | None = None
+    """Tell the log-probability of every prompt token but the first, with these many likeliest; None: tell nothing."""
 
 
 class DecodeRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,6 +49,7 @@ class DecodeRequest(msgspec.Struct, frozen=True, kw_only=True):
     max_tokens: int
     sampling: SamplingParams
     ignore_eos: bool = False
+    num_top: int = 0
 
 
 class CompleteRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,6 +60,8 @@ class CompleteRequest(msgspec.Struct, frozen=True, kw_only=True):
     max_tokens: int
     sampling: SamplingParams
     ignore_eos: bool = False
+    num_top: int = 0
+    prompt_top: int | None = None
 
 
 EngineRequest = PrefillRequest | DecodeRequest | CompleteRequest
@@ -80,12 +88,20 @@ class PrefillProgress(msgspec.Struct, frozen=True):
     tokens_done: int
 
 
+class PromptScored(msgspec.Struct, frozen=True):
+    """Log-probabilities of the next prompt tokens in order; told for each chunk, before the first generated token."""
+
+    id: RequestId
+    logprobs: PromptLogprobs
+
+
 class PrefillFinished(msgspec.Struct, frozen=True):
     """The prompt of a ``PrefillRequest`` is computed; ``token`` is the first generated one, ``logprob`` natural."""
 
     id: RequestId
     token: int
     logprob: float
+    top: TopLogprobs = NO_TOP
 
 
 class TokenGenerated(msgspec.Struct, frozen=True):
@@ -94,6 +110,7 @@ class TokenGenerated(msgspec.Struct, frozen=True):
     id: RequestId
     token: int
     logprob: float
+    top: TopLogprobs = NO_TOP
 
 
 class RequestFinished(msgspec.Struct, frozen=True):
@@ -112,7 +129,9 @@ class RequestRefused(msgspec.Struct, frozen=True):
     never: bool
 
 
-EngineEvent = PagesReserved | PrefillProgress | PrefillFinished | TokenGenerated | RequestFinished | RequestRefused
+EngineEvent = (
+    PagesReserved | PrefillProgress | PromptScored | PrefillFinished | TokenGenerated | RequestFinished | RequestRefused
+)
 
 
 class EngineStatistics(msgspec.Struct, frozen=True):

@@ -7,6 +7,7 @@ from itertools import islice
 import msgspec
 
 from pdkv.errors import RequestError
+from pdkv.m3.logprobs import NO_TOP, TopLogprobs
 from pdkv.m3.requests import (
     DecodeRequest,
     EngineEvent,
@@ -23,10 +24,10 @@ from pdkv.m3.requests import (
     RequestRefused,
     TokenGenerated,
 )
-from pdkv.m3.sampling import SamplingParams
+from pdkv.m3.sampling import Sample, SamplingParams
 from pdkv.memory.pages import PagePool
 
-_NOT_FINITE = "the model's output is not finite: the checkpoint, or the state that the request attends to, is damaged"
+NOT_FINITE = "the model's output is not finite: the checkpoint, or the state that the request attends to, is damaged"
 
 
 class TokenBounds(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,15 +48,21 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     """Pages of the blocks up to and with the last of ``tokens``."""
     sampling: SamplingParams | None
     """How to choose the token after the last one; ``None`` when none is wanted yet."""
+    num_top: int = 0
+    """Likeliest tokens to tell with the chosen one."""
+    targets: tuple[int, ...] = ()
+    """Prompt tokens to score: they follow the first ``len(targets)`` of ``tokens``."""
+    prompt_top: int = 0
+    """Likeliest tokens to tell with each of ``targets``."""
 
     @property
     def end(self) -> int:
         return self.start + len(self.tokens)
 
-
-class Sample(msgspec.Struct, frozen=True):
-    token: int
-    logprob: float
+    @property
+    def wanted_rows(self) -> tuple[int, ...]:
+        """Which of ``tokens`` the model's output is wanted for: those to score, then the last if a token is chosen."""
+        return (*range(len(self.targets)), *([len(self.tokens) - 1] if self.sampling is not None else []))
 
 
 class _Stage(Enum):
@@ -83,11 +90,16 @@ class _Sequence:
         """The last generated token, or up to ``budget`` tokens of a prompt that is not computed yet."""
         request = self.request
         tokens: tuple[int, ...]
+        targets: tuple[int, ...] = ()
+        prompt_top = 0
         if self.stage is _Stage.DECODING or isinstance(request, DecodeRequest):
             tokens, wants_sample = (self.last_token,), True
         else:
             tokens = request.prompt[self.num_computed : self.num_computed + budget]
             wants_sample = self.num_computed + len(tokens) == len(request.prompt)
+            if request.prompt_top is not None:
+                targets = request.prompt[self.num_computed + 1 : self.num_computed + len(tokens) + 1]
+                prompt_top = request.prompt_top
         num_blocks = -(-(self.num_computed + len(tokens)) // block_size)
         return Run(
             id=request.id,
@@ -95,6 +107,9 @@ class _Sequence:
             start=self.num_computed,
             pages=self.pages[:num_blocks],
             sampling=request.sampling if wants_sample else None,
+            num_top=request.num_top if wants_sample else 0,
+            targets=targets,
+            prompt_top=prompt_top,
         )
 
     def finish_reason(self, eos_tokens: frozenset[int]) -> FinishReason | None:
@@ -155,7 +170,7 @@ class Scheduler:
             events.append(PagesReserved(request.id, sequence.pages))
         return events
 
-    def resume(self, request_id: RequestId, token: int, logprob: float) -> list[EngineEvent]:
+    def resume(self, request_id: RequestId, token: int, logprob: float, top: TopLogprobs = NO_TOP) -> list[EngineEvent]:
         """Start a decode whose prompt state is resident. Harmless for an id that is gone."""
         sequence = self._sequences.get(request_id)
         if sequence is None:
@@ -168,7 +183,7 @@ class Scheduler:
             message = f"first token {token} is outside the vocabulary of {self._bounds.vocab_size}"
             return [RequestRefused(request_id, message, never=True), *self.admit()]
         sequence.num_computed = request.num_prompt_tokens
-        events = self._accept(sequence, Sample(token, logprob))
+        events = self._accept(sequence, Sample(token, logprob, top))
         return events + self.admit()
 
     def release(self, request_id: RequestId) -> None:
@@ -241,14 +256,14 @@ class Scheduler:
         request = sequence.request
         if sample is None:
             self.release(request.id)
-            return [RequestRefused(request.id, _NOT_FINITE, never=False)]
+            return [RequestRefused(request.id, NOT_FINITE, never=False)]
         sequence.last_token = sample.token
         sequence.num_generated += 1
         self._prefilling.pop(request.id, None)
         if isinstance(request, PrefillRequest):
             sequence.stage = _Stage.HOLDING
-            return [PrefillFinished(request.id, sample.token, sample.logprob)]
-        event = TokenGenerated(request.id, sample.token, sample.logprob)
+            return [PrefillFinished(request.id, sample.token, sample.logprob, sample.top)]
+        event = TokenGenerated(request.id, sample.token, sample.logprob, sample.top)
         reason = sequence.finish_reason(self._bounds.eos_tokens)
         if reason is None:
             sequence.stage = _Stage.DECODING
