@@ -13,6 +13,8 @@ app = application(
         Subcommand("demo", "pdkv.cli.demo", "Show a transfer at work, with answers known beforehand."),
         Subcommand("demo-model", "pdkv.cli.demo", "Write the demo's checkpoint into a folder."),
         Subcommand("verify", "pdkv.cli.verify", "Prove that all state arrives, with controls that must fail."),
+        Subcommand("doctor", "pdkv.cli.doctor", "Look for what would keep a worker from serving."),
+        Subcommand("describe", "pdkv.cli.doctor", "Show a worker's manifest, pages, leases and peers."),
         Subcommand("version", "pdkv.cli.version", "Print the version."),
     ),
     """
@@ -21,8 +23,8 @@ Examples:
   pdkv demo
   pdkv up --model ./checkpoint --prefill 1 --decode 1 --port 8000
 
-Exit codes: 0 ok, 1 failure, 2 usage or configuration, 4 wrong answer, 5 could not tell,
-6 peers do not fit together, 130/143 by signal.
+Exit codes: 0 ok, 1 failure, 2 usage or configuration, 3 a check of doctor failed,
+4 wrong answer, 5 could not tell, 6 peers do not fit together, 130/143 by signal.
 """,
 )
 

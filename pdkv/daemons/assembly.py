@@ -19,7 +19,7 @@ from pdkv.core.manifest import pairing_digest
 from pdkv.daemons.link import WorkerSettings
 from pdkv.daemons.sizing import choose_num_pages
 from pdkv.errors import ConfigError
-from pdkv.m3.config import kv_layout, model_fingerprint
+from pdkv.m3.config import M3Config, kv_layout, model_fingerprint
 from pdkv.m3.engine import Engine
 from pdkv.m3.model import load_model
 from pdkv.m3.requests import EngineSettings
@@ -61,25 +61,13 @@ def assemble(settings: WorkerSettings, emit: Emit, transport: Transport | None =
     thread, once it is started. ``transport`` stands in for the one that ``settings`` name. Raises whatever
     ``PdkvError`` keeps the worker from starting."""
     torch.set_num_threads(settings.num_threads or os.cpu_count() or 1)
-    model_dir = Path(settings.model_dir)
-    model = load_model(model_dir, device=settings.device, dtype=settings.dtype)
-    needed = kv_layout(model.config, model.config.dtype, model.config.dtype)
-    layout = RowLayout.of(needed)
-    arena = Arena.allocate(layout, choose_num_pages(settings, layout))
-    manifest = build_manifest(arena, needed, model_fingerprint(model_dir, model.config))
+    model = load_model(Path(settings.model_dir), device=settings.device, dtype=settings.dtype)
+    transport = transport or make_transport(settings)
     incarnation = new_incarnation()
+    layout = RowLayout.of(kv_layout(model.config, model.config.dtype, model.config.dtype))
+    arena, identity = enroll(settings, model.config, transport, incarnation, choose_num_pages(settings, layout))
     probe = ProbePages(arena)
     pool = PagePool(arena.num_pages, reserved=probe.pages)
-    transport = transport or make_transport(settings)
-    transport.register(arena.memory)
-    identity = WorkerIdentity(
-        name=settings.name,
-        incarnation=incarnation,
-        manifest=manifest,
-        offer=RankOffer(manifest=manifest, address=transport.address()),
-        digest=pairing_digest([manifest]),
-        policy=session_policy(settings.lease_ttl_s),
-    )
     channel = Channel(incarnation, NoSecurity(), insecure=settings.insecure)
     control = ""
     agent: PrefillAgent | DecodeAgent
@@ -105,6 +93,24 @@ def assemble(settings: WorkerSettings, emit: Emit, transport: Transport | None =
         transport=describe(transport),
         loop=AgentLoop(channel, transport),
         agent=agent,  # type: ignore[arg-type]  # its own commands are all that its role posts
+    )
+
+
+def enroll(
+    settings: WorkerSettings, config: M3Config, transport: Transport, incarnation: Incarnation, num_pages: int
+) -> tuple[Arena, WorkerIdentity]:
+    """An arena registered with ``transport``, and who its worker is to its peers."""
+    needed = kv_layout(config, config.dtype, config.dtype)
+    arena = Arena.allocate(RowLayout.of(needed), num_pages)
+    transport.register(arena.memory)
+    manifest = build_manifest(arena, needed, model_fingerprint(Path(settings.model_dir), config))
+    return arena, WorkerIdentity(
+        name=settings.name,
+        incarnation=incarnation,
+        manifest=manifest,
+        offer=RankOffer(manifest=manifest, address=transport.address()),
+        digest=pairing_digest([manifest]),
+        policy=session_policy(settings.lease_ttl_s),
     )
 
 

@@ -1,0 +1,96 @@
+"""``pdkv doctor`` and ``pdkv describe`` against this machine and against running workers."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoints import write_random_checkpoint
+from tests.e2e.deployment import Trio, free_port
+
+
+def pdkv(*flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pdkv", *flags]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=120, env={**os.environ, **environment}
+    )
+
+
+def checks(done: subprocess.CompletedProcess[str]) -> dict[str, dict[str, str]]:
+    report = json.loads(done.stdout)
+    assert report["schema"] == "pdkv.doctor/v1"
+    return {check["id"]: check for check in report["checks"]}
+
+
+def test_this_machine_with_a_model_is_fit(link_chasing_model: Path) -> None:
+    done = pdkv("doctor", "--model", str(link_chasing_model), "--max-model-len", "4096", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = checks(done)
+    assert {"python", "torch", "ucx", "ucx-self-test", "memlock", "shm", "model", "block-size", "arena"} <= found.keys()
+    assert found["ucx-self-test"]["status"] == "ok"
+    assert found["peer"]["status"] == "skip"
+
+
+def test_a_peer_is_greeted_probed_and_measured(three: Trio, link_chasing_model: Path) -> None:
+    flags = ("--model", str(link_chasing_model), "--peer", three.prefill.url, "--max-model-len", "4096", "--json")
+    done = pdkv("doctor", *flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = checks(done)
+    assert found["peer-handshake"]["status"] == "ok"
+    assert "over shm" in found["peer-probe"]["evidence"]
+    assert "64 KiB" in found["peer-bandwidth"]["evidence"]
+    slow = pdkv("doctor", *flags, "--min-gbps", "100000")
+    assert slow.returncode == 3
+    assert checks(slow)["peer-bandwidth"]["status"] == "fail"
+
+
+def test_a_peer_with_another_model_is_refused_by_name(three: Trio, tmp_path: Path) -> None:
+    write_random_checkpoint(tmp_path, seed=1)
+    done = pdkv("doctor", "--model", str(tmp_path), "--peer", three.prefill.url, "--max-model-len", "4096", "--json")
+    assert done.returncode == 3
+    assert "model fingerprint" in checks(done)["peer"]["evidence"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "check", "told"),
+    [
+        (("--model", "/nowhere"), "model", "/nowhere"),
+        (("--require-transport", "rdma"), "ucx", "without InfiniBand"),
+        (("--ucx-library", "/nowhere"), "ucx", "/nowhere"),
+    ],
+)
+def test_what_is_wrong_is_found_and_told(flags: tuple[str, ...], check: str, told: str) -> None:
+    done = pdkv("doctor", *flags, "--json")
+    assert done.returncode == 3, done.stdout + done.stderr
+    found = checks(done)[check]
+    assert found["status"] == "fail"
+    assert told in found["evidence"]
+
+
+def test_nobody_at_the_peers_address(link_chasing_model: Path) -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    done = pdkv("doctor", "--model", str(link_chasing_model), "--peer", url)
+    assert done.returncode == 3
+    assert f"no pdkv worker answers at {url}" in done.stdout
+
+
+def test_an_inherited_ucx_setting_is_pointed_out() -> None:
+    done = pdkv("doctor", "--json", UCX_TLS="tcp")
+    assert "it leaves out RDMA" in checks(done)["ucx-environment"]["evidence"]
+
+
+def test_a_worker_describes_itself(three: Trio) -> None:
+    done = pdkv("describe", three.prefill.url)
+    assert done.returncode == 0, done.stderr
+    for word in ("prefill worker", str(three.prefill.info()["incarnation"]), "index_k", "layers 1..3", "leases"):
+        assert word in done.stdout
+    machine = json.loads(pdkv("describe", three.decode.url, "--json").stdout)
+    assert machine["schema"] == "pdkv.describe/v1"
+    assert machine["info"]["role"] == "decode"
+    assert machine["status"]["pages_free"] == machine["status"]["pages_usable"]
+    nobody = pdkv("describe", f"http://127.0.0.1:{free_port()}")
+    assert nobody.returncode == 1
+    assert "no pdkv worker answers" in nobody.stderr
