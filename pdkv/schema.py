@@ -7,7 +7,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 TransferId = NewType("TransferId", bytes)
 """128 random bits chosen by the router; one try of one request."""

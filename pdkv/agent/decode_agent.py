@@ -229,8 +229,8 @@ class DecodeAgent(Agent[DecodeCommand]):
                     self._channel.send(transfer.link.route, envelope, body)
                 case Read():
                     self._post(transfer, instruction, at)
-                case Resume(token=token, logprob=logprob):
-                    self._emit(TransferArrived(transfer_id, token, logprob, transfer.facts(at)))
+                case Resume(token=token, logprob=logprob, attachment=attachment):
+                    self._emit(TransferArrived(transfer_id, token, logprob, transfer.facts(at), attachment))
                 case Report(outcome=outcome):
                     if outcome.code is not None:
                         self._emit(TransferFailed(transfer_id, outcome.code, outcome.message))

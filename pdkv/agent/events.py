@@ -50,6 +50,8 @@ class FinishPrefill(msgspec.Struct, frozen=True):
     transfer: TransferId
     token: int
     logprob: float
+    attachment: bytes = b""
+    """At most ``MAX_ATTACHMENT_BYTES``."""
 
 
 class AbandonTransfer(msgspec.Struct, frozen=True):
@@ -134,6 +136,7 @@ class TransferArrived(msgspec.Struct, frozen=True):
     token: int
     logprob: float
     facts: TransferFacts
+    attachment: bytes = b""
 
 
 class TransferFailed(msgspec.Struct, frozen=True):

@@ -98,8 +98,8 @@ class PrefillAgent(Agent[PrefillCommand]):
                 self._tell(transfer, PagesReserved(pages, cached), at)
             case RaiseWatermark(transfer=transfer, tokens=tokens):
                 self._tell(transfer, Progressed(tokens), at)
-            case FinishPrefill(transfer=transfer, token=token, logprob=logprob):
-                self._tell(transfer, PrefillEnded(token, logprob), at)
+            case FinishPrefill(transfer=transfer, token=token, logprob=logprob, attachment=attachment):
+                self._tell(transfer, PrefillEnded(token, logprob, attachment), at)
             case AbandonTransfer(transfer=transfer, code=code, message=message):
                 self._tell(transfer, LocalFailure(code, message), at)
 

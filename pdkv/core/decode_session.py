@@ -220,7 +220,7 @@ class DecodeSession:
             return
         self._end(now)
         self._settle(Outcome())
-        self._out.append(Resume(token=self._done.token, logprob=self._done.logprob))
+        self._out.append(Resume(self._done.token, self._done.logprob, self._done.attachment))
         self._put(Release(), now)
 
     def _fail(self, code: FailureCode, message: str, now: float) -> None:

@@ -80,6 +80,8 @@ class Progressed(msgspec.Struct, frozen=True):
 class PrefillEnded(msgspec.Struct, frozen=True):
     token: int
     logprob: float
+    attachment: bytes = b""
+    """Goes to D with the first token, unread."""
 
 
 # ---- events of a decode session
@@ -134,6 +136,7 @@ class Resume(msgspec.Struct, frozen=True):
 
     token: int
     logprob: float
+    attachment: bytes = b""
 
 
 class ReturnPages(msgspec.Struct, frozen=True):

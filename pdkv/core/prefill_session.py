@@ -85,8 +85,8 @@ class PrefillSession:
             case Progressed(tokens=tokens):
                 if self.state is PrefillState.PREFILLING:
                     self._put(Watermark(tokens=(tokens,)), now)
-            case PrefillEnded(token=token, logprob=logprob):
-                self._on_prefilled(token, logprob, now)
+            case PrefillEnded():
+                self._on_prefilled(event, now)
             case LocalFailure(code=code, message=message):
                 self._fail(code, message, now)
             case PeerLost(message=message):
@@ -161,12 +161,12 @@ class PrefillSession:
         self.state = PrefillState.PREFILLING
         self._put(Granted(pages=pages, num_tokens=self._num_tokens, cached_tokens=cached_tokens), now)
 
-    def _on_prefilled(self, token: int, logprob: float, now: float) -> None:
+    def _on_prefilled(self, ended: PrefillEnded, now: float) -> None:
         if self.state is not PrefillState.PREFILLING:
             return
         self.state = PrefillState.DONE
         self._outbox.withdraw(Watermark)
-        self._put(Done(token=token, logprob=logprob), now)
+        self._put(Done(ended.token, ended.logprob, ended.attachment), now)
 
     # ---- D's messages
 

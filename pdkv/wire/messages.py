@@ -15,6 +15,7 @@ from pdkv.schema import PROTOCOL_VERSION, Incarnation, Manifest, TransferId, Tra
 
 MAX_ENVELOPE_BYTES = 1024
 MAX_BODY_BYTES = 8 << 20
+MAX_ATTACHMENT_BYTES = 7 << 20
 
 TRANSFER_ID_BYTES = 16
 NO_TRANSFER = TransferId(b"")
@@ -24,6 +25,7 @@ U64 = Annotated[int, msgspec.Meta(ge=0)]  # msgpack itself ends at 64 bits
 Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 40)]
 Duration = Annotated[float, msgspec.Meta(ge=0, le=7 * 86400)]
 Text = Annotated[str, msgspec.Meta(max_length=64 << 10)]
+Attachment = Annotated[bytes, msgspec.Meta(max_length=MAX_ATTACHMENT_BYTES)]
 Id = Annotated[bytes, msgspec.Meta(max_length=TRANSFER_ID_BYTES)]
 
 
@@ -121,6 +123,8 @@ class Done(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="done"):
 
     token: Count
     logprob: float
+    attachment: Attachment = b""
+    """What the request wanted besides, for instance log-probabilities of the prompt; the protocol does not look."""
 
 
 class Failed(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="failed"):

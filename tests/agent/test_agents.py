@@ -43,7 +43,7 @@ def transfer_works(prefill: PrefillSide, decode: DecodeSide, transfer: TransferI
     decode.fetch(transfer, prefill, ours)
     prefill.serve(transfer, theirs)
     arrived = decode.expect(e.TransferArrived, transfer)
-    assert (arrived.token, arrived.logprob) == (42, -0.5)
+    assert (arrived.token, arrived.logprob, arrived.attachment) == (42, -0.5, b"more")
     assert same_bytes(prefill, theirs, decode, ours)
     assert prefill.expect(e.TransferEnded, transfer).code is None
     prefill.expect(e.PagesFreed, transfer)

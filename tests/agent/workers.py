@@ -121,7 +121,7 @@ class PrefillSide(AgentSide):
         self.loop.post(e.GrantPages(transfer, pages, 0))
         for tokens in range(128, num_tokens, 128):
             self.loop.post(e.RaiseWatermark(transfer, tokens))
-        self.loop.post(e.FinishPrefill(transfer, 42, -0.5))
+        self.loop.post(e.FinishPrefill(transfer, 42, -0.5, b"more"))
 
 
 class DecodeSide(AgentSide):

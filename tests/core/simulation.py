@@ -190,7 +190,8 @@ class Simulation:
                     self.post(read, range(blocks.start, blocks.stop), pages)
                 case Report(outcome=outcome):
                     self.decode_reports.append(outcome)
-                case Resume():
+                case Resume(attachment=attachment):
+                    assert attachment == b"more", "what travels with the first token was lost"
                     assert all(read.over for read in self.reads.values()), "resumed while a read was running"
                     assert not any(read.torn for read in self.reads.values()), "resumed on bytes of a reused page"
                     self.resumed += 1
@@ -237,7 +238,7 @@ class Simulation:
             return
         self.to_prefill(Progressed(min(tokens, self.world.num_tokens)))
         if tokens >= self.world.num_tokens:
-            self.at(self.world.sampling_time, lambda: self.to_prefill(PrefillEnded(7, -0.5)))
+            self.at(self.world.sampling_time, lambda: self.to_prefill(PrefillEnded(7, -0.5, b"more")))
         else:
             self.at(self.world.chunk_time, lambda: self.compute(tokens + self.world.chunk))
 

@@ -26,7 +26,7 @@ BODIES = [
     m.Granted((1, 2, 3), 300, 128),
     m.Refused(FailureCode.NO_CAPACITY, "full"),
     m.Watermark((512,)),
-    m.Done(11, -0.25),
+    m.Done(11, -0.25, b"\x00\xff"),
     m.Failed(FailureCode.INTERNAL, "x"),
     m.Ack(9),
 ]
@@ -52,6 +52,14 @@ def test_noise_is_a_protocol_error_and_nothing_else(first: bytes, second: bytes)
         m.decode_envelope(first)
     with pytest.raises(ProtocolError):
         m.decode_body(envelope, b"\xc1" + second)
+
+
+def test_what_travels_with_the_first_token_is_bounded() -> None:
+    envelope = m.make_envelope(Incarnation(1), Incarnation(2), TRANSFER, 5)
+    largest = m.Done(1, 0.0, bytes(m.MAX_ATTACHMENT_BYTES))
+    assert m.decode_body(envelope, m.encode(envelope, largest)[1]) == largest
+    with pytest.raises(ProtocolError):
+        m.decode_body(envelope, m.encode(envelope, m.Done(1, 0.0, bytes(m.MAX_ATTACHMENT_BYTES + 1)))[1])
 
 
 def test_an_envelope_of_another_version_is_read_but_its_body_is_not() -> None:
