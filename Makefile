@@ -18,7 +18,7 @@ PIP_FLAGS   ?=
 WORKERS     ?= $(shell n=$$(nproc); echo $$((n > 4 ? 4 : n)))
 TESTS       ?= tests
 
-.PHONY: help demo test check fmt install clean
+.PHONY: help demo test check wheel fmt install clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -36,6 +36,11 @@ check: $(STAMP)  ## Lint, formatting, types and import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+wheel: $(STAMP)  ## Build dist/*.whl (one for Python 3.11 and later) and use it in a clean environment
+	rm -rf dist
+	$(BIN)/python -m pip wheel --quiet --no-deps -w dist .
+	scripts/try_wheel.sh dist/*.whl $(BIN)/python
+
 fmt: $(STAMP)  ## Format the code and mend what the linter can
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
@@ -43,7 +48,7 @@ fmt: $(STAMP)  ## Format the code and mend what the linter can
 install: $(STAMP)  ## Make .venv with pdkv in it (the others do it by themselves)
 
 clean:  ## Remove .venv and what was built
-	rm -rf $(VENV) build *.egg-info pdkv/transport/_ucp.c pdkv/transport/_ucp.*.so
+	rm -rf $(VENV) build dist *.egg-info pdkv/transport/_ucp.c pdkv/transport/_ucp.*.so
 
 $(STAMP): pyproject.toml setup.py $(CONSTRAINTS) $(NATIVE)
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or newer found; install one or name it: make PYTHON=..." >&2; exit 1; }
