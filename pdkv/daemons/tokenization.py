@@ -16,6 +16,8 @@ class TextCodec:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
+        self._texts: dict[int, str] = {}
+        self._anchor = next(iter(tokenizer.encode("a", add_special_tokens=False).ids), 0)
 
     @classmethod
     def load(cls, model_dir: Path) -> "TextCodec | None":
@@ -28,15 +30,40 @@ class TextCodec:
         except Exception as exc:  # noqa: BLE001  the library raises bare Exception and nothing narrower
             raise ModelError(f"{path} is not a tokenizer: {exc}") from exc
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids with the special tokens that the checkpoint's tokenizer adds to a text."""
-        ids: list[int] = self._tokenizer.encode(text).ids
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids, with the special tokens that the checkpoint's tokenizer adds to a text."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
-    def decode(self, token_ids: list[int]) -> str:
-        """The text of all ids, without special tokens."""
-        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True)
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[int]]:
+        """Token ids as ``encode`` gives them, and at which character of ``text`` each begins."""
+        encoding = self._tokenizer.encode(text)
+        return encoding.ids, [begin for begin, _ in encoding.offsets]
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of all ids."""
+        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
         return text
+
+    def token_text(self, token_id: int) -> str:
+        """One token as it reads inside a text, leading space included; special tokens by name.
+
+        A token that is only part of a character is named as the vocabulary spells it.
+        """
+        text = self._texts.get(token_id)
+        if text is None:
+            text = self._texts[token_id] = self._read_token(token_id)
+        return text
+
+    def _read_token(self, token_id: int) -> str:
+        # Decoders treat the first token of a text differently: so it is read behind another one.
+        before = self.decode([self._anchor], skip_special_tokens=False)
+        both = self.decode([self._anchor, token_id], skip_special_tokens=False)
+        text = both.removeprefix(before) if both.startswith(before) else self.decode([token_id])
+        if text and _REPLACEMENT not in text:
+            return text
+        spelled: str | None = self._tokenizer.id_to_token(token_id)
+        return spelled if spelled is not None else text
 
 
 class TextStream:
@@ -49,6 +76,8 @@ class TextStream:
 
     def __init__(self, codec: TextCodec | None) -> None:
         self._codec = codec
+        self.num_characters = 0
+        """That have come out so far."""
         self._window: list[int] = []
         self._num_context = 0
         """Leading tokens of the window whose text went out before."""
@@ -66,6 +95,7 @@ class TextStream:
         self._sent = max(self._sent, len(complete))
         if len(complete) == len(text) and new:
             self._advance()
+        self.num_characters += len(new)
         return new
 
     def finish(self) -> str:
@@ -74,6 +104,7 @@ class TextStream:
             return ""
         rest = self._codec.decode(self._window)[self._sent :]
         self._sent += len(rest)
+        self.num_characters += len(rest)
         return rest
 
     def _advance(self) -> None:

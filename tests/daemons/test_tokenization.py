@@ -68,6 +68,19 @@ def test_bytes_that_never_become_a_character_come_at_the_end() -> None:
     assert stream.finish() == codec.decode(euro[:2]) != ""
 
 
+def test_tokens_read_as_they_do_inside_a_text() -> None:
+    assert [CODECS["metaspace"][0].token_text(i) for i in range(5)] == ["<unk>", " a", " b", "c", " "]
+    assert [CODECS["words"][0].token_text(i) for i in (1, 2)] == [" n1", " n2"]
+    codec = CODECS["bytes"][0]
+    assert [codec.token_text(i) for i in codec.encode("a\n")] == ["a", "\n"]
+    assert len({codec.token_text(i) for i in range(257)}) == 257
+    assert codec.token_text(256) == "<eos>"
+
+
+def test_offsets_say_where_each_token_begins() -> None:
+    assert CODECS["bytes"][0].encode_with_offsets("a€b")[1] == [0, 1, 1, 1, 2]
+
+
 def test_without_a_tokenizer_there_is_no_text(tmp_path: Path) -> None:
     assert TextCodec.load(tmp_path) is None
     assert TextStream(None).push([1, 2]) + TextStream(None).finish() == ""
