@@ -1,6 +1,7 @@
 """D's agent: carries out what decode sessions decide, over links that have proved themselves."""
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 
 from pdkv.agent.events import (
@@ -102,6 +103,7 @@ class DecodeAgent(Agent[DecodeCommand]):
         self._channel = channel
         self._transport = transport
         self._links = links
+        self._meter = links.meter
         self._bases = bases
         self._emit = emit
         self._waiting: dict[TransferId, tuple[StartTransfer, PeerLink, float]] = {}
@@ -194,6 +196,7 @@ class DecodeAgent(Agent[DecodeCommand]):
         self._carry_out(transfer, session.start(at), at)
 
     def _refuse(self, start: StartTransfer, code: FailureCode, message: str) -> None:
+        self._meter.failed("unknown", code, 0.0)
         self._emit(TransferFailed(start.transfer, code, message))
         self._emit(PagesReturned(start.transfer))
 
@@ -230,9 +233,12 @@ class DecodeAgent(Agent[DecodeCommand]):
                 case Read():
                     self._post(transfer, instruction, at)
                 case Resume(token=token, logprob=logprob, attachment=attachment):
-                    self._emit(TransferArrived(transfer_id, token, logprob, transfer.facts(at), attachment))
+                    facts = transfer.facts(at)
+                    self._meter.arrived(facts)
+                    self._emit(TransferArrived(transfer_id, token, logprob, facts, attachment))
                 case Report(outcome=outcome):
                     if outcome.code is not None:
+                        self._meter.failed(transfer.link.path, outcome.code, at - transfer.started)
                         self._emit(TransferFailed(transfer_id, outcome.code, outcome.message))
                 case ReturnPages():
                     self._emit(PagesReturned(transfer_id))
@@ -251,7 +257,9 @@ class DecodeAgent(Agent[DecodeCommand]):
             return
         posted = _PostedRead(read.read, sum(batch.num_bytes for batch in batches.values()))
         for rank, batch in batches.items():
+            began = time.perf_counter()
             read_id = self._transport.submit(transfer.link.ranks[rank], batch)
+            self._meter.posted(transfer.link.path, batch.num_spans, time.perf_counter() - began)
             posted.batches.add(read_id)
             self._reads[read_id] = (transfer, posted)
             transfer.num_spans += batch.num_spans
@@ -284,4 +292,5 @@ class DecodeAgent(Agent[DecodeCommand]):
             reads_outstanding=len(self._reads),
             messages_dropped=self._channel.statistics().dropped,
             peers=self._links.facts(),
+            series=self._meter.series(),
         )

@@ -7,6 +7,7 @@ import msgspec
 
 from pdkv.core.events import SessionPolicy
 from pdkv.errors import FailureCode
+from pdkv.metrics import Series
 from pdkv.schema import Incarnation, Manifest, RegionKey, TransferId
 from pdkv.wire.messages import RankOffer
 
@@ -173,6 +174,8 @@ class AgentStatistics(msgspec.Struct, frozen=True):
     reads_outstanding: int
     messages_dropped: int
     peers: tuple[PeerFacts, ...]
+    series: tuple[Series, ...] = ()
+    """What has been counted."""
 
 
 class Probe(Protocol):

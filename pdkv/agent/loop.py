@@ -63,6 +63,8 @@ class AgentLoop(Generic[Command]):
         self.channel = channel
         self.transport = transport
         self.crashed: BaseException | None = None
+        self.turned_at = time.monotonic()
+        """When the thread last came round; written by it, read by anybody. Asleep it comes round every 5 s."""
         self._commands: deque[Command] = deque()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._stopping = threading.Event()
@@ -104,6 +106,7 @@ class AgentLoop(Generic[Command]):
             self.channel.close()
 
     def _turn(self, agent: Agent[Command]) -> None:
+        self.turned_at = time.monotonic()
         while self._commands:
             agent.on_command(self._commands.popleft(), now())
         for received in self.channel.receive():

@@ -10,6 +10,7 @@ from enum import Enum
 import msgspec
 
 from pdkv.agent.events import PeerFacts, Probe, WorkerIdentity
+from pdkv.agent.meter import AgentMeter
 from pdkv.core.manifest import check_pairing
 from pdkv.core.plan import TransferPlan
 from pdkv.errors import FailureCode, HandshakeError, TransportError
@@ -47,6 +48,7 @@ class PeerLink:
         self.error = HandshakeError(FailureCode.PEER_LOST, f"prefill worker {control} is gone")
         self.path = "unknown"
         self.probe_gbps = 0.0
+        self.started = at
         self.deadline = at + HANDSHAKE_S
         self.outbox = Outbox(_GREETING)
         self.ranks: tuple[PeerId, ...] = ()
@@ -81,6 +83,8 @@ class PeerLinks:
         bases: tuple[int, ...],
         requirement: PathRequirement,
     ) -> None:
+        self.meter = AgentMeter()
+        """The whole agent's: links and transfers are counted in the same thread."""
         self._identity = identity
         self._channel = channel
         self._transport = transport
@@ -169,6 +173,8 @@ class PeerLinks:
         if link.state is LinkState.LOST:
             return
         _LOG.warning("link to prefill worker lost: %s", error)
+        if link.state is not LinkState.READY:
+            self.meter.refused(error.code)
         link.state = LinkState.LOST
         link.error = error
         for peer in link.ranks:
@@ -241,6 +247,7 @@ class PeerLinks:
             self.lose(old, HandshakeError(FailureCode.PEER_LOST, told))
         link.probe_gbps = 2 * link.plan.bytes_per_page / max(at - link.probe_started, 1e-9) / 1e9
         link.state = LinkState.READY
+        self.meter.welcomed(at - link.started)
         self._probing = None
         self._changed.append(link)
         _LOG.info("link to prefill worker %s ready over %s, probe at %.2f GB/s", link.name, link.path, link.probe_gbps)

@@ -22,6 +22,7 @@ from pdkv.agent.events import (
     WorkerIdentity,
 )
 from pdkv.agent.loop import Agent
+from pdkv.agent.meter import AgentMeter
 from pdkv.core.events import (
     FreePages,
     LocalFailure,
@@ -83,6 +84,7 @@ class PrefillAgent(Agent[PrefillCommand]):
         self._identity = identity
         self._channel = channel
         self._emit = emit
+        self._meter = AgentMeter()
         self._peers: dict[Incarnation, _Peer] = {}
         self._transfers: dict[TransferId, _Transfer] = {}
 
@@ -152,12 +154,14 @@ class PrefillAgent(Agent[PrefillCommand]):
                 check_pairing([self._identity.manifest], [offer.manifest for offer in hello.ranks])
         except HandshakeError as exc:
             _LOG.warning("decode worker %s refused: %s", hello.name, exc)
+            self._meter.refused(exc.code)
             self._reply(received, Reject(code=exc.code, message=str(exc)), NO_TRANSFER)
             return
         peer = _Peer(hello.name, Incarnation(received.envelope.sender), received.route)
         if peer.incarnation not in self._peers:
             self._end_older_lives(peer, at)
             self._peers[peer.incarnation] = peer
+            self._meter.welcomed()
             _LOG.info("decode worker %s welcomed, incarnation %016x", peer.name, peer.incarnation)
         self._reply(received, Welcome(name=self._identity.name, ranks=(self._identity.offer,)), NO_TRANSFER)
 
@@ -203,7 +207,11 @@ class PrefillAgent(Agent[PrefillCommand]):
             self._handle(transfer_id, transfer, event, at)
 
     def _handle(self, transfer_id: TransferId, transfer: _Transfer, event: PrefillEvent, at: float) -> None:
-        for instruction in transfer.session.handle(event, at):
+        had_expired = transfer.session.lease_expired
+        instructions = transfer.session.handle(event, at)
+        if transfer.session.lease_expired and not had_expired:
+            self._meter.lease_expired()
+        for instruction in instructions:
             match instruction:
                 case Send(seq=seq, body=body):
                     self._send(transfer, transfer_id, seq, body)
@@ -233,4 +241,5 @@ class PrefillAgent(Agent[PrefillCommand]):
             reads_outstanding=0,
             messages_dropped=self._channel.statistics().dropped,
             peers=tuple(PeerFacts(p.name, p.incarnation, "ready", "", 0.0) for p in self._peers.values()),
+            series=self._meter.series(),
         )

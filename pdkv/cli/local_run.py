@@ -31,12 +31,12 @@ def ask(config: UpConfig, body: dict[str, object]) -> LocalAnswer:
 
 async def _ask(config: UpConfig, body: dict[str, object]) -> LocalAnswer:
     async with (
-        deployed(config, print_to_stderr) as url,
+        deployed(config, print_to_stderr) as deployment,
         httpx.AsyncClient(trust_env=False, timeout=config.request_timeout + 10) as client,
     ):
         started = time.perf_counter()
         response = await client.post(
-            url + "/v1/completions",
+            deployment.url + "/v1/completions",
             json={**body, "return_token_ids": True},
             headers={"X-Pdkv-Debug": "1"},
         )

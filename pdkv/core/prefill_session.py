@@ -61,6 +61,8 @@ class PrefillSession:
     def __init__(self, policy: SessionPolicy) -> None:
         self.state = PrefillState.WAITING_REQUEST
         self.outcome: Outcome | None = None
+        self.lease_expired = False
+        """It ended by time, not by D's word."""
         self._policy = policy
         self._outbox = Outbox(policy.resend)
         self._lease = GrantedLease()
@@ -134,6 +136,7 @@ class PrefillSession:
         if self.state is PrefillState.WAITING_REQUEST:
             self._refuse(FailureCode.UNKNOWN_TRANSFER, "no request came for this transfer", now)
             return
+        self.lease_expired = True
         if self.state is not PrefillState.FAILING:
             self._put(Failed(FailureCode.LEASE_EXPIRED, "decode did not renew its lease in time"), now)
         self._end(Outcome(FailureCode.LEASE_EXPIRED, "decode did not renew its lease in time"), now)

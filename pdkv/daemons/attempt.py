@@ -9,6 +9,7 @@ import httpx
 import structlog
 
 from pdkv.daemons.openai_api import ApiError
+from pdkv.daemons.router_metrics import RouterMetrics
 from pdkv.daemons.worker_api import (
     COMPLETIONS_PATH,
     DEADLINE,
@@ -58,7 +59,12 @@ class Upstream:
 
 
 async def attempt(
-    client: httpx.AsyncClient, pair: Pair, body: bytes, headers: Mapping[str, str], seconds_left: float
+    client: httpx.AsyncClient,
+    metrics: RouterMetrics,
+    pair: Pair,
+    body: bytes,
+    headers: Mapping[str, str],
+    seconds_left: float,
 ) -> Upstream:
     """Ask both workers; returns when D has begun to answer, be it with a refusal that the client should see.
 
@@ -74,9 +80,11 @@ async def attempt(
         PREFILL_CONTROL: pair.prefill_control,
         PREFILL_INCARNATION: pair.prefill_incarnation,
     }
-    _log.debug("asking", transfer=transfer, prefill=pair.prefill.url, decode=pair.decode.url)
-    decode = asyncio.create_task(_post(client, "decode", pair.decode.url + COMPLETIONS_PATH, body, common))
-    prefill = asyncio.create_task(_prefill(client, pair.prefill.url + PREFILL_PATH, body, common))
+    structlog.contextvars.bind_contextvars(transfer=transfer)
+    _log.info("asking", prefill=pair.prefill.url, decode=pair.decode.url)
+    upstream = _Workers(client, metrics, body, common)
+    decode = asyncio.create_task(upstream.post("decode", pair.decode.url + COMPLETIONS_PATH))
+    prefill = asyncio.create_task(_prefill(upstream, pair.prefill.url + PREFILL_PATH))
     try:
         answer = await _judge(decode, prefill)
         if not decode.done():
@@ -112,8 +120,8 @@ async def _checked(pending: "asyncio.Future[httpx.Response]", side: str) -> http
     return await _pass_or_fail(await pending, side)
 
 
-async def _prefill(client: httpx.AsyncClient, url: str, body: bytes, headers: Mapping[str, str]) -> httpx.Response:
-    response = await _pass_or_fail(await _post(client, "prefill", url, body, headers), "prefill")
+async def _prefill(upstream: "_Workers", url: str) -> httpx.Response:
+    response = await _pass_or_fail(await upstream.post("prefill", url), "prefill")
     try:
         await response.aread()
     except httpx.HTTPError as exc:
@@ -123,13 +131,27 @@ async def _prefill(client: httpx.AsyncClient, url: str, body: bytes, headers: Ma
     return response
 
 
-async def _post(
-    client: httpx.AsyncClient, side: str, url: str, body: bytes, headers: Mapping[str, str]
-) -> httpx.Response:
-    try:
-        return await client.send(client.build_request("POST", url, content=body, headers=dict(headers)), stream=True)
-    except httpx.HTTPError as exc:
-        raise _lost(side, exc) from exc
+class _Workers:
+    """Puts one request to both workers."""
+
+    def __init__(
+        self, client: httpx.AsyncClient, metrics: RouterMetrics, body: bytes, headers: Mapping[str, str]
+    ) -> None:
+        self._client = client
+        self._metrics = metrics
+        self._body = body
+        self._headers = dict(headers)
+
+    async def post(self, side: str, url: str) -> httpx.Response:
+        """The answer, its body still to be read. Raises AttemptFailedError when there is none."""
+        request = self._client.build_request("POST", url, content=self._body, headers=self._headers)
+        try:
+            response = await self._client.send(request, stream=True)
+        except httpx.HTTPError as exc:
+            self._metrics.lost(side)
+            raise _lost(side, exc) from exc
+        self._metrics.answered(side, response.status_code)
+        return response
 
 
 async def _pass_or_fail(response: httpx.Response, side: str) -> httpx.Response:

@@ -74,6 +74,16 @@ def _worker_url(value: str) -> str:
     return value.rstrip("/")
 
 
+def _refuse_reachable(name: str, address: str, insecure: bool, harm: str) -> None:
+    if not Address(address).is_loopback and not insecure:
+        raise ValueError(
+            f"{name} is {address}, which other machines can reach, and pdkv does not authenticate its peers "
+            f"yet: whoever reaches it can {harm}. Listen on 127.0.0.1, or spell out --insecure on a network that you "
+            "trust"
+        )
+
+
+_ADMIN = "Address of /livez, /readyz, /metrics and POST /drain; port 0 = any."
 AddressText = Annotated[str, AfterValidator(Address)]
 Urls = Annotated[tuple[Annotated[str, AfterValidator(_worker_url)], ...], NoDecode, BeforeValidator(_split_commas)]
 
@@ -137,20 +147,25 @@ class WorkerConfig(ServedConfig):
     insecure: Annotated[
         bool, Field(description="Allow addresses beyond this machine although nothing is authenticated yet.")
     ] = False
+    admin_listen: Annotated[AddressText, Field(description=_ADMIN)]
+    drain_timeout: Annotated[float, Field(gt=0, description="After SIGTERM: seconds in which what runs may end.")]
+    stall_timeout: Annotated[
+        float, Field(gt=0, description="Not live when a thread takes longer for one step, in seconds."), _ADVANCED
+    ] = 60.0
     device: Annotated[Literal["cpu"], Field(description="Where the model runs."), _ADVANCED] = "cpu"
     threads: Annotated[int, Field(ge=0, description="Torch threads; 0 = all cores.")] = 0
     reuse_port: Annotated[bool, Flag(hidden=True)] = False
 
+    @property
+    def drain_s(self) -> float:
+        """Seconds that a drain may take."""
+        return self.drain_timeout
+
     @model_validator(mode="after")
     def _only_loopback(self) -> "WorkerConfig":
-        for name in ("listen", "control_listen"):
-            address = Address(getattr(self, name))
-            if not address.is_loopback and not self.insecure:
-                raise ValueError(
-                    f"{name} is {address}, which other machines can reach, and pdkv does not authenticate its peers "
-                    "yet: whoever reaches it can read the K/V of every request. Listen on 127.0.0.1, or spell out "
-                    "--insecure on a network that you trust"
-                )
+        for name in ("listen", "control_listen", "admin_listen"):
+            harm = "end this worker" if name == "admin_listen" else "read the K/V of every request"
+            _refuse_reachable(name, getattr(self, name), self.insecure, harm)
         host = self.advertise_host or Address(self.control_listen).host
         if host in ("0.0.0.0", "::"):
             raise ValueError(f"peers cannot reach {host}; --advertise-host must name this machine as they see it")
@@ -159,10 +174,25 @@ class WorkerConfig(ServedConfig):
 
 class PrefillConfig(WorkerConfig):
     listen: Annotated[AddressText, Field(description="HTTP address, for the router.")] = Address("127.0.0.1:8100")
+    admin_listen: Annotated[AddressText, Field(description=_ADMIN)] = Address("127.0.0.1:8190")
+    drain_timeout: Annotated[
+        float,
+        Field(gt=0, description="After SIGTERM: seconds in which pages wait to be pulled; default: a lease or 60."),
+    ] = 60.0
+
+    @property
+    def drain_s(self) -> float:
+        """The default is raised to a lease's length, in which whatever is held is let go."""
+        given = "drain_timeout" in self.model_fields_set
+        return self.drain_timeout if given else max(self.drain_timeout, self.lease_ttl_s)
 
 
 class DecodeConfig(WorkerConfig):
     listen: Annotated[AddressText, Field(description="HTTP address, for the router.")] = Address("127.0.0.1:8200")
+    admin_listen: Annotated[AddressText, Field(description=_ADMIN)] = Address("127.0.0.1:8290")
+    drain_timeout: Annotated[
+        float, Field(gt=0, description="After SIGTERM: seconds in which running answers may end.")
+    ] = 300.0
 
 
 class RouterConfig(RoleConfig):
@@ -178,7 +208,19 @@ class RouterConfig(RoleConfig):
     request_timeout: Annotated[float, Field(gt=0, description="Seconds that a request may take in all.")] = 600.0
     retries: Annotated[int, Field(ge=0, le=10, description="New tries, on another pair, before the first byte.")] = 2
     poll_interval: Annotated[float, Field(gt=0, description="Seconds between looks at each worker."), _ADVANCED] = 1.0
+    admin_listen: Annotated[AddressText, Field(description=_ADMIN)] = Address("127.0.0.1:8090")
+    drain_timeout: Annotated[
+        float, Field(gt=0, description="After SIGTERM: seconds in which running requests may end.")
+    ] = 30.0
+    insecure: Annotated[
+        bool, Field(description="Allow an --admin-listen beyond this machine although nothing is authenticated yet.")
+    ] = False
     reuse_port: Annotated[bool, Flag(hidden=True)] = False
+
+    @model_validator(mode="after")
+    def _only_loopback(self) -> "RouterConfig":
+        _refuse_reachable("admin_listen", self.admin_listen, self.insecure, "end this router")
+        return self
 
 
 class UpConfig(ServedConfig):
@@ -190,6 +232,9 @@ class UpConfig(ServedConfig):
     port: Annotated[int, Field(ge=0, le=65535, description="Port that the router listens on; 0 = any.")] = 8000
     threads: Annotated[int, Field(ge=0, description="Torch threads of each worker; 0 = cores / workers.")] = 0
     request_timeout: Annotated[float, Field(gt=0, description="Seconds that a request may take in all.")] = 600.0
+    drain_timeout: Annotated[
+        float, Field(gt=0, le=10, description="After Ctrl-C: seconds in which running requests may end.")
+    ] = 8.0
     no_restart: Annotated[bool, Field(description="Leave a worker that died dead.")] = False
 
 

@@ -4,14 +4,17 @@ import asyncio
 import contextlib
 import socket
 from asyncio.subprocess import Process
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import msgspec
 import structlog
 
 from pdkv.daemons import lifeline
+from pdkv.daemons.job_meter import JobMeter
 from pdkv.daemons.link import (
     AbortJob,
+    Beat,
+    BeatQuery,
     DecodeJob,
     EngineFatal,
     EngineReady,
@@ -25,7 +28,9 @@ from pdkv.daemons.link import (
     WorkerSettings,
     encode_frame,
 )
+from pdkv.daemons.traffic import note_failure
 from pdkv.errors import FailureCode, PdkvError, RequestError
+from pdkv.metrics import Meter
 
 JobEvent = TokensOut | JobFinished | JobFailed
 
@@ -46,13 +51,16 @@ class EngineGoneError(PdkvError):
 class EngineLink:
     """One engine process for one life: when it goes, so does the worker. Belongs to the event loop's thread."""
 
-    def __init__(self, process: Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(
+        self, process: Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, meter: Meter
+    ) -> None:
+        self._meter = JobMeter(meter)
         self._process = process
         self._reader = reader
         self._writer = writer
         self._decoder = msgspec.msgpack.Decoder(ToFront)
         self._jobs: dict[bytes, asyncio.Queue[JobEvent]] = {}
-        self._queries: dict[int, asyncio.Future[Status]] = {}
+        self._queries: dict[int, asyncio.Future[Status | Beat]] = {}
         self._num_queries = 0
         self._fatal: EngineFatal | None = None
         self._stopping = False
@@ -61,8 +69,9 @@ class EngineLink:
         self._reading = asyncio.create_task(self._read())
 
     @classmethod
-    async def start(cls, settings: WorkerSettings, module: str = ENGINE_MODULE) -> "EngineLink":
-        """Start the engine process and send it its settings. It loads while the caller goes on."""
+    async def start(cls, settings: WorkerSettings, meter: Meter, module: str = ENGINE_MODULE) -> "EngineLink":
+        """Start the engine process and send it its settings. It loads while the caller goes on. ``meter`` counts
+        tokens, on the event loop's thread."""
         ours, theirs = socket.socketpair()
         with theirs:
             args = lifeline.command(module, "--fd", str(theirs.fileno()))
@@ -74,7 +83,7 @@ class EngineLink:
             )
         reader, writer = await asyncio.open_unix_connection(sock=ours)
         writer.write(encode_frame(settings))
-        return cls(process, reader, writer)
+        return cls(process, reader, writer, meter)
 
     @contextlib.contextmanager
     def open(self, job: PrefillJob | DecodeJob) -> Iterator["JobEvents"]:
@@ -83,6 +92,7 @@ class EngineLink:
             raise RequestError("this transfer id is in use; every try of a request needs a new one")
         queue: asyncio.Queue[JobEvent] = asyncio.Queue()
         self._jobs[job.transfer] = queue
+        self._meter.opened(job)
         events = JobEvents(queue)
         self._send(job)
         if self._reading.done() or self._stopping:
@@ -91,18 +101,30 @@ class EngineLink:
             yield events
         finally:
             self._jobs.pop(job.transfer, None)
+            self._meter.closed(job.transfer)
             if not events.ended:
                 self._send(AbortJob(job.transfer))
 
-    async def status(self) -> Status:
+    async def status(self, *, with_series: bool = False) -> Status:
         """Raises EngineGoneError when the engine process does not answer."""
+        answer = await self._ask(lambda query: StatusQuery(query, with_series))
+        assert isinstance(answer, Status), "the answer to its own kind of question"
+        return answer
+
+    async def beat(self) -> Beat:
+        """When its threads last came round. Raises EngineGoneError when the engine process does not answer."""
+        answer = await self._ask(BeatQuery)
+        assert isinstance(answer, Beat), "the answer to its own kind of question"
+        return answer
+
+    async def _ask(self, question: Callable[[int], StatusQuery | BeatQuery]) -> Status | Beat:
         if self._reading.done():
             raise EngineGoneError("the engine process has ended")
         self._num_queries += 1
         query = self._num_queries
-        answer: asyncio.Future[Status] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[Status | Beat] = asyncio.get_running_loop().create_future()
         self._queries[query] = answer
-        self._send(StatusQuery(query))
+        self._send(question(query))
         try:
             async with asyncio.timeout(_STATUS_TIMEOUT_S):
                 return await answer
@@ -177,11 +199,12 @@ class EngineLink:
                 _log.info("ready", **msgspec.structs.asdict(message))
             case EngineFatal():
                 self._fatal = message
-            case Status():
+            case Status() | Beat():
                 answer = self._queries.get(message.query)
                 if answer is not None and not answer.done():
                     answer.set_result(message)
             case _:  # a job that nobody waits for any more was aborted; its last messages may still come
+                self._meter.heard(message)
                 if (queue := self._jobs.get(message.transfer)) is not None:
                     queue.put_nowait(message)
 
@@ -196,6 +219,8 @@ class JobEvents:
     async def next(self) -> JobEvent:
         assert not self.ended, "nothing comes after a job's last message"
         event = await self._queue.get()
+        if isinstance(event, JobFailed):
+            note_failure(event.code)
         self.ended = not isinstance(event, TokensOut)
         return event
 

@@ -15,7 +15,7 @@ import threading
 import msgspec
 
 from pdkv.daemons.engine_side import EngineSide
-from pdkv.daemons.link import BlockingLink, EngineFatal, ToEngine, WorkerSettings
+from pdkv.daemons.link import BeatQuery, BlockingLink, EngineFatal, ToEngine, WorkerSettings
 from pdkv.daemons.logs import configure_logging
 from pdkv.errors import PdkvError
 
@@ -32,7 +32,11 @@ def serve(settings: WorkerSettings, link: BlockingLink) -> None:
     def read_front() -> None:
         decoder = msgspec.msgpack.Decoder(ToEngine)
         while (body := link.receive_bytes()) is not None:
-            side.hear(decoder.decode(body))
+            message = decoder.decode(body)
+            if isinstance(message, BeatQuery):  # answered from here, whatever the other threads are at
+                link.send(side.beat(message.query))
+            else:
+                side.hear(message)
         front_gone.set()
 
     threading.Thread(target=read_front, name="pdkv-front-link", daemon=True).start()

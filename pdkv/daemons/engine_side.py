@@ -10,7 +10,9 @@ from pdkv.agent.events import AgentStatistics, DecodeAgentEvent, Inspect, Prefil
 from pdkv.core.manifest import ranges
 from pdkv.daemons.assembly import assemble
 from pdkv.daemons.decode_role import DecodeRole
+from pdkv.daemons.engine_gauges import engine_gauges
 from pdkv.daemons.link import (
+    Beat,
     EngineReady,
     PeerStatus,
     RegionSummary,
@@ -22,6 +24,7 @@ from pdkv.daemons.link import (
 )
 from pdkv.daemons.prefill_role import PrefillRole
 from pdkv.daemons.roles import EngineParts, Role
+from pdkv.daemons.transfer_journal import TransferJournal
 from pdkv.errors import PdkvError
 from pdkv.memory.arena import Arena
 from pdkv.memory.row import RowLayout, RowSlot
@@ -41,7 +44,7 @@ class _AgentDied(msgspec.Struct, frozen=True):
 
 
 class _Inspected(msgspec.Struct, frozen=True):
-    query: int
+    query: StatusQuery
     agent: AgentStatistics
 
 
@@ -57,12 +60,15 @@ class EngineSide:
         """Load and start everything. ``transport`` stands in for the one that ``settings`` name; it is owned from here
         on. Raises whatever ``PdkvError`` keeps the worker from starting."""
         self._settings = settings
-        self._send = send
+        self._journal = TransferJournal()
+        self._send = self._journal.sending(send)
+        self._turned_at = time.monotonic()
         self._inbox: queue.SimpleQueue[msgspec.Struct] = queue.SimpleQueue()
         self._parts = assemble(settings, lambda event: self._inbox.put(_AgentSaid(event)), transport)
         self._parts.start_agent(lambda exc: self._inbox.put(_AgentDied(repr(exc))))
         self._engine = self._parts.engine
-        parts = EngineParts(engine=self._engine, post=self._parts.loop.post, send=send)
+        post = self._journal.posting(self._parts.loop.post)
+        parts = EngineParts(engine=self._engine, post=post, send=self._send)
         role = PrefillRole if settings.role == "prefill" else DecodeRole
         self._role: Role = role(parts, self._parts.layout.kv.block_size)
 
@@ -79,11 +85,17 @@ class EngineSide:
 
         Raises ``PdkvError`` when the agent thread has died: leases are kept by nobody then.
         """
+        self._turned_at = time.monotonic()
         for message in self._take(longest_wait_s):
             self._on_message(message)
         self._role.on_time(time.monotonic())
         if self._engine.has_work:
             self._role.on_engine(self._engine.step())
+
+    def beat(self, query: int) -> Beat:
+        """How long ago each thread came round. May be called from any thread."""
+        now = time.monotonic()
+        return Beat(query, now - self._turned_at, now - self._parts.loop.turned_at)
 
     def close(self) -> None:
         """End the agent thread, and with it channel and transport."""
@@ -120,11 +132,13 @@ class EngineSide:
 
     def _on_message(self, message: msgspec.Struct) -> None:
         match message:
-            case _FrontSaid(message=StatusQuery(query=query)):
+            case _FrontSaid(message=StatusQuery() as query):
                 self._parts.loop.post(Inspect(answer=lambda facts: self._inbox.put(_Inspected(query, facts))))
             case _FrontSaid(message=said):
+                self._journal.front_said(said)
                 self._role.on_front(said, time.monotonic())
             case _AgentSaid(event=event):
+                self._journal.agent_said(event)
                 self._role.on_agent(event)
             case _Inspected(query=query, agent=agent):
                 self._send(self._status(query, agent))
@@ -133,10 +147,11 @@ class EngineSide:
             case _:
                 raise AssertionError(f"nobody puts {type(message).__name__} here")
 
-    def _status(self, query: int, agent: AgentStatistics) -> Status:
+    def _status(self, asked: StatusQuery, agent: AgentStatistics) -> Status:
         pool, engine = self._parts.pool.statistics(), self._engine.statistics()
+        gauges = engine_gauges(self._settings.role, pool, engine, agent) if asked.with_series else ()
         return Status(
-            query=query,
+            query=asked.query,
             role=self._settings.role,
             incarnation=self._parts.identity.incarnation,
             pages_usable=pool.num_usable,
@@ -149,6 +164,7 @@ class EngineSide:
             reads_outstanding=agent.reads_outstanding,
             messages_dropped=agent.messages_dropped,
             peers=[PeerStatus(p.control, p.incarnation, p.state, p.path, p.probe_gbps) for p in agent.peers],
+            series=[*self._journal.meter.series(), *agent.series, *gauges] if asked.with_series else [],
         )
 
 

@@ -14,9 +14,12 @@ from starlette.types import Receive, Scope, Send
 
 import pdkv
 from pdkv.daemons import http_server, openai_api, worker_api
+from pdkv.daemons.admin import AdminDesk, create_admin_app
 from pdkv.daemons.completion_answer import CompletionAnswer, failure
 from pdkv.daemons.config import Address, PrefillConfig, WorkerConfig
 from pdkv.daemons.engine_link import ENGINE_MODULE, EngineGoneError, EngineLink
+from pdkv.daemons.health import WorkerHealth
+from pdkv.daemons.lifecycle import Lifecycle, background
 from pdkv.daemons.link import (
     DecodeJob,
     EngineReady,
@@ -27,8 +30,11 @@ from pdkv.daemons.link import (
 )
 from pdkv.daemons.openai_api import ApiError, CompletionRequest, DebugBlock
 from pdkv.daemons.tokenization import TextCodec
+from pdkv.daemons.traffic import Traffic
+from pdkv.daemons.worker_metrics import WorkerMetrics
 from pdkv.errors import FailureCode, RequestError
 from pdkv.m3.config import load_config
+from pdkv.metrics import Meter
 
 _DEFAULT_MAX_MODEL_LEN = 32_768
 _LONG_TEXT = 20_000
@@ -84,31 +90,60 @@ def engine_settings(config: WorkerConfig, served: ServedModel, listen: str) -> W
 async def run_worker(config: WorkerConfig, engine_module: str = ENGINE_MODULE) -> int:
     """Run a worker until a signal or the end of its engine process; returns the exit code."""
     served = ServedModel.load(config)
-    stop = http_server.Stop()
-    with http_server.listen(Address(config.listen), reuse_port=config.reuse_port) as sock, stop.on_signals():
-        listen = str(http_server.bound_address(sock))
+    life = Lifecycle()
+    meter = Meter()
+    with (
+        http_server.listen(Address(config.listen), reuse_port=config.reuse_port) as sock,
+        http_server.listen(Address(config.admin_listen), reuse_port=config.reuse_port) as admin_sock,
+        life.on_signals(),
+    ):
+        listen, admin = str(http_server.bound_address(sock)), str(http_server.bound_address(admin_sock))
         settings = engine_settings(config, served, listen)
-        link = await EngineLink.start(settings, engine_module)
-        _log.info("loading", model=str(Path(config.model)), listen=listen)
-        watching = asyncio.create_task(_end_with_engine(link, stop))
+        link = await EngineLink.start(settings, meter, engine_module)
+        _log.info("loading", model=str(Path(config.model)), listen=listen, admin=admin)
+        traffic = Traffic(settings.role, life, meter)
+        health = WorkerHealth(link, life, config.stall_timeout)
+        metrics = WorkerMetrics(link, health, meter, served.name)
+        desk = AdminDesk(settings.role, health, life, traffic, metrics.collect)
+
+        async def is_idle() -> bool:
+            return traffic.in_flight == 0 and await _holds_nothing(link)
+
         try:
-            await http_server.serve(create_app(settings.role, served, link), sock, stop, link.fail_all)
+            async with (
+                http_server.serving(create_admin_app(desk), admin_sock),
+                background(
+                    _end_with_engine(link, life), health.watch(), life.stop_when_drained(is_idle, config.drain_s)
+                ),
+            ):
+                app = create_app(settings.role, served, link, health, traffic)
+                await http_server.serve(app, sock, life, link.fail_all)
         finally:
-            watching.cancel()
             await link.close()
-    return stop.exit_code
+    return life.exit_code
 
 
-async def _end_with_engine(link: EngineLink, stop: http_server.Stop) -> None:
+async def _end_with_engine(link: EngineLink, life: Lifecycle) -> None:
     gone = await link.ended()
     _log.error(str(gone))
-    stop.request(gone.exit_code or 1)
+    life.stop(gone.exit_code or 1)
 
 
-def create_app(role: str, served: ServedModel, link: EngineLink) -> FastAPI:
+async def _holds_nothing(link: EngineLink) -> bool:
+    """No page is leased to a peer or still written to; True also for an engine process that has not begun."""
+    if link.ready is None:
+        return True
+    try:
+        status = await link.status()
+    except EngineGoneError:  # busy with a long step; one that has really ended ends the worker by itself
+        return False
+    return status.pages_free == status.pages_usable and status.leases_active == 0
+
+
+def create_app(role: str, served: ServedModel, link: EngineLink, health: WorkerHealth, traffic: Traffic) -> FastAPI:
     """The HTTP surface of a worker. ``role``: "prefill" or "decode"."""
-    front = _Front(role, served, link)
-    app = http_server.create_app()
+    front = _Front(role, served, link, health)
+    app = http_server.create_app(traffic)
     app.add_api_route("/health", front.health, methods=["GET"])
     app.add_api_route("/v1/models", front.models, methods=["GET"])
     app.add_api_route(worker_api.INFO_PATH, front.info, methods=["GET"])
@@ -121,7 +156,8 @@ def create_app(role: str, served: ServedModel, link: EngineLink) -> FastAPI:
 
 
 class _Front:
-    def __init__(self, role: str, served: ServedModel, link: EngineLink) -> None:
+    def __init__(self, role: str, served: ServedModel, link: EngineLink, health: WorkerHealth) -> None:
+        self._health = health
         self._role = role
         self._served = served
         self._link = link
@@ -135,11 +171,13 @@ class _Front:
 
     async def info(self, _request: Request) -> Response:
         ready = self._link.ready
-        info = worker_api.WorkerInfo(role=self._role, ready=False, model=self._served.name, version=pdkv.__version__)
+        problem = self._health.problem()
+        info = worker_api.WorkerInfo(
+            role=self._role, ready=not problem, problem=problem, model=self._served.name, version=pdkv.__version__
+        )
         if ready is not None:
             info = msgspec.structs.replace(
                 info,
-                ready=True,
                 incarnation=f"{ready.incarnation:016x}",
                 control=ready.control,
                 manifest_digest=ready.manifest_digest,
@@ -170,12 +208,12 @@ class _Front:
             != f"{ready.incarnation:016x}"
         ):
             raise ApiError.of(503, "this worker has restarted since the router chose it", code="stale_incarnation")
-        with structlog.contextvars.bound_contextvars(transfer=transfer.hex()):
-            asked, prompt = await self._read(request)
-            openai_api.check_length(len(prompt), 1, ready.max_model_len)
-            job = PrefillJob(transfer, prompt, _sampling(asked, transfer), deadline_s)
-            with self._link.open(job) as events:
-                event = await http_server.unless_gone(request, events.next())
+        structlog.contextvars.bind_contextvars(transfer=transfer.hex())
+        asked, prompt = await self._read(request)
+        openai_api.check_length(len(prompt), 1, ready.max_model_len)
+        job = PrefillJob(transfer, prompt, _sampling(asked, transfer), deadline_s)
+        with self._link.open(job) as events:
+            event = await http_server.unless_gone(request, events.next())
         if isinstance(event, JobFailed):
             raise failure(event)
         return http_server.json_response(msgspec.json.encode(worker_api.Prefilled(len(prompt))))

@@ -3,10 +3,9 @@
 import asyncio
 import contextlib
 import secrets
-import signal
 import socket
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
 import structlog
@@ -19,12 +18,15 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pdkv.daemons.config import Address
+from pdkv.daemons.lifecycle import Lifecycle
 from pdkv.daemons.openai_api import MAX_BODY_BYTES, ApiError
+from pdkv.daemons.traffic import Gate, Traffic, note_failure
 from pdkv.daemons.worker_api import REQUEST_ID
 from pdkv.errors import ConfigError, RequestError
 
 _GRACE_S = 3
-"""After a signal: seconds in which running requests may say that they were cancelled."""
+"""After the end: seconds in which running requests may say that they were cancelled."""
+_SIDE_GRACE_S = 1
 _KEEP_ALIVE_S = 75
 """Longer than any client of ours keeps an idle connection, so that no request meets a closing one."""
 CLIENT_KEEP_ALIVE_S = 30
@@ -37,13 +39,18 @@ class ClientGoneError(Exception):
     """The client closed its connection before it had its answer."""
 
 
-def create_app() -> FastAPI:
-    """An app that answers every error, unknown routes included, as ``{"error": {...}}`` and echoes X-Request-Id."""
+def create_app(traffic: Traffic | None = None) -> FastAPI:
+    """An app that answers every error, unknown routes included, as ``{"error": {...}}`` and echoes X-Request-Id.
+
+    With ``traffic``, its POSTs are counted, and refused while the daemon drains.
+    """
     app = FastAPI(openapi_url=None, redirect_slashes=False)
     app.add_exception_handler(ApiError, _answer_api_error)
     app.add_exception_handler(RequestError, _answer_request_error)
     app.add_exception_handler(ClientGoneError, _answer_nobody)
     app.add_exception_handler(HTTPException, _answer_http_exception)
+    if traffic is not None:
+        app.add_middleware(Gate, traffic=traffic, refusal=_draining)
     app.add_middleware(_Outermost)
     return app
 
@@ -133,37 +140,32 @@ def bound_address(sock: socket.socket) -> Address:
     return Address(f"{host}:{port}")
 
 
-class Stop:
-    """Why this process is to end: the first reason stands, and everybody may wait for it."""
-
-    def __init__(self) -> None:
-        self._event = asyncio.Event()
-        self.exit_code = 0
-
-    def request(self, exit_code: int) -> None:
-        if not self._event.is_set():
-            self.exit_code = exit_code
-            self._event.set()
-
-    async def wait(self) -> None:
-        await self._event.wait()
-
-    @contextlib.contextmanager
-    def on_signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM request the stop, with the exit codes 130 and 143."""
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self.request, 128 + number)
-        try:
-            yield
-        finally:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                loop.remove_signal_handler(number)
+async def serve(app: ASGIApp, sock: socket.socket, life: Lifecycle, on_stop: Callable[[], None]) -> None:
+    """Serve until it is time to end, call ``on_stop`` (it fails what is running), let answers out, and close."""
+    server = _Server(_server_config(app, _GRACE_S))
+    serving = asyncio.create_task(server.serve(sockets=[sock]))
+    stopping = asyncio.create_task(life.wait())
+    await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    server.should_exit = True
+    on_stop()
+    await serving
 
 
-async def serve(app: ASGIApp, sock: socket.socket, stop: Stop, on_stop: Callable[[], None]) -> None:
-    """Serve until ``stop``, call ``on_stop`` (it fails what is running), let answers out for a moment, and close."""
-    config = uvicorn.Config(
+@contextlib.asynccontextmanager
+async def serving(app: ASGIApp, sock: socket.socket) -> AsyncIterator[None]:
+    """Serve while the block runs."""
+    server = _Server(_server_config(app, _SIDE_GRACE_S))
+    task = asyncio.create_task(server.serve(sockets=[sock]))
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        await task
+
+
+def _server_config(app: ASGIApp, grace_s: int) -> uvicorn.Config:
+    return uvicorn.Config(
         app,
         log_config=None,
         access_log=False,
@@ -171,16 +173,8 @@ async def serve(app: ASGIApp, sock: socket.socket, stop: Stop, on_stop: Callable
         ws="none",
         server_header=False,
         timeout_keep_alive=_KEEP_ALIVE_S,
-        timeout_graceful_shutdown=_GRACE_S,
+        timeout_graceful_shutdown=grace_s,
     )
-    server = _Server(config)
-    serving = asyncio.create_task(server.serve(sockets=[sock]))
-    stopping = asyncio.create_task(stop.wait())
-    await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
-    stopping.cancel()
-    server.should_exit = True
-    on_stop()
-    await serving
 
 
 class _Server(uvicorn.Server):
@@ -225,13 +219,20 @@ class _Outermost:
             log("request", path=scope["path"], status=status, seconds=round(time.monotonic() - began, 4))
 
 
+def _draining() -> Response:
+    told = "this server is about to end and takes no new request; send it again, to another one if there is one"
+    return error_response(ApiError.of(503, told, code="draining", retry_after_s=1))
+
+
 def _answer_api_error(_request: Request, exc: Exception) -> Response:
     assert isinstance(exc, ApiError), "registered for nothing else"
+    note_failure(exc.body.code)
     return error_response(exc)
 
 
 def _answer_request_error(_request: Request, exc: Exception) -> Response:
     assert isinstance(exc, RequestError), "registered for nothing else"
+    note_failure(exc.code)
     return error_response(ApiError.from_request_error(exc))
 
 

@@ -10,6 +10,8 @@ import threading
 
 import msgspec
 
+from pdkv.metrics import Series
+
 MAX_FRAME_BYTES = 256 << 20
 _LENGTH = struct.Struct("<I")
 
@@ -77,9 +79,17 @@ class AbortJob(msgspec.Struct, frozen=True, tag="abort"):
 
 class StatusQuery(msgspec.Struct, frozen=True, tag="status?"):
     query: int
+    with_series: bool = False
+    """Also what has been counted."""
 
 
-ToEngine = PrefillJob | DecodeJob | AbortJob | StatusQuery
+class BeatQuery(msgspec.Struct, frozen=True, tag="beat?"):
+    """Answered by the thread that reads the link, whatever the others are at."""
+
+    query: int
+
+
+ToEngine = PrefillJob | DecodeJob | AbortJob | StatusQuery | BeatQuery
 
 
 class RegionSummary(msgspec.Struct, frozen=True):
@@ -188,9 +198,18 @@ class Status(msgspec.Struct, frozen=True, tag="status"):
     reads_outstanding: int
     messages_dropped: int
     peers: list[PeerStatus]
+    series: list[Series] = []
 
 
-ToFront = EngineReady | EngineFatal | TokensOut | JobFinished | JobFailed | Status
+class Beat(msgspec.Struct, frozen=True, tag="beat"):
+    """Seconds since the engine and the agent thread last came round."""
+
+    query: int
+    engine_age_s: float
+    agent_age_s: float
+
+
+ToFront = EngineReady | EngineFatal | TokensOut | JobFinished | JobFailed | Status | Beat
 
 
 def encode_frame(message: msgspec.Struct) -> bytes:

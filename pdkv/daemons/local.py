@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
+from typing import NamedTuple
 
 import httpx
 import structlog
@@ -21,11 +22,14 @@ from pdkv.daemons.config import (
     child_environment,
     flag_name,
 )
+from pdkv.daemons.lifecycle import Lifecycle
 from pdkv.daemons.supervisor import ChildSpec, Supervisor
 from pdkv.errors import PdkvError
 
 _POLL_S = 0.1
 _REMIND_S = 15.0
+_WORKER_DRAIN_S = 4.0
+"""The router has drained, or given up, before a worker is told to end: only leases can be left."""
 _log = structlog.get_logger(__name__)
 
 
@@ -37,47 +41,73 @@ class StartFailedError(PdkvError):
         self.exit_code = exit_code
 
 
+class Ports(NamedTuple):
+    """Where one child listens."""
+
+    data: Address
+    admin: Address
+
+
+class Deployment(NamedTuple):
+    url: str
+    admin_urls: dict[str, str]
+    """By child, for example "prefill-0"."""
+
+
 @contextlib.asynccontextmanager
-async def deployed(config: UpConfig, print_line: Callable[[str], None]) -> AsyncIterator[str]:
-    """Start a deployment, give its URL when it is ready, and end all of it on leaving. Raises StartFailedError."""
-    addresses: list[Address] = []
+async def deployed(config: UpConfig, print_line: Callable[[str], None]) -> AsyncIterator[Deployment]:
+    """Start a deployment, tell where it is when it is ready, and end all of it on leaving. Raises StartFailedError."""
     with contextlib.ExitStack() as stack:
-        for host, port in [(config.host, config.port), *[("127.0.0.1", 0)] * (config.num_prefill + config.num_decode)]:
-            reserved = stack.enter_context(_reserve(host, port))
-            addresses.append(http_server.bound_address(reserved))
-        environment = child_environment(OMP_WAIT_POLICY="PASSIVE")
+
+        def reserve(host: str, port: int) -> Address:
+            return http_server.bound_address(stack.enter_context(_reserve(host, port)))
+
+        def ports(host: str, port: int) -> Ports:
+            return Ports(reserve(host, port), reserve("127.0.0.1", 0))
+
+        router = ports(config.host, config.port)
+        workers = [ports("127.0.0.1", 0) for _ in range(config.num_prefill + config.num_decode)]
+        specs = child_specs(config, router, workers)
         supervisor = Supervisor(
-            child_specs(config, addresses[0], addresses[1:]),
-            environment,
+            specs,
+            child_environment(OMP_WAIT_POLICY="PASSIVE"),
             restart=not config.no_restart,
+            drain_s=config.drain_timeout,
             print_line=print_line,
         )
-        url = f"http://{_reachable(addresses[0])}"
+        url = f"http://{_reachable(router.data)}"
+        admin_urls = {spec.name: f"http://{each.admin}" for spec, each in zip(specs, [*workers, router], strict=True)}
         async with supervisor.running():
             await _until_ready(url, supervisor)
             supervisor.settle()
-            yield url
+            yield Deployment(url, admin_urls)
 
 
 async def run_up(config: UpConfig) -> int:
-    """``pdkv up``: serve until a signal; returns the exit code."""
-    stop = http_server.Stop()
-    with stop.on_signals():
+    """``pdkv up``: serve until a signal, then drain; a second signal kills. Returns the exit code."""
+    life = Lifecycle()
+    with life.on_signals():
         serving = asyncio.create_task(_serve(config))
-        stopping = asyncio.create_task(stop.wait())
-        await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
-        stopping.cancel()
+        ending = asyncio.create_task(life.wait_for_end())
+        await asyncio.wait((serving, ending), return_when=asyncio.FIRST_COMPLETED)
+        ending.cancel()
         if serving.done():
             await serving  # it ends only by failing
-        _log.info("ending")
+        _log.info("ending; a second signal kills")
+        serving.cancel()
+        hurrying = asyncio.create_task(life.wait())
+        await asyncio.wait((serving, hurrying), return_when=asyncio.FIRST_COMPLETED)
+        hurrying.cancel()
         serving.cancel()
         await asyncio.gather(serving, return_exceptions=True)
-    return stop.exit_code
+    return life.ending_code
 
 
 async def _serve(config: UpConfig) -> None:
-    async with deployed(config, print_to_stderr) as url:
-        sys.stdout.write(f"ready: {url}\n\n  {curl_line(config, url)}\n\n")
+    async with deployed(config, print_to_stderr) as deployment:
+        url = deployment.url
+        admin = "".join(f"  {name:<12} {admin_url}/metrics\n" for name, admin_url in deployment.admin_urls.items())
+        sys.stdout.write(f"ready: {url}\n\n  {curl_line(config, url)}\n\n{admin}\n")
         sys.stdout.flush()
         await asyncio.Event().wait()
 
@@ -88,22 +118,27 @@ def print_to_stderr(line: str) -> None:
     sys.stderr.flush()
 
 
-def child_specs(config: UpConfig, router: Address, workers: Sequence[Address]) -> list[ChildSpec]:
-    """The command lines of all children; ``workers``: the prefill workers' addresses, then the decode workers'."""
+def child_specs(config: UpConfig, router: Ports, workers: Sequence[Ports]) -> list[ChildSpec]:
+    """The command lines of all children; ``workers``: the prefill workers' ports, then the decode workers'."""
     names = [f"prefill-{i}" for i in range(config.num_prefill)] + [f"decode-{i}" for i in range(config.num_decode)]
     assert len(names) == len(workers), "one address a worker"
     cores = len(os.sched_getaffinity(0))
     threads = config.threads or max(1, cores // len(names))
     log = ("--log-level", config.log_level, "--log-format", _log_format(config.log_format))
     specs = []
-    for name, address in zip(names, workers, strict=True):
+    for name, ports in zip(names, workers, strict=True):
         role = name.partition("-")[0]
-        args = (role, "--listen", address, "--threads", str(threads), "--reuse-port", *log, *_served_flags(config))
-        specs.append(ChildSpec(name, args))
-    urls = [(names[i].partition("-")[0], f"http://{address}") for i, address in enumerate(workers)]
+        own = ("--threads", str(threads), *_served_flags(config))
+        specs.append(ChildSpec(name, (role, *_lifecycle_flags(ports, _WORKER_DRAIN_S), *log, *own)))
+    urls = [(names[i].partition("-")[0], f"http://{ports.data}") for i, ports in enumerate(workers)]
     targets = [part for role, url in urls for part in (flag_name(RouterConfig, f"{role}_urls"), url)]
-    timeout = ("--request-timeout", str(config.request_timeout))
-    return [*specs, ChildSpec("router", ("router", "--listen", router, "--reuse-port", *timeout, *log, *targets))]
+    own = ("--request-timeout", str(config.request_timeout), *targets)
+    return [*specs, ChildSpec("router", ("router", *_lifecycle_flags(router, config.drain_timeout), *log, *own))]
+
+
+def _lifecycle_flags(ports: Ports, drain_s: float) -> tuple[str, ...]:
+    listen = ("--listen", str(ports.data), "--admin-listen", str(ports.admin), "--reuse-port")
+    return (*listen, "--drain-timeout", str(drain_s))
 
 
 def curl_line(config: UpConfig, url: str) -> str:

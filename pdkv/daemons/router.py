@@ -16,11 +16,18 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from pdkv.daemons import http_server, openai_api, worker_api
+from pdkv.daemons.admin import AdminDesk, create_admin_app
 from pdkv.daemons.attempt import AttemptFailedError, Upstream, attempt
 from pdkv.daemons.config import Address, RouterConfig
+from pdkv.daemons.health import RouterHealth
+from pdkv.daemons.lifecycle import Lifecycle, background
 from pdkv.daemons.openai_api import ApiError, ErrorBody
+from pdkv.daemons.router_metrics import RouterMetrics
+from pdkv.daemons.traffic import Traffic, note_failure
 from pdkv.daemons.worker_pool import WorkerPool, WorkerView
 from pdkv.errors import FailureCode
+from pdkv.metric_table import ROUTER
+from pdkv.metrics import Meter
 
 _CONNECT_TIMEOUT_S = 5.0
 _log = structlog.get_logger(__name__)
@@ -36,15 +43,34 @@ class Health(msgspec.Struct, frozen=True):
 
 async def run_router(config: RouterConfig) -> int:
     """Serve until a signal; returns the exit code."""
-    stop = http_server.Stop()
-    with http_server.listen(Address(config.listen), reuse_port=config.reuse_port) as sock, stop.on_signals():
+    life = Lifecycle()
+    meter = Meter()
+    with (
+        http_server.listen(Address(config.listen), reuse_port=config.reuse_port) as sock,
+        http_server.listen(Address(config.admin_listen), reuse_port=config.reuse_port) as admin_sock,
+        life.on_signals(),
+    ):
         async with open_client() as client:
             pool = WorkerPool(client, config.prefill_urls, config.decode_urls, config.poll_interval)
-            async with pool.polling():
-                router = Router(client, pool, config.request_timeout, config.retries)
-                _log.info("listening", url=f"http://{http_server.bound_address(sock)}")
-                await http_server.serve(create_app(router), sock, stop, router.cancel_all)
-    return stop.exit_code
+            metrics = RouterMetrics(pool, meter)
+            router = Router(client, pool, metrics, config.request_timeout, config.retries)
+            traffic = Traffic(ROUTER, life, meter)
+            health = RouterHealth(pool, life)
+
+            async def is_idle() -> bool:
+                return traffic.in_flight == 0
+
+            async with (
+                pool.polling(),
+                http_server.serving(
+                    create_admin_app(AdminDesk(ROUTER, health, life, traffic, metrics.collect)), admin_sock
+                ),
+                background(life.stop_when_drained(is_idle, config.drain_timeout)),
+            ):
+                url, admin = http_server.bound_address(sock), http_server.bound_address(admin_sock)
+                _log.info("listening", url=f"http://{url}", admin=admin)
+                await http_server.serve(create_app(router, health, traffic), sock, life, router.cancel_all)
+    return life.exit_code
 
 
 def open_client() -> httpx.AsyncClient:
@@ -58,10 +84,16 @@ def open_client() -> httpx.AsyncClient:
     )
 
 
-def create_app(router: "Router") -> FastAPI:
+def create_app(router: "Router", health: RouterHealth, traffic: Traffic) -> FastAPI:
     """The HTTP surface for clients."""
-    app = http_server.create_app()
-    app.add_api_route("/health", router.health, methods=["GET"])
+
+    async def show_health(_request: Request) -> Response:
+        missing = [condition.message for condition in health.ready() if not condition.ok]
+        body = Health("not ready" if missing else "ready", missing, router.workers())
+        return http_server.json_response(msgspec.json.encode(body), 503 if missing else 200)
+
+    app = http_server.create_app(traffic)
+    app.add_api_route("/health", show_health, methods=["GET"])
     app.add_api_route("/v1/models", router.models, methods=["GET"])
     app.add_api_route(worker_api.COMPLETIONS_PATH, router.completions, methods=["POST"])
     return app
@@ -70,7 +102,15 @@ def create_app(router: "Router") -> FastAPI:
 class Router:
     """Routes requests over a pool. Belongs to the event loop's thread."""
 
-    def __init__(self, client: httpx.AsyncClient, pool: WorkerPool, request_timeout_s: float, retries: int) -> None:
+    def __init__(
+        self,
+        client: httpx.AsyncClient,
+        pool: WorkerPool,
+        metrics: RouterMetrics,
+        request_timeout_s: float,
+        retries: int,
+    ) -> None:
+        self._metrics = metrics
         self._client = client
         self._pool = pool
         self._request_timeout_s = request_timeout_s
@@ -85,10 +125,8 @@ class Router:
         for wait in self._waits:
             wait.reschedule(now)
 
-    async def health(self, _request: Request) -> Response:
-        missing = self._pool.missing()
-        health = Health("ready" if not missing else "not ready", missing, self._pool.view())
-        return http_server.json_response(msgspec.json.encode(health), 503 if missing else 200)
+    def workers(self) -> list[WorkerView]:
+        return self._pool.view()
 
     async def models(self, _request: Request) -> Response:
         models = self._pool.models()
@@ -110,13 +148,15 @@ class Router:
         failed: AttemptFailedError | None = None
         try:
             async with self._until(deadline):
-                for _ in range(self._retries + 1):
+                for num_tries in range(self._retries + 1):
                     pair = self._pool.next_pair()
                     if pair is None:
+                        self._metrics.rejected()
                         break
+                    self._metrics.chosen(num_tries)
                     try:
                         seconds_left = deadline - asyncio.get_running_loop().time()
-                        upstream = await attempt(self._client, pair, body, headers, seconds_left)
+                        upstream = await attempt(self._client, self._metrics, pair, body, headers, seconds_left)
                         return upstream if upstream.is_stream else await self._whole(upstream)
                     except AttemptFailedError as exc:
                         failed = exc
@@ -151,13 +191,16 @@ class Router:
                 if end:
                     last = events.rpartition(b"\n\n")[2]
                     yield events + end
-            if last != openai_api.END_OF_STREAM.strip() and not last.startswith(b'data: {"error"'):
+            if last.startswith(b'data: {"error"'):
+                note_failure("upstream")
+            elif last != openai_api.END_OF_STREAM.strip():
                 error = _broken("it ended without [DONE]")
         except httpx.HTTPError as exc:
             error = _broken(f"{type(exc).__name__}: {exc}")
         except TimeoutError:
             error = self._too_late().body
         if error is not None:
+            note_failure(error.code)
             _log.warning("stream broken", error=error.message)
             yield openai_api.encode_event(error)
 

@@ -13,9 +13,9 @@ import structlog
 
 from pdkv.daemons import lifeline
 
-_FRONT_GRACE_S = 5.0
-_TERM_GRACE_S = 10.0
-"""Between SIGTERM and SIGKILL, of the last child and of the others; together well below 30 s."""
+_FRONT_GRACE_S = 4.0
+_TERM_GRACE_S = 8.0
+"""Between SIGTERM and SIGKILL: of the last child on top of its drain, and of the others; together well below 30 s."""
 _FIRST_BACKOFF_S = 1.0
 _LONGEST_BACKOFF_S = 30.0
 _HEALTHY_S = 60.0
@@ -33,11 +33,19 @@ class Supervisor:
     """Children that are kept alive while ``running``. Lives on the main thread's event loop."""
 
     def __init__(
-        self, specs: list[ChildSpec], env: Mapping[str, str], *, restart: bool, print_line: Callable[[str], None]
+        self,
+        specs: list[ChildSpec],
+        env: Mapping[str, str],
+        *,
+        restart: bool,
+        drain_s: float,
+        print_line: Callable[[str], None],
     ) -> None:
+        """``drain_s``: seconds that the last child, which stands in front of the others, is given to drain."""
         self._specs = specs
         self._env = dict(env)
         self._restart = restart
+        self._drain_s = drain_s
         self._print_line = print_line
         self._processes: dict[str, Process] = {}
         self._stopping = False
@@ -46,7 +54,10 @@ class Supervisor:
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Start all children; on leaving, end them all: by SIGTERM, and what does not heed it by SIGKILL."""
+        """Start all children; on leaving, end them all: by SIGTERM, and what does not heed it by SIGKILL.
+
+        A cancellation while they are being ended kills them all at once.
+        """
         tasks = [asyncio.create_task(self._keep(spec)) for spec in self._specs]
         try:
             yield
@@ -119,8 +130,12 @@ class Supervisor:
         """The last child first and alone: it stands in front of the others and tells its clients."""
         self._stopping = True
         names = [spec.name for spec in self._specs if spec.name in self._processes]
-        await self._end(names[-1:], _FRONT_GRACE_S)
-        await self._end(names, _TERM_GRACE_S)
+        try:
+            await self._end(names[-1:], self._drain_s + _FRONT_GRACE_S)
+            await self._end(names, _TERM_GRACE_S)
+        except asyncio.CancelledError:
+            await self._end(names, 0)
+            raise
 
     async def _end(self, names: list[str], grace_s: float) -> None:
         waits = [asyncio.create_task(self._processes[name].wait()) for name in names]
@@ -128,7 +143,8 @@ class Supervisor:
             return
         for name in names:
             _signal(self._processes[name], signal.SIGTERM)
-        await asyncio.wait(waits, timeout=grace_s)
+        if grace_s:
+            await asyncio.wait(waits, timeout=grace_s)
         for name in names:
             process = self._processes[name]
             if process.returncode is None:

@@ -24,7 +24,10 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
 
     role: str
     ready: bool
+    """It answers, is not draining, and may be sent requests."""
     model: str
+    problem: str = ""
+    """Why it is not ready."""
     incarnation: str = ""
     """16 hex digits."""
     control: str = ""

@@ -167,7 +167,7 @@ class WorkerPool:
             return None, "answers, but is no pdkv worker"
         if info.role != worker.role:
             return None, f"is a {info.role} worker, but the router was told that it is a {worker.role} worker"
-        return (info, "") if info.ready else (None, "still loading its model")
+        return (info, "") if info.ready else (None, info.problem or "not ready")
 
     def _manifests(self) -> str:
         return "; ".join(

@@ -27,6 +27,7 @@ class Daemon:
             [sys.executable, "-m", *args], stderr=subprocess.PIPE, text=True, env={**clean, **(env or {})}
         )
         self.url = ""
+        self.admin = ""
 
     def wait_for_event(self, event: str) -> dict[str, object]:
         assert self.process.stderr is not None
@@ -54,15 +55,26 @@ class Fleet:
     def __init__(self) -> None:
         self._daemons: list[Daemon] = []
 
-    def worker(self, role: str, model: Path, port: int = 0) -> Daemon:
-        daemon = self._start("tests.daemons.scripted_worker", role, str(model), f"127.0.0.1:{port}")
-        daemon.url = f"http://{daemon.wait_for_event('loading')['listen']}"
+    def worker(self, role: str, model: Path, port: int = 0, **settings: object) -> Daemon:
+        listen = f"127.0.0.1:{port}"
+        daemon = self._start("tests.daemons.scripted_worker", role, str(model), listen, json.dumps(settings))
+        started = daemon.wait_for_event("loading")
+        daemon.url, daemon.admin = f"http://{started['listen']}", f"http://{started['admin']}"
         return daemon
 
     def router(self, prefill: list[Daemon], decode: list[Daemon], *flags: str, ready: bool = True) -> Daemon:
         targets = [f"--prefill={p.url}" for p in prefill] + [f"--decode={d.url}" for d in decode]
-        daemon = self._start("pdkv", "router", "--listen=127.0.0.1:0", "--poll-interval=0.2", *targets, *flags)
-        daemon.url = str(daemon.wait_for_event("listening")["url"])
+        daemon = self._start(
+            "pdkv",
+            "router",
+            "--listen=127.0.0.1:0",
+            "--admin-listen=127.0.0.1:0",
+            "--poll-interval=0.2",
+            *targets,
+            *flags,
+        )
+        started = daemon.wait_for_event("listening")
+        daemon.url, daemon.admin = str(started["url"]), f"http://{started['admin']}"
         if ready:
             wait_until(lambda: httpx.get(daemon.url + "/health").status_code == 200)
         return daemon

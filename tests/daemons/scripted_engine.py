@@ -80,6 +80,8 @@ class ScriptedEngine:
             case link.AbortJob():
                 self._aborted += 1
                 self._fail(message.transfer, "cancelled", 499)
+            case link.BeatQuery():
+                self._wire.send(link.Beat(message.query, 0.0, 0.0))
             case link.StatusQuery():
                 self._wire.send(self._status(message.query))
 

@@ -101,7 +101,7 @@ def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
         load(PrefillConfig, {}, tmp_path / "broken.yaml")
 
 
-@pytest.mark.parametrize("field", ["listen", "control_listen"])
+@pytest.mark.parametrize("field", ["listen", "control_listen", "admin_listen"])
 def test_only_loopback_unless_insecure_is_spelled_out(field: str) -> None:
     flags = {"model": "m", field: "10.0.0.1:1"}
     with pytest.raises(ConfigError, match="does not authenticate its peers yet"):

@@ -214,7 +214,7 @@ def test_an_engine_that_cannot_start_ends_the_worker_with_its_exit_code(
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_a_worker_and_its_running_jobs(
+def test_a_second_signal_ends_a_worker_and_its_running_jobs(
     fleet: Fleet, checkpoint: Path, number: signal.Signals, code: int
 ) -> None:
     worker = _ready(fleet.worker("decode", checkpoint))
@@ -223,6 +223,8 @@ def test_a_signal_ends_a_worker_and_its_running_jobs(
     ) as answer:
         lines = answer.iter_lines()
         next(lines)
+        worker.process.send_signal(number)
+        wait_until(lambda: httpx.get(worker.admin + "/readyz").status_code == 503)
         worker.process.send_signal(number)
         assert any('"shutdown"' in line for line in lines)
     assert worker.process.wait(timeout=30) == code

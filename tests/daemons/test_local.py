@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from pdkv.daemons.config import Address, ServedConfig, UpConfig, flag_name, load
-from pdkv.daemons.local import child_specs, curl_line
+from pdkv.daemons.local import Ports, child_specs, curl_line
 
-ROUTER = Address("127.0.0.1:8000")
-WORKERS = [Address(f"127.0.0.1:{port}") for port in (1, 2, 3)]
+ROUTER = Ports(Address("127.0.0.1:8000"), Address("127.0.0.1:8090"))
+WORKERS = [Ports(Address(f"127.0.0.1:{port}"), Address(f"127.0.0.1:{port + 100}")) for port in (1, 2, 3)]
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +31,8 @@ def test_every_child_has_its_role_and_address() -> None:
     specs = child_specs(_config(), ROUTER, WORKERS)
     assert [spec.name for spec in specs] == ["prefill-0", "decode-0", "decode-1", "router"]
     assert [spec.args[0] for spec in specs] == ["prefill", "decode", "decode", "router"]
-    assert [_value(spec.args, "--listen") for spec in specs] == [*WORKERS, ROUTER]
+    ports = [(_value(spec.args, "--listen"), _value(spec.args, "--admin-listen")) for spec in specs]
+    assert ports == [*WORKERS, ROUTER]
     router = specs[-1].args
     assert _value(router, "--prefill") == "http://127.0.0.1:1"
     assert [router[i + 1] for i, arg in enumerate(router) if arg == "--decode"] == [

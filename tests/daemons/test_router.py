@@ -217,7 +217,7 @@ def test_a_stopped_worker_costs_no_more_than_the_deadline(fleet: Fleet, prefill:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_signal_ends_the_router_and_tells_its_clients(
+def test_a_second_signal_ends_the_router_and_tells_its_clients(
     fleet: Fleet, prefill: Daemon, decode: Daemon, stream: bool
 ) -> None:
     router = fleet.router([prefill], [decode])
@@ -226,6 +226,8 @@ def test_a_signal_ends_the_router_and_tells_its_clients(
     thread = threading.Thread(target=lambda: answers.append(_ask(router, script, stream=stream)))
     thread.start()
     wait_until(lambda: not _idle(decode))
+    router.process.send_signal(signal.SIGTERM)
+    wait_until(lambda: httpx.get(router.admin + "/readyz").status_code == 503)
     router.process.send_signal(signal.SIGTERM)
     thread.join()
     assert '"shutdown"' in answers[0].text

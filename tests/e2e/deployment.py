@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from prometheus_client.parser import text_string_to_metric_families
 
 START_S = 60.0
 END_S = 30.0
@@ -52,6 +53,7 @@ class Process:
     environment: dict[str, str] = field(default_factory=dict)
     prefix: tuple[str, ...] = ()
     """In front of the command, for example ("ip", "netns", "exec", NAME)."""
+    admin_url: str = ""
     popen: "subprocess.Popen[bytes] | None" = None
 
     def start(self) -> None:
@@ -75,6 +77,16 @@ class Process:
 
     def info(self) -> dict[str, object]:
         return dict(httpx.get(f"{self.url}/pdkv/v1/info", timeout=10).json())
+
+    def metrics(self) -> dict[str, float]:
+        """Every sample of ``/metrics``, by name and labels as they are written, without the role."""
+        answer = httpx.get(f"{self.admin_url}/metrics", timeout=10)
+        answer.raise_for_status()
+        return {
+            _written(sample.name, sample.labels): sample.value
+            for family in text_string_to_metric_families(answer.text)
+            for sample in family.samples
+        }
 
     def holds_nothing(self) -> bool:
         status = self.status()
@@ -103,6 +115,11 @@ class Process:
 
     def tail(self) -> str:
         return self.log.read_text(errors="replace")[-4000:]
+
+
+def _written(name: str, labels: dict[str, str]) -> str:
+    shown = ",".join(f"{key}={value}" for key, value in sorted(labels.items()) if key != "role")
+    return f"{name}{{{shown}}}" if shown else name
 
 
 @contextlib.contextmanager
@@ -140,15 +157,20 @@ def up(model: Path, folder: Path, *flags: str, **environment: str) -> Process:
 def worker(role: str, model: Path, folder: Path, *flags: str, port: int | None = None) -> Process:
     """``pdkv prefill`` or ``pdkv decode`` on a free port, with one torch thread, not started yet."""
     port = port or free_port()
-    arguments = ["--model", str(model), "--listen", f"127.0.0.1:{port}", "--threads", "1", *flags]
-    return Process(role, f"http://127.0.0.1:{port}", arguments, folder / f"{role}-{port}.log")
+    admin = free_port()
+    listen = ["--listen", f"127.0.0.1:{port}", "--admin-listen", f"127.0.0.1:{admin}"]
+    arguments = ["--model", str(model), *listen, "--threads", "1", *flags]
+    log = folder / f"{role}-{port}.log"
+    return Process(role, f"http://127.0.0.1:{port}", arguments, log, admin_url=f"http://127.0.0.1:{admin}")
 
 
 def router(folder: Path, prefill: Sequence[Process], decode: Sequence[Process], *flags: str) -> Process:
     port = free_port()
     urls = [flag for p in prefill for flag in ("--prefill", p.url)] + [f for d in decode for f in ("--decode", d.url)]
-    arguments = ["--listen", f"127.0.0.1:{port}", *urls, *flags]
-    return Process("router", f"http://127.0.0.1:{port}", arguments, folder / f"router-{port}.log")
+    admin = free_port()
+    arguments = ["--listen", f"127.0.0.1:{port}", "--admin-listen", f"127.0.0.1:{admin}", *urls, *flags]
+    log = folder / f"router-{port}.log"
+    return Process("router", f"http://127.0.0.1:{port}", arguments, log, admin_url=f"http://127.0.0.1:{admin}")
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,18 @@
 """``pdkv up`` as a whole: it ends when told to, leaves no orphan however it ends, and starts the dead anew."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
+from concurrent.futures import Future
 from pathlib import Path
 
 import httpx
 import pytest
 
-from pdkv.verify.link_chasing import make_prompt
+from pdkv.verify.link_chasing import LinkChasingPrompt, make_prompt
 from tests.e2e.deployment import END_S, Process, ask, descendants, running, token_ids, up, wait_until
 
 
@@ -33,6 +36,11 @@ def _pid_of(process: Process, role: str) -> int:
     raise AssertionError(f"no {role} below {process.popen.pid}")
 
 
+def _wait_until_it_says_ready(process: Process) -> None:
+    """A child that dies before that is no reason to start it anew."""
+    wait_until(lambda: "ready: http" in process.log.read_text(), "it says that it is ready")
+
+
 def _start(model: Path, folder: Path, *flags: str) -> Process:
     return up(model, folder, "--max-model-len", "1024", "--max-batch", "2", *flags)
 
@@ -49,6 +57,50 @@ def test_a_signal_ends_all_of_it(link_chasing_model: Path, tmp_path: Path, numbe
         assert process.popen.wait(END_S) == code
         assert _alive(below) == set()
         assert "Traceback" not in process.tail()
+
+
+def _asking(process: Process, prompt: LinkChasingPrompt, num_tokens: int) -> "Future[httpx.Response]":
+    """A request under way, in a thread of its own."""
+    answer: Future[httpx.Response] = Future()
+    threading.Thread(
+        target=lambda: answer.set_result(ask(process.url, prompt.token_ids, num_tokens, timeout_s=60)), daemon=True
+    ).start()
+    return answer
+
+
+def _in_flight(process: Process) -> bool:
+    admin = re.search(r"^  decode-0 +(http://\S+)/metrics", process.log.read_text(), re.MULTILINE)
+    assert admin is not None, "the admin ports are printed at ready"
+    return 'pdkv_requests_in_flight{role="decode"} 1.0' in httpx.get(f"{admin[1]}/metrics").text
+
+
+def test_what_runs_at_the_end_is_answered(link_chasing_model: Path, tmp_path: Path) -> None:
+    process = _start(link_chasing_model, tmp_path)
+    prompt = make_prompt(4, 300)
+    with running(process):
+        assert process.popen is not None
+        _wait_until_it_says_ready(process)
+        answer = _asking(process, prompt, 150)
+        wait_until(lambda: _in_flight(process), "the request is under way")
+        process.popen.terminate()
+        assert process.popen.wait(END_S) == 143
+        assert token_ids(answer.result()) == list(prompt.expected(150))
+
+
+def test_a_second_signal_kills_at_once(link_chasing_model: Path, tmp_path: Path) -> None:
+    process = _start(link_chasing_model, tmp_path, "--drain-timeout", "10")
+    with running(process):
+        assert process.popen is not None
+        _wait_until_it_says_ready(process)
+        below = descendants(process.popen.pid)
+        router = _pid_of(process, "router")
+        os.kill(router, signal.SIGSTOP)  # it will not end by itself
+        process.popen.send_signal(signal.SIGINT)
+        wait_until(lambda: "a second signal kills" in process.log.read_text(), "it ends")
+        process.popen.send_signal(signal.SIGINT)
+        assert process.popen.wait(END_S) == 130
+        assert _alive(below) == set()
+        assert "killing it" in process.log.read_text()
 
 
 def test_a_child_that_hangs_is_killed_in_time(link_chasing_model: Path, tmp_path: Path) -> None:
@@ -75,6 +127,7 @@ def test_a_dead_worker_is_started_anew_and_serves(link_chasing_model: Path, tmp_
     process = _start(link_chasing_model, tmp_path)
     prompt = make_prompt(1, 300)
     with running(process):
+        _wait_until_it_says_ready(process)
         for role in ("prefill", "decode"):
             os.kill(_pid_of(process, role), signal.SIGKILL)
             wait_until(lambda: process.health() == 503, "the router notices")
@@ -89,6 +142,7 @@ def test_two_of_each_take_turns_and_the_dead_stay_dead_without_restarts(
     process = _start(link_chasing_model, tmp_path, "--prefill", "2", "--decode", "2", "--no-restart")
     prompt = make_prompt(2, 300)
     with running(process):
+        _wait_until_it_says_ready(process)
         wait_until(lambda: httpx.get(f"{process.url}/health").text.count('"ready":true') == 4, "all four are ready")
         answers = [ask(process.url, prompt.token_ids, 8) for _ in range(4)]
         assert [token_ids(answer) for answer in answers] == [list(prompt.expected(8))] * 4

@@ -1,0 +1,63 @@
+"""What an agent counts: handshakes, batches of reads, transfers and leases. Owned by the agent thread."""
+
+from pdkv.agent.events import TransferFacts
+from pdkv.errors import FailureCode
+from pdkv.metric_table import (
+    HANDSHAKE_SECONDS,
+    HANDSHAKES,
+    LEASES_EXPIRED,
+    NO_CODE,
+    PATHS,
+    TRANSFER_BYTES,
+    TRANSFER_DESCRIPTORS,
+    TRANSFER_FAILURES,
+    TRANSFER_POST_SECONDS,
+    TRANSFER_READ_SECONDS,
+    TRANSFER_SECONDS,
+)
+from pdkv.metrics import Meter, Series
+
+
+class AgentMeter:
+    """Knows which metric each event belongs to."""
+
+    def __init__(self) -> None:
+        self._meter = Meter()
+
+    def welcomed(self, seconds: float | None = None) -> None:
+        """A handshake went well; ``seconds`` on the side that began it."""
+        self._meter.count(HANDSHAKES, "ok", NO_CODE)
+        if seconds is not None:
+            self._meter.observe(HANDSHAKE_SECONDS, value=seconds)
+
+    def refused(self, code: FailureCode) -> None:
+        """A handshake came to nothing."""
+        self._meter.count(HANDSHAKES, "error", code.value)
+
+    def posted(self, path: str, num_spans: int, seconds: float) -> None:
+        """One batch of reads was submitted."""
+        self._meter.observe(TRANSFER_DESCRIPTORS, _known(path), value=num_spans)
+        self._meter.observe(TRANSFER_POST_SECONDS, _known(path), value=seconds)
+
+    def arrived(self, facts: TransferFacts) -> None:
+        """A transfer is complete."""
+        path = _known(facts.path)
+        self._meter.observe(TRANSFER_SECONDS, path, "ok", value=facts.total_s)
+        self._meter.observe(TRANSFER_READ_SECONDS, path, value=facts.read_s)
+        for region, num_bytes in facts.bytes_by_region.items():
+            self._meter.count(TRANSFER_BYTES, region, path, by=num_bytes)
+
+    def failed(self, path: str, code: FailureCode, seconds: float) -> None:
+        """A transfer came to nothing."""
+        self._meter.observe(TRANSFER_SECONDS, _known(path), "error", value=seconds)
+        self._meter.count(TRANSFER_FAILURES, _known(path), code.value)
+
+    def lease_expired(self) -> None:
+        self._meter.count(LEASES_EXPIRED)
+
+    def series(self) -> tuple[Series, ...]:
+        return self._meter.series()
+
+
+def _known(path: str) -> str:
+    return path if path in PATHS else "unknown"

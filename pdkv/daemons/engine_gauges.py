@@ -1,0 +1,44 @@
+"""The state of an engine process as gauges: pages, requests by stage, leases, peers."""
+
+from pdkv.agent.events import AgentStatistics
+from pdkv.m3.requests import EngineStatistics
+from pdkv.memory.pages import PoolStatistics
+from pdkv.metric_table import (
+    BLOCKS_TOTAL,
+    BLOCKS_USED,
+    CACHE_USAGE,
+    LEASES_ACTIVE,
+    MESSAGES_DROPPED,
+    PATHS,
+    PEERS,
+    PREFILL,
+    READS_OUTSTANDING,
+    TRANSPORT_SELECTED,
+    WAITING,
+)
+from pdkv.metrics import Meter, Series
+
+
+def engine_gauges(
+    role: str, pool: PoolStatistics, engine: EngineStatistics, agent: AgentStatistics
+) -> tuple[Series, ...]:
+    """What is so at this moment, from the three owners' own statistics."""
+    meter = Meter()
+    used = pool.num_usable - pool.num_free
+    meter.set(BLOCKS_TOTAL, to=pool.num_usable)
+    meter.set(BLOCKS_USED, to=used)
+    meter.set(CACHE_USAGE, to=used / pool.num_usable)
+    meter.set(WAITING, "queued", to=engine.num_queued)
+    meter.set(WAITING, "prefill", to=engine.num_prefilling)
+    meter.set(WAITING, "transfer", to=engine.num_holding + engine.num_waiting_for_state)
+    meter.set(WAITING, "decode", to=engine.num_decoding)
+    ready = [peer for peer in agent.peers if peer.state == "ready"]
+    meter.set(PEERS, to=len(ready))
+    meter.set(MESSAGES_DROPPED, to=agent.messages_dropped)
+    if role == PREFILL:
+        meter.set(LEASES_ACTIVE, to=agent.leases_active)
+        return meter.series()
+    meter.set(READS_OUTSTANDING, to=agent.reads_outstanding)
+    for path in PATHS:
+        meter.set(TRANSPORT_SELECTED, path, to=sum(peer.path == path for peer in ready))
+    return meter.series()

@@ -1,0 +1,38 @@
+"""What the router counts besides its requests: choices of pairs, new tries, and what workers answer."""
+
+from pdkv.daemons.worker_pool import WorkerPool
+from pdkv.metric_table import DECISIONS, RETRIES, UPSTREAM_RESPONSES, WORKERS, WORKERS_READY
+from pdkv.metrics import Meter, Series
+
+
+class RouterMetrics:
+    """Belongs to the event loop's thread, as its meter does."""
+
+    def __init__(self, pool: WorkerPool, meter: Meter) -> None:
+        self._pool = pool
+        self._meter = meter
+
+    def chosen(self, num_tries_before: int) -> None:
+        """A pair was there for a try."""
+        self._meter.count(DECISIONS, "pd")
+        if num_tries_before:
+            self._meter.count(RETRIES)
+
+    def rejected(self) -> None:
+        """There was no pair."""
+        self._meter.count(DECISIONS, "rejected")
+
+    def answered(self, role: str, status: int) -> None:
+        """A worker began to answer."""
+        self._meter.count(UPSTREAM_RESPONSES, role, {2: "2xx", 4: "4xx"}.get(status // 100, "5xx"))
+
+    def lost(self, role: str) -> None:
+        """A worker could not be reached, or broke off before its answer."""
+        self._meter.count(UPSTREAM_RESPONSES, role, "lost")
+
+    async def collect(self) -> tuple[Series, ...]:
+        """Everything counted so far, and the pool as it is."""
+        for role in WORKERS:
+            ready = sum(worker.info is not None for worker in self._pool.workers() if worker.role == role)
+            self._meter.set(WORKERS_READY, role, to=ready)
+        return self._meter.series()
