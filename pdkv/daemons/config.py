@@ -115,6 +115,7 @@ class ServedConfig(RoleConfig):
     num_pages: Annotated[
         int, Field(ge=0, description="Pages of 128 tokens per worker; 0 = sized for max-batch requests."), _ADVANCED
     ] = 0
+    max_prompts: Annotated[int, Field(ge=1, description="Prompts that one request may hold."), _ADVANCED] = 128
     prefill_chunk: Annotated[int, Field(ge=1, description="Prompt tokens computed at a time.")] = 512
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"], Field(description="Storage of weights and K/V; auto: the checkpoint's.")

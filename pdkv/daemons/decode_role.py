@@ -20,19 +20,21 @@ from pdkv.agent.events import (
     TransferFacts,
     TransferFailed,
 )
-from pdkv.daemons.link import AbortJob, DecodeJob, JobFinished, ToEngine, TokensOut, TransferReport
-from pdkv.daemons.roles import EngineParts, Role, job_failed
-from pdkv.errors import FailureCode
+from pdkv.daemons import attachment
+from pdkv.daemons.link import AbortJob, DecodeJob, FinishJob, JobFinished, ToEngine, TokensOut, TransferReport
+from pdkv.daemons.roles import EngineParts, Role, job_failed, sampling_params
+from pdkv.errors import FailureCode, TransferError
+from pdkv.m3.logprobs import PromptLogprobs
 from pdkv.m3.requests import (
     DecodeRequest,
     EngineEvent,
+    FinishReason,
     PagesReserved,
     RequestFinished,
     RequestId,
     RequestRefused,
     TokenGenerated,
 )
-from pdkv.m3.sampling import SamplingParams
 from pdkv.schema import Incarnation, TransferId
 
 
@@ -50,6 +52,8 @@ class _Job:
         self.deadline = at + job.deadline_s
         self.stage = Stage.QUEUED
         self.report: TransferReport | None = None
+        self.prompt_logprobs: PromptLogprobs | None = None
+        """Until they go to the front with the first token."""
 
 
 class DecodeRole(Role):
@@ -68,6 +72,8 @@ class DecodeRole(Role):
                 self._queue(message, at)
             case AbortJob(transfer=raw):
                 self._give_up(TransferId(raw), FailureCode.CANCELLED, "the client or the router is gone")
+            case FinishJob(transfer=raw):
+                self._finish(TransferId(raw))
             case _:
                 raise AssertionError(f"a decode worker's front sends no {type(message).__name__}")
 
@@ -91,8 +97,8 @@ class DecodeRole(Role):
             match event:
                 case PagesReserved(pages=pages):
                     self._fetch(transfer, pages)
-                case TokenGenerated(token=token, logprob=logprob):
-                    self._parts.send(TokensOut(transfer, [token], [logprob]))
+                case TokenGenerated():
+                    self._send_token(event)
                 case RequestFinished(reason=reason):
                     job = self._jobs.pop(transfer)
                     self._parts.send(JobFinished(transfer, reason.value, job.report))
@@ -117,8 +123,9 @@ class DecodeRole(Role):
             id=RequestId(transfer),
             num_prompt_tokens=message.num_prompt_tokens,
             max_tokens=message.max_tokens,
-            sampling=SamplingParams(temperature=message.sampling.temperature, seed=message.sampling.seed),
+            sampling=sampling_params(message.sampling),
             ignore_eos=message.ignore_eos,
+            num_top=message.num_top,
         )
         self.on_engine(self._parts.engine.submit(request))
 
@@ -143,8 +150,29 @@ class DecodeRole(Role):
             self._forget(event.transfer)
             return
         job.stage = Stage.DECODING
+        asked = job.job
+        try:
+            extras = attachment.decode(event.attachment, asked.num_prompt_tokens, asked.num_top, asked.prompt_top)
+        except TransferError as exc:
+            self._give_up(event.transfer, exc.code, str(exc))
+            return
         job.report = _report(event.facts)
-        self.on_engine(self._parts.engine.resume(RequestId(event.transfer), event.token, event.logprob))
+        job.prompt_logprobs = extras.prompt
+        first = RequestId(event.transfer), event.token, event.logprob, extras.top
+        self.on_engine(self._parts.engine.resume(*first))
+
+    def _send_token(self, event: TokenGenerated) -> None:
+        job = self._jobs[TransferId(event.id)]
+        prompt, job.prompt_logprobs = job.prompt_logprobs, None
+        top = [event.top] if job.job.num_top else []
+        self._parts.send(TokensOut(event.id, [event.token], [event.logprob], top, prompt))
+
+    def _finish(self, transfer: TransferId) -> None:
+        """The front needs no more tokens; the job may have ended by itself meanwhile."""
+        job = self._jobs.get(transfer)
+        if job is not None and job.stage is Stage.DECODING:
+            self._forget(transfer)
+            self._parts.send(JobFinished(transfer, FinishReason.STOP.value, job.report))
 
     def _give_up(self, transfer: TransferId, code: FailureCode, message: str) -> None:
         job = self._jobs.get(transfer)

@@ -18,6 +18,7 @@ from pdkv.daemons.link import (
     DecodeJob,
     EngineFatal,
     EngineReady,
+    FinishJob,
     JobFailed,
     JobFinished,
     PrefillJob,
@@ -104,6 +105,10 @@ class EngineLink:
             self._meter.closed(job.transfer)
             if not events.ended:
                 self._send(AbortJob(job.transfer))
+
+    def finish(self, transfer: bytes) -> None:
+        """Enough of a decode job that is open: it ends with JobFinished. Harmless for one that has ended."""
+        self._send(FinishJob(transfer))
 
     async def status(self, *, with_series: bool = False) -> Status:
         """Raises EngineGoneError when the engine process does not answer."""

@@ -1,63 +1,31 @@
 """The parent process of a worker: HTTP and tokenizer here, model and transport in the engine process below it."""
 
-import asyncio
-import contextlib
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import msgspec
 import structlog
 from fastapi import FastAPI
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.responses import Response
 
 import pdkv
 from pdkv.daemons import http_server, openai_api, worker_api
 from pdkv.daemons.admin import AdminDesk, create_admin_app
-from pdkv.daemons.completion_answer import CompletionAnswer, failure
 from pdkv.daemons.config import Address, PrefillConfig, WorkerConfig
 from pdkv.daemons.engine_link import ENGINE_MODULE, EngineGoneError, EngineLink
 from pdkv.daemons.health import WorkerHealth
+from pdkv.daemons.job_routes import JobRoutes
 from pdkv.daemons.lifecycle import Lifecycle, background
-from pdkv.daemons.link import (
-    DecodeJob,
-    EngineReady,
-    JobFailed,
-    PrefillJob,
-    Sampling,
-    WorkerSettings,
-)
-from pdkv.daemons.openai_api import ApiError, CompletionRequest, DebugBlock
-from pdkv.daemons.tokenization import TextCodec
+from pdkv.daemons.link import EngineReady, WorkerSettings
+from pdkv.daemons.openai_api import ApiError
+from pdkv.daemons.served_model import ServedModel
+from pdkv.daemons.text_routes import TextRoutes
 from pdkv.daemons.traffic import Traffic
 from pdkv.daemons.worker_metrics import WorkerMetrics
-from pdkv.errors import FailureCode, RequestError
-from pdkv.m3.config import load_config
+from pdkv.errors import FailureCode
 from pdkv.metrics import Meter
 
-_DEFAULT_MAX_MODEL_LEN = 32_768
-_LONG_TEXT = 20_000
-"""Characters above which a text is encoded outside the event loop, so that running streams do not stall."""
 _log = structlog.get_logger(__name__)
-
-
-class ServedModel(msgspec.Struct, frozen=True):
-    """What the front itself knows of the model it serves."""
-
-    name: str
-    path: str
-    vocab_size: int
-    max_model_len: int
-    codec: TextCodec | None
-
-    @classmethod
-    def load(cls, config: WorkerConfig) -> "ServedModel":
-        """Read config.json and the tokenizer. Raises ModelError."""
-        model = load_config(config.model)
-        longest = config.max_model_len or min(model.max_position_embeddings, _DEFAULT_MAX_MODEL_LEN)
-        name = config.served_model_name or config.model.resolve().name
-        return cls(name, str(config.model), model.vocab_size, longest, TextCodec.load(config.model))
 
 
 def engine_settings(config: WorkerConfig, served: ServedModel, listen: str) -> WorkerSettings:
@@ -148,10 +116,13 @@ def create_app(role: str, served: ServedModel, link: EngineLink, health: WorkerH
     app.add_api_route("/v1/models", front.models, methods=["GET"])
     app.add_api_route(worker_api.INFO_PATH, front.info, methods=["GET"])
     app.add_api_route(worker_api.STATUS_PATH, front.status, methods=["GET"])
+    app.add_api_route(worker_api.TOKENIZE_PATH, front.texts.tokenize, methods=["POST"])
+    app.add_api_route(worker_api.DETOKENIZE_PATH, front.texts.detokenize, methods=["POST"])
+    app.add_api_route(worker_api.TOKENIZER_INFO_PATH, front.texts.tokenizer_info, methods=["GET"])
     if role == "prefill":
-        app.add_api_route(worker_api.PREFILL_PATH, front.prefill, methods=["POST"])
+        app.add_api_route(worker_api.PREFILL_PATH, front.jobs.prefill, methods=["POST"])
     else:
-        app.add_api_route(worker_api.COMPLETIONS_PATH, front.completions, methods=["POST"])
+        app.add_api_route(worker_api.COMPLETIONS_PATH, front.jobs.completions, methods=["POST"])
     return app
 
 
@@ -161,6 +132,8 @@ class _Front:
         self._role = role
         self._served = served
         self._link = link
+        self.jobs = JobRoutes(served, link, self._ready)
+        self.texts = TextRoutes(served)
 
     async def health(self, _request: Request) -> Response:
         return http_server.json_response(b'{"status":"live"}')
@@ -199,123 +172,7 @@ class _Front:
         except EngineGoneError as exc:
             raise ApiError.of(503, str(exc), code=FailureCode.SHUTDOWN.value) from exc
 
-    async def prefill(self, request: Request) -> Response:
-        """Answers when the prompt's state stands ready for the decode worker."""
-        ready = self._ready()
-        transfer, deadline_s = _transfer(request), _deadline(request)
-        if (
-            request.headers.get(worker_api.PREFILL_INCARNATION, f"{ready.incarnation:016x}")
-            != f"{ready.incarnation:016x}"
-        ):
-            raise ApiError.of(503, "this worker has restarted since the router chose it", code="stale_incarnation")
-        structlog.contextvars.bind_contextvars(transfer=transfer.hex())
-        asked, prompt = await self._read(request)
-        openai_api.check_length(len(prompt), 1, ready.max_model_len)
-        job = PrefillJob(transfer, prompt, _sampling(asked, transfer), deadline_s)
-        with self._link.open(job) as events:
-            event = await http_server.unless_gone(request, events.next())
-        if isinstance(event, JobFailed):
-            raise failure(event)
-        return http_server.json_response(msgspec.json.encode(worker_api.Prefilled(len(prompt))))
-
-    async def completions(self, request: Request) -> Response:
-        """Answers, or begins to, when the first token is there; until then every failure has a status of its own."""
-        ready = self._ready()
-        transfer, deadline_s = _transfer(request), _deadline(request)
-        control, incarnation = _prefill_peer(request)
-        structlog.contextvars.bind_contextvars(transfer=transfer.hex())
-        asked, prompt = await self._read(request)
-        openai_api.check_length(len(prompt), asked.max_tokens, ready.max_model_len)
-        job = DecodeJob(
-            transfer=transfer,
-            num_prompt_tokens=len(prompt),
-            max_tokens=asked.max_tokens,
-            sampling=_sampling(asked, transfer),
-            ignore_eos=asked.ignore_eos,
-            prefill_control=control,
-            prefill_incarnation=incarnation,
-            deadline_s=deadline_s,
-        )
-        debug = None
-        if request.headers.get(worker_api.DEBUG) == "1":
-            debug = DebugBlock(http_server.request_id(request), transfer.hex(), control, None)
-        answer = CompletionAnswer(asked, self._served.name, self._served.codec, len(prompt), debug)
-        with contextlib.ExitStack() as stack:
-            events = stack.enter_context(self._link.open(job))
-            first = await http_server.unless_gone(request, events.next())
-            if isinstance(first, JobFailed):
-                raise failure(first)
-            if asked.stream:
-                return _JobStream(answer.stream(first, events), stack.pop_all())
-            return http_server.json_response(await http_server.unless_gone(request, answer.whole(first, events)))
-
     def _ready(self) -> EngineReady:
         if self._link.ready is None:
             raise ApiError.of(503, "the model is still loading", code="loading", retry_after_s=1)
         return self._link.ready
-
-    async def _read(self, request: Request) -> tuple[CompletionRequest, list[int]]:
-        """The request with its prompt as token ids that the model knows."""
-        asked = openai_api.parse_completion(await http_server.read_body(request))
-        openai_api.check_model(asked, (self._served.name, self._served.path))
-        prompt = await self._encode(asked.prompt) if isinstance(asked.prompt, str) else asked.prompt
-        openai_api.check_token_ids(prompt, self._served.vocab_size)
-        return asked, prompt
-
-    async def _encode(self, text: str) -> list[int]:
-        codec = self._served.codec
-        if codec is None:
-            raise RequestError(
-                f"the model {self._served.name!r} has no tokenizer.json; send 'prompt' as a list of token ids",
-                param="prompt",
-            )
-        return codec.encode(text) if len(text) < _LONG_TEXT else await asyncio.to_thread(codec.encode, text)
-
-
-class _JobStream(StreamingResponse):
-    """A stream that ends its job even when the client goes before the first event was asked for."""
-
-    def __init__(self, content: AsyncIterator[bytes], job: contextlib.ExitStack) -> None:
-        super().__init__(content, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        self._job = job
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._job:
-            await super().__call__(scope, receive, send)
-
-
-def _sampling(asked: CompletionRequest, transfer: bytes) -> Sampling:
-    """Both workers draw from the same seed, also when the client gave none."""
-    seed = asked.seed if asked.seed is not None else int.from_bytes(transfer[:8], "little") >> 1
-    return Sampling(asked.temperature, seed)
-
-
-def _transfer(request: Request) -> bytes:
-    with contextlib.suppress(ValueError):
-        transfer = bytes.fromhex(request.headers.get(worker_api.TRANSFER, ""))
-        if len(transfer) == 16:
-            return transfer
-    raise RequestError(
-        f"the header {worker_api.TRANSFER} is missing or not 32 hex digits: this is a worker of a pdkv deployment; "
-        "send requests to its router"
-    )
-
-
-def _deadline(request: Request) -> float:
-    with contextlib.suppress(ValueError):
-        seconds = float(request.headers.get(worker_api.DEADLINE, ""))
-        if 0 < seconds < float("inf"):
-            return seconds
-    raise RequestError(f"the header {worker_api.DEADLINE} must hold the seconds that are left, a number above 0")
-
-
-def _prefill_peer(request: Request) -> tuple[str, int]:
-    control = request.headers.get(worker_api.PREFILL_CONTROL, "")
-    with contextlib.suppress(ValueError):
-        incarnation = int(request.headers.get(worker_api.PREFILL_INCARNATION, ""), 16)
-        if control.startswith("tcp://") and 0 <= incarnation < 2**64:
-            return control, incarnation
-    raise RequestError(
-        f"the headers {worker_api.PREFILL_CONTROL} and {worker_api.PREFILL_INCARNATION} must name a prefill worker: "
-        "this is a decode worker; send requests to the router"
-    )

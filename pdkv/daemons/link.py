@@ -10,6 +10,7 @@ import threading
 
 import msgspec
 
+from pdkv.m3.logprobs import PromptLogprobs, TopLogprobs
 from pdkv.metrics import Series
 
 MAX_FRAME_BYTES = 256 << 20
@@ -50,6 +51,7 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
 class Sampling(msgspec.Struct, frozen=True):
     temperature: float = 0.0
     seed: int = 0
+    top_p: float = 1.0
 
 
 class PrefillJob(msgspec.Struct, frozen=True, tag="prefill"):
@@ -57,6 +59,10 @@ class PrefillJob(msgspec.Struct, frozen=True, tag="prefill"):
     prompt: list[int]
     sampling: Sampling
     deadline_s: float
+    num_top: int = 0
+    """Likeliest tokens to tell with the first token."""
+    prompt_top: int | None = None
+    """Likeliest tokens to tell with each prompt token; None: the prompt is not scored."""
 
 
 class DecodeJob(msgspec.Struct, frozen=True, tag="decode"):
@@ -69,10 +75,19 @@ class DecodeJob(msgspec.Struct, frozen=True, tag="decode"):
     """zmq endpoint of the prefill worker's control channel."""
     prefill_incarnation: int
     deadline_s: float
+    num_top: int = 0
+    prompt_top: int | None = None
+    """As the prefill job says."""
 
 
 class AbortJob(msgspec.Struct, frozen=True, tag="abort"):
     """The client is gone or the router gave up. The job ends as failed "cancelled" unless it has ended already."""
+
+    transfer: bytes
+
+
+class FinishJob(msgspec.Struct, frozen=True, tag="finish"):
+    """The front has enough of a decode job that has begun to answer: it ends well, as if its last token had come."""
 
     transfer: bytes
 
@@ -89,7 +104,7 @@ class BeatQuery(msgspec.Struct, frozen=True, tag="beat?"):
     query: int
 
 
-ToEngine = PrefillJob | DecodeJob | AbortJob | StatusQuery | BeatQuery
+ToEngine = PrefillJob | DecodeJob | AbortJob | FinishJob | StatusQuery | BeatQuery
 
 
 class RegionSummary(msgspec.Struct, frozen=True):
@@ -152,6 +167,10 @@ class TokensOut(msgspec.Struct, frozen=True, tag="tokens"):
     transfer: bytes
     tokens: list[int]
     logprobs: list[float]
+    top: list[TopLogprobs] = []
+    """One a token where the job asked for them, else empty."""
+    prompt: PromptLogprobs | None = None
+    """With the first token, where the job asked: of all prompt tokens but the first."""
 
 
 class JobFinished(msgspec.Struct, frozen=True, tag="finished"):

@@ -14,19 +14,21 @@ from pdkv.agent.events import (
     RaiseWatermark,
     TransferEnded,
 )
+from pdkv.daemons import attachment
 from pdkv.daemons.link import AbortJob, JobFinished, PrefillJob, ToEngine
-from pdkv.daemons.roles import EngineParts, Role, job_failed
+from pdkv.daemons.roles import EngineParts, Role, job_failed, sampling_params
 from pdkv.errors import FailureCode
+from pdkv.m3.logprobs import PromptLogprobs
 from pdkv.m3.requests import (
     EngineEvent,
     PagesReserved,
     PrefillFinished,
     PrefillProgress,
     PrefillRequest,
+    PromptScored,
     RequestId,
     RequestRefused,
 )
-from pdkv.m3.sampling import SamplingParams
 from pdkv.schema import TransferId
 
 
@@ -37,6 +39,8 @@ class PrefillRole(Role):
         self._parts = parts
         self._block_size = block_size
         self._jobs: dict[TransferId, PrefillJob] = {}
+        self._scored: dict[TransferId, list[PromptLogprobs]] = {}
+        """Of prompts that are being computed and scored."""
 
     def on_front(self, message: ToEngine, at: float) -> None:
         match message:
@@ -54,6 +58,7 @@ class PrefillRole(Role):
             case PrefillWanted(transfer=transfer):
                 self._start(transfer)
             case PagesFreed(transfer=transfer):
+                self._scored.pop(transfer, None)
                 self._parts.engine.release(RequestId(transfer))
             case TransferEnded(transfer=transfer, code=code, message=message):
                 if self._jobs.pop(transfer, None) is not None:
@@ -72,8 +77,10 @@ class PrefillRole(Role):
                     pass  # Done says as much, and all that is left is read in one go
                 case PrefillProgress(tokens_done=tokens):
                     self._parts.post(RaiseWatermark(transfer, tokens))
-                case PrefillFinished(token=token, logprob=logprob):
-                    self._parts.post(FinishPrefill(transfer, token, logprob))
+                case PromptScored(logprobs=logprobs):
+                    self._scored[transfer].append(logprobs)
+                case PrefillFinished():
+                    self._parts.post(self._finished(event))
                     if self._jobs.pop(transfer, None) is not None:
                         self._parts.send(JobFinished(transfer, "prefilled"))
                 case RequestRefused(message=message, never=never):
@@ -89,11 +96,25 @@ class PrefillRole(Role):
         if job is None:
             self._parts.post(AbandonTransfer(transfer, FailureCode.CANCELLED, "the request has ended"))
             return
-        sampling = SamplingParams(temperature=job.sampling.temperature, seed=job.sampling.seed)
-        request = PrefillRequest(id=RequestId(transfer), prompt=tuple(job.prompt), sampling=sampling)
+        if job.prompt_top is not None:
+            self._scored[transfer] = []
+        request = PrefillRequest(
+            id=RequestId(transfer),
+            prompt=tuple(job.prompt),
+            sampling=sampling_params(job.sampling),
+            num_top=job.num_top,
+            prompt_top=job.prompt_top,
+        )
         self.on_engine(self._parts.engine.submit(request))
 
+    def _finished(self, event: PrefillFinished) -> FinishPrefill:
+        transfer = TransferId(event.id)
+        scored = self._scored.pop(transfer, None)
+        extras = attachment.FirstTokenExtras(event.top, None if scored is None else PromptLogprobs.join(scored))
+        return FinishPrefill(transfer, event.token, event.logprob, attachment.encode(extras))
+
     def _refuse(self, transfer: TransferId, message: str, *, never: bool) -> None:
+        self._scored.pop(transfer, None)
         code = FailureCode.INTERNAL if never else FailureCode.NO_CAPACITY
         if self._jobs.pop(transfer, None) is not None:
             self._parts.send(job_failed(transfer, code, message, 400 if never else None))

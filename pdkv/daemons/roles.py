@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from pdkv.agent.events import DecodeAgentEvent, PrefillAgentEvent
-from pdkv.daemons.link import JobFailed, ToEngine, ToFront
+from pdkv.daemons.link import JobFailed, Sampling, ToEngine, ToFront
 from pdkv.errors import FailureCode
 from pdkv.m3.engine import Engine
 from pdkv.m3.requests import EngineEvent
+from pdkv.m3.sampling import SamplingParams
 from pdkv.schema import TransferId
 
 STATUS_OF = {
@@ -55,3 +56,8 @@ class Role(ABC):
 
 def job_failed(transfer: TransferId, code: FailureCode, message: str, status: int | None = None) -> JobFailed:
     return JobFailed(transfer=transfer, code=code.value, message=message, status=status or STATUS_OF[code])
+
+
+def sampling_params(asked: Sampling) -> SamplingParams:
+    """The same on both roles: P draws the first token, D the others."""
+    return SamplingParams(temperature=asked.temperature, seed=asked.seed, top_p=asked.top_p)

@@ -23,6 +23,7 @@ from pdkv.daemons.health import RouterHealth
 from pdkv.daemons.lifecycle import Lifecycle, background
 from pdkv.daemons.openai_api import ApiError, ErrorBody
 from pdkv.daemons.router_metrics import RouterMetrics
+from pdkv.daemons.text_proxy import TextProxy
 from pdkv.daemons.traffic import Traffic, note_failure
 from pdkv.daemons.worker_pool import WorkerPool, WorkerView
 from pdkv.errors import FailureCode
@@ -96,6 +97,8 @@ def create_app(router: "Router", health: RouterHealth, traffic: Traffic) -> Fast
     app.add_api_route("/health", show_health, methods=["GET"])
     app.add_api_route("/v1/models", router.models, methods=["GET"])
     app.add_api_route(worker_api.COMPLETIONS_PATH, router.completions, methods=["POST"])
+    for path, method in worker_api.TEXT_PATHS.items():
+        app.add_api_route(path, router.texts.pass_on, methods=[method])
     return app
 
 
@@ -113,6 +116,7 @@ class Router:
         self._metrics = metrics
         self._client = client
         self._pool = pool
+        self.texts = TextProxy(client, pool)
         self._request_timeout_s = request_timeout_s
         self._retries = retries
         self._waits: set[asyncio.Timeout] = set()

@@ -8,6 +8,11 @@ INFO_PATH = "/pdkv/v1/info"
 STATUS_PATH = "/pdkv/v1/status"
 PREFILL_PATH = "/pdkv/v1/prefill"
 COMPLETIONS_PATH = "/v1/completions"
+TOKENIZE_PATH = "/tokenize"
+DETOKENIZE_PATH = "/detokenize"
+TOKENIZER_INFO_PATH = "/tokenizer_info"
+TEXT_PATHS = {TOKENIZE_PATH: "POST", DETOKENIZE_PATH: "POST", TOKENIZER_INFO_PATH: "GET"}
+"""What every worker answers about its tokenizer, and the router passes on."""
 
 REQUEST_ID = "x-request-id"
 TRANSFER = "x-pdkv-transfer"

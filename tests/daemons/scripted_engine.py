@@ -11,8 +11,10 @@ import time
 from enum import IntEnum
 
 import msgspec
+import numpy as np
 
 from pdkv.daemons import link
+from pdkv.m3.logprobs import PromptLogprobs, TopLogprobs
 
 
 class Script(IntEnum):
@@ -34,6 +36,8 @@ class Script(IntEnum):
     """D: two tokens, then the job fails."""
     PREFILL_FAILS = 9
     """P fails with 500; D waits."""
+    ONE_OF_SEVEN_FAILS = 10
+    """A prompt of seven tokens fails, on P at once, on D after two tokens; others answer two tokens and hang."""
 
 
 FIRST_NODE = 64
@@ -77,6 +81,9 @@ class ScriptedEngine:
             case link.DecodeJob():
                 self._open.add(message.transfer)
                 self._decode(message)
+            case link.FinishJob():
+                if message.transfer in self._open:
+                    self._finish(message.transfer, "stop")
             case link.AbortJob():
                 self._aborted += 1
                 self._fail(message.transfer, "cancelled", 499)
@@ -91,7 +98,9 @@ class ScriptedEngine:
                 return
             case Script.DIE_PREFILL:
                 os.kill(os.getpid(), signal.SIGKILL)
-            case Script.PREFILL_FAILS:
+            case Script.ONE_OF_SEVEN_FAILS if len(job.prompt) != 7:
+                return
+            case Script.PREFILL_FAILS | Script.ONE_OF_SEVEN_FAILS:
                 self._fail(job.transfer, "internal", 500)
             case _:
                 self._finish(job.transfer, "prefilled")
@@ -103,6 +112,10 @@ class ScriptedEngine:
         elif script == Script.ANSWER:
             self._tokens(job, job.max_tokens)
             self._finish(job.transfer, "length")
+        elif script == Script.ONE_OF_SEVEN_FAILS:
+            self._tokens(job, 2)
+            if job.num_prompt_tokens == 7:
+                self._fail(job.transfer, "internal", 500)
         elif script in (Script.HANG_AFTER_TWO, Script.DIE_AFTER_TWO, Script.FAIL_AFTER_TWO):
             self._tokens(job, 2)
             if script == Script.DIE_AFTER_TWO:
@@ -112,8 +125,12 @@ class ScriptedEngine:
                 self._fail(job.transfer, "internal", 500)
 
     def _tokens(self, job: link.DecodeJob, count: int) -> None:
+        """Each token is as likely as the last but for a half; its rival is always token 0."""
         for i in range(count):
-            self._wire.send(link.TokensOut(job.transfer, [FIRST_NODE + i], [0.0]))
+            logprob, token = -0.5 * (i + 1), FIRST_NODE + i
+            top = [TopLogprobs((0, token)[: job.num_top], (-0.25, logprob)[: job.num_top])] if job.num_top else []
+            prompt = None if i or job.prompt_top is None else _scored(job.num_prompt_tokens - 1, job.prompt_top)
+            self._wire.send(link.TokensOut(job.transfer, [token], [logprob], top, prompt))
 
     def _finish(self, transfer: bytes, reason: str) -> None:
         self._open.discard(transfer)
@@ -140,6 +157,12 @@ class ScriptedEngine:
             messages_dropped=self._aborted,
             peers=[],
         )
+
+
+def _scored(count: int, num_top: int) -> PromptLogprobs:
+    """Token i + 1 has -i; all rivals are token 0 at -0.125."""
+    rivals = np.zeros((count, num_top), np.int64), np.full((count, num_top), -0.125, np.float32)
+    return PromptLogprobs.pack(-np.arange(count, dtype=np.float32), *rivals)
 
 
 def main() -> None:

@@ -110,7 +110,12 @@ def test_a_stream(decode: Daemon) -> None:
         (_body(prompt=[1, 4224]), 400, "prompt", None),
         (_body(prompt=[1] * 600), 400, "prompt", "context_length_exceeded"),
         (_body(max_tokens=510), 400, "max_tokens", "context_length_exceeded"),
-        (_body(prompt=["a", "b"]), 400, "prompt", None),
+        (_body(prompt=["n1", 5]), 400, "prompt", None),
+        (_body(prompt=[[1, 2], []]), 400, "prompt", None),
+        (_body(prompt=["n1"] * 129), 400, "prompt", None),
+        (_body(n=2), 400, "n", "unsupported_parameter"),
+        (_body(best_of=2), 400, "best_of", "unsupported_parameter"),
+        (_body(presence_penalty=0.5), 400, "presence_penalty", "unsupported_parameter"),
         (_body(Script.FULL), 503, None, "no_capacity"),
         (b"{", 400, None, None),
     ],
@@ -193,6 +198,8 @@ def test_without_a_tokenizer_only_ids_are_served(fleet: Fleet, bare_checkpoint: 
     refused = _complete(worker, {"prompt": "hello", "seed": 1})
     assert refused.status_code == 400
     assert "tokenizer" in _error(refused)["message"]
+    assert _error(_complete(worker, {"prompt": [1], "stop": "x"}))["param"] == "stop"
+    assert httpx.post(worker.url + "/tokenize", json={"prompt": "hi"}).status_code == 400
     answer = _complete(worker, {"prompt": [1], "seed": 1, "max_tokens": 2, "return_token_ids": True})
     assert answer.json()["choices"][0]["token_ids"] == [FIRST_NODE, FIRST_NODE + 1]
     assert answer.json()["choices"][0]["text"] == ""

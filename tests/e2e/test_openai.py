@@ -97,7 +97,20 @@ def test_errors_are_the_clients_own(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as too_long:
         client.completions.create(model=MODEL, prompt=[5] * 8192, max_tokens=1)
     assert too_long.value.code == "context_length_exceeded"
-    for field, value in (("logprobs", 3), ("n", 2), ("stop", "x"), ("max_tokens", "5"), ("prompt", [4224])):
+    wrong = {
+        "logprobs": 21,
+        "n": 2,
+        "best_of": 2,
+        "stop": [""],
+        "max_tokens": "5",
+        "prompt": [4224],
+        "top_p": 2,
+        "presence_penalty": 1,
+        "frequency_penalty": 0.1,
+        "logit_bias": {"5": 1},
+        "suffix": "x",
+    }
+    for field, value in wrong.items():
         with pytest.raises(openai.BadRequestError) as refused:
             client.completions.create(**{"model": MODEL, "prompt": "n1", field: value})
         assert refused.value.param == field

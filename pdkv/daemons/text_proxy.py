@@ -1,0 +1,36 @@
+"""Passes questions about text and token ids on to whichever worker answers: every worker has the tokenizer."""
+
+import httpx
+from starlette.requests import Request
+from starlette.responses import Response
+
+from pdkv.daemons import http_server
+from pdkv.daemons.openai_api import ApiError
+from pdkv.daemons.worker_api import REQUEST_ID
+from pdkv.daemons.worker_pool import WorkerPool
+
+_TIMEOUT_S = 30.0
+
+
+class TextProxy:
+    """Handler of a router for paths that workers serve under the same name. Belongs to the event loop's thread."""
+
+    def __init__(self, client: httpx.AsyncClient, pool: WorkerPool) -> None:
+        self._client = client
+        self._pool = pool
+
+    async def pass_on(self, request: Request) -> Response:
+        """The first answer of a ready worker, decode workers last: they are the ones that are waited for."""
+        body = await http_server.read_body(request) if request.method == "POST" else b""
+        headers = {REQUEST_ID: http_server.request_id(request), "content-type": "application/json"}
+        problem = "no worker is ready"
+        for worker in [worker for worker in self._pool.workers() if worker.info is not None]:
+            try:
+                answer = await self._client.request(
+                    request.method, worker.url + request.url.path, content=body, headers=headers, timeout=_TIMEOUT_S
+                )
+            except httpx.HTTPError as exc:
+                problem = f"{worker.url} did not answer ({type(exc).__name__}: {exc})".replace(": )", ")")
+                continue
+            return http_server.json_response(answer.content, answer.status_code)
+        raise ApiError.of(503, problem, code="not_ready", retry_after_s=1)
