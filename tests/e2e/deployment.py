@@ -139,6 +139,8 @@ def wait_ready(process: Process) -> None:
         assert process.popen.poll() is None, f"{process.role} ended at start:\n{process.tail()}"
         if process.role in ("prefill", "decode"):
             return process.health() == 200 and bool(process.info()["ready"])
+        if process.role == "up":  # before it says so itself, the death of a child is a failed start
+            return process.health() == 200 and "ready: http" in process.log.read_text(errors="replace")
         return process.health() == 200
 
     try:
