@@ -15,6 +15,8 @@ app = application(
         Subcommand("verify", "pdkv.cli.verify", "Prove that all state arrives, with controls that must fail."),
         Subcommand("doctor", "pdkv.cli.doctor", "Look for what would keep a worker from serving."),
         Subcommand("describe", "pdkv.cli.doctor", "Show a worker's manifest, pages, leases and peers."),
+        Subcommand("config", "pdkv.cli.config", "Show or check the configuration of a role."),
+        Subcommand("metrics", "pdkv.cli.metrics", "List what daemons export at /metrics."),
         Subcommand("version", "pdkv.cli.version", "Print the version."),
     ),
     """
@@ -24,7 +26,8 @@ Examples:
   pdkv up --model ./checkpoint --prefill 1 --decode 1 --port 8000
 
 Exit codes: 0 ok, 1 failure, 2 usage or configuration, 3 a check of doctor failed,
-4 wrong answer, 5 could not tell, 6 peers do not fit together, 130/143 by signal.
+4 wrong answer, 5 could not tell, 6 peers do not fit together,
+7 what ran at a signal did not end in --drain-timeout, 130/143 by signal.
 """,
 )
 

@@ -1,7 +1,7 @@
 """Flags made from a role's configuration schema, so that there is one list of names, defaults and descriptions."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -24,11 +24,28 @@ def role_command(
     app: typer.Typer, name: str, schema: type[Schema], run: Callable[[Schema], int], about: str, examples: str
 ) -> None:
     """Add the command ``name``: it loads the role's configuration and ends with the exit code of ``run``."""
+    settings_command(
+        app, name, schema, lambda flags, config_file, _: run(load(schema, flags, config_file)), about, examples
+    )
+
+
+def settings_command(
+    app: typer.Typer,
+    name: str,
+    schema: type[RoleConfig],
+    act: Callable[[Mapping[str, object], Path | None, bool], int],
+    about: str,
+    examples: str,
+    *,
+    with_json: bool = False,
+) -> None:
+    """Add the command ``name`` with a role's flags: it ends with the exit code of ``act``, which gets the flags that
+    were given, by field, the YAML file, and whether JSON is wanted (only asked for ``with_json``)."""
 
     def command(**given: Any) -> None:
-        config_file = given.pop("config")
+        config_file, as_json = given.pop("config"), given.pop("as_json", False)
         flags = {field: value for field, value in given.items() if value not in (None, [])}
-        ending(lambda: run(load(schema, flags, config_file)))
+        ending(lambda: act(flags, config_file, as_json))
 
     parameters = [_parameter(schema, field, info) for field, info in schema.model_fields.items()]
     config = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="YAML file with the settings below.")]
@@ -38,6 +55,9 @@ def role_command(
     keyword = inspect.Parameter.KEYWORD_ONLY
     parameters.insert(0, inspect.Parameter("config", keyword, default=None, annotation=config))
     parameters.append(inspect.Parameter("help_all", keyword, default=False, annotation=everything))
+    if with_json:
+        as_json = Annotated[bool, typer.Option("--json", help="One JSON object.")]
+        parameters.append(inspect.Parameter("as_json", keyword, default=False, annotation=as_json))
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     app.command(name, help=about, epilog=keep_lines(examples + _SETTINGS_HELP), context_settings=CONTEXT)(command)

@@ -25,8 +25,12 @@ _OTHER_VARIABLES = {_CONFIG_VARIABLE, "PDKV_UCX_INCLUDE"}  # the latter is setup
 class Flag:
     """How a field appears on the command line, where the schema's own name and description do not say it."""
 
-    def __init__(self, name: str | None = None, *, advanced: bool = False, hidden: bool = False) -> None:
+    def __init__(
+        self, name: str | None = None, *, advanced: bool = False, hidden: bool = False, secret: bool = False
+    ) -> None:
         self.name = name
+        self.secret = secret
+        """Never shown by ``pdkv config show``."""
         self.advanced = advanced
         """Shown by ``--help-all`` only."""
         self.hidden = hidden
@@ -250,8 +254,8 @@ def load(schema: type[Schema], flags: Mapping[str, object], config_file: Path | 
     Raises ConfigError that lists every wrong value with the source it came from.
     """
     _refuse_unknown_variables()
-    path = config_file or (Path(os.environ[_CONFIG_VARIABLE]) if os.environ.get(_CONFIG_VARIABLE) else None)
-    from_file = _read_yaml(schema, path) if path is not None else {}
+    path = config_path(config_file)
+    from_file = read_yaml(schema, path) if path is not None else {}
 
     class Loaded(schema):  # type: ignore[valid-type, misc]  # the only hook that pydantic-settings has for a source
         @classmethod
@@ -270,6 +274,11 @@ def load(schema: type[Schema], flags: Mapping[str, object], config_file: Path | 
     except ValidationError as exc:
         raise ConfigError(_describe(exc, schema, flags, from_file, path)) from exc
     return loaded
+
+
+def config_path(given: Path | None) -> Path | None:
+    """The YAML file: that of the command line, else that of PDKV_CONFIG, else none."""
+    return given or (Path(os.environ[_CONFIG_VARIABLE]) if os.environ.get(_CONFIG_VARIABLE) else None)
 
 
 def child_environment(**extra: str) -> dict[str, str]:
@@ -295,7 +304,8 @@ def _refuse_unknown_variables() -> None:
         raise ConfigError("; ".join(f"unknown environment variable {name}{_nearest(name, known)}" for name in unknown))
 
 
-def _read_yaml(schema: type[BaseSettings], path: Path) -> dict[str, Any]:
+def read_yaml(schema: type[BaseSettings], path: Path) -> dict[str, Any]:
+    """The file's keys and values. Raises ConfigError for what the schema does not know."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as exc:

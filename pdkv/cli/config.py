@@ -1,0 +1,102 @@
+"""``pdkv config show`` and ``pdkv config validate``: what a role would run with, without running it."""
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import msgspec
+import typer
+
+from pdkv.cli.flags import settings_command
+from pdkv.cli.lazy import CONTEXT, command_module
+from pdkv.daemons.config import DecodeConfig, PrefillConfig, RoleConfig, RouterConfig, UpConfig, load
+from pdkv.daemons.config_sources import Explained, explain
+
+_SCHEMA = "pdkv.config/v1"
+_ROLES: tuple[tuple[str, type[RoleConfig]], ...] = (
+    ("prefill", PrefillConfig),
+    ("decode", DecodeConfig),
+    ("router", RouterConfig),
+    ("up", UpConfig),
+)
+
+app = command_module()
+_config = typer.Typer(
+    help="Show or check the configuration of a role, without starting it.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    context_settings=CONTEXT,
+)
+_show = typer.Typer(
+    help="Print every setting of a role, its value and where that came from.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    context_settings=CONTEXT,
+)
+_validate = typer.Typer(
+    help="Check a role's configuration; exit code 2 says that it is wrong.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    context_settings=CONTEXT,
+)
+app.add_typer(_config, name="config")
+_config.add_typer(_show, name="show")
+_config.add_typer(_validate, name="validate")
+
+
+def _shower(role: str, schema: type[RoleConfig]) -> Callable[[Mapping[str, object], Path | None, bool], int]:
+    def show(flags: Mapping[str, object], config_file: Path | None, as_json: bool) -> int:
+        explained = explain(schema, flags, config_file)
+        if as_json:
+            document = {"schema": _SCHEMA, "role": role, "settings": explained.settings}
+            typer.echo(msgspec.json.encode(document).decode())
+        else:
+            typer.echo(_table(explained))
+        if explained.error is not None:
+            sys.stderr.write(f"pdkv: error: {explained.error}\n")
+            return explained.error.exit_code
+        return 0
+
+    return show
+
+
+def _validator(role: str, schema: type[RoleConfig]) -> Callable[[Mapping[str, object], Path | None, bool], int]:
+    def validate(flags: Mapping[str, object], config_file: Path | None, _as_json: bool) -> int:
+        load(schema, flags, config_file)
+        typer.echo(f"ok: {role} would start with this configuration")
+        return 0
+
+    return validate
+
+
+def _table(explained: Explained) -> str:
+    rows = [
+        (setting.name, bytes(setting.value).decode(), _origin(setting.source, setting.where))
+        for setting in explained.settings
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    return "\n".join(f"{name:<{widths[0]}}  {value:<{widths[1]}}  {origin}" for name, value, origin in rows)
+
+
+def _origin(source: str, where: str) -> str:
+    return f"{source} {where}".rstrip()
+
+
+for _role, _role_schema in _ROLES:
+    settings_command(
+        _show,
+        _role,
+        _role_schema,
+        _shower(_role, _role_schema),
+        f"Print what 'pdkv {_role}' would run with.",
+        f"\nExamples:\n\n  pdkv config show {_role} --config pdkv.yaml\n  pdkv config show {_role} --json\n",
+        with_json=True,
+    )
+    settings_command(
+        _validate,
+        _role,
+        _role_schema,
+        _validator(_role, _role_schema),
+        f"Check what 'pdkv {_role}' would run with.",
+        f"\nExamples:\n\n  pdkv config validate {_role} --config pdkv.yaml\n",
+    )
