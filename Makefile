@@ -3,6 +3,9 @@
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.pdkv-installed
+# Apart, because it brings 700 MB that pdkv never needs; it is a client, so it need not share anything with us.
+EVAL_VENV  := .venv-eval
+EVAL_STAMP := $(EVAL_VENV)/.lm-eval-0.4.13
 NATIVE := $(wildcard pdkv/transport/*.pyx pdkv/transport/native/*.c pdkv/transport/native/*.h)
 
 # The first Python that is new enough; override with make PYTHON=...
@@ -18,7 +21,7 @@ PIP_FLAGS   ?=
 WORKERS     ?= $(shell n=$$(nproc); echo $$((n > 4 ? 4 : n)))
 TESTS       ?= tests
 
-.PHONY: help demo test check wheel fmt install clean
+.PHONY: help demo test eval check wheel fmt install clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -29,6 +32,8 @@ demo: $(STAMP)  ## Move a 6,000-token prompt from a prefill to a decode worker a
 
 test: $(STAMP)  ## Run all tests (TESTS=tests/core for a part)
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(TESTS)
+
+eval: $(EVAL_STAMP)  ## Install lm-eval beside pdkv; where it is there, the tests run it against a deployment
 
 check: $(STAMP)  ## Lint, formatting, types and import contracts
 	$(BIN)/ruff check
@@ -48,10 +53,16 @@ fmt: $(STAMP)  ## Format the code and mend what the linter can
 install: $(STAMP)  ## Make .venv with pdkv in it (the others do it by themselves)
 
 clean:  ## Remove .venv and what was built
-	rm -rf $(VENV) build dist *.egg-info pdkv/transport/_ucp.c pdkv/transport/_ucp.*.so
+	rm -rf $(VENV) $(EVAL_VENV) build dist *.egg-info pdkv/transport/_ucp.c pdkv/transport/_ucp.*.so
 
 $(STAMP): pyproject.toml setup.py $(CONSTRAINTS) $(NATIVE)
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or newer found; install one or name it: make PYTHON=..." >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) $(addprefix -c ,$(CONSTRAINTS)) -e '.[dev]'
+	@touch $@
+
+$(EVAL_STAMP):
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or newer found; install one or name it: make PYTHON=..." >&2; exit 1; }
+	test -x $(EVAL_VENV)/bin/python || $(PYTHON) -m venv $(EVAL_VENV)
+	$(EVAL_VENV)/bin/python -m pip install --quiet $(PIP_FLAGS) 'lm-eval[api]==0.4.13'
 	@touch $@

@@ -239,7 +239,7 @@ def _refuse_unless_off(name: str, raw: msgspec.Raw) -> None:
 _INT64 = 2**63 - 1
 _FIELDS: Mapping[str, Callable[[str, msgspec.Raw], Any]] = {
     "model": read_as(str, "a model's name"),
-    "max_tokens": _number(0, _INT64, int, "a whole number of at least 1"),
+    "max_tokens": _number(0, _INT64, int, "a whole number of at least 1, or 0 with 'echo'"),
     "temperature": _number(0.0, 2.0, float, "a number from 0 (greedy) to 2"),
     "top_p": _number(0.0, 1.0, float, "a number from 0 to 1"),
     "seed": _number(-_INT64, _INT64, int, "a whole number of 64 bits"),

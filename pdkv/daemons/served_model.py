@@ -93,6 +93,6 @@ def _special_tokens(
     for name, token_id in ids.items():
         value = named.get(name)
         text = value.get("content") if isinstance(value, dict) else value
-        known = codec.token_text(token_id) if codec is not None and token_id is not None else None
+        known = codec.spelling(token_id) if codec is not None and token_id is not None else None
         found[name] = text if isinstance(text, str) else known
     return found

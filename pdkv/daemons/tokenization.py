@@ -62,8 +62,12 @@ class TextCodec:
         text = both.removeprefix(before) if both.startswith(before) else self.decode([token_id])
         if text and _REPLACEMENT not in text:
             return text
+        return self.spelling(token_id) or text
+
+    def spelling(self, token_id: int) -> str | None:
+        """One token as the vocabulary spells it; None for an id that it does not have."""
         spelled: str | None = self._tokenizer.id_to_token(token_id)
-        return spelled if spelled is not None else text
+        return spelled
 
 
 class TextStream:
