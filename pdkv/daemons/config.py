@@ -72,9 +72,16 @@ def _split_commas(value: object) -> object:
     return [part for part in value.split(",") if part] if isinstance(value, str) else value
 
 
+DNS_SCHEME = "dns://"
+"""Instead of one worker's URL: every address of the name is a worker, looked up again and again."""
+
+
 def _worker_url(value: str) -> str:
-    if not value.startswith(("http://", "https://")):
-        raise ValueError(f"{value!r} is not a URL; expected http://HOST:PORT")
+    if value.startswith(DNS_SCHEME):
+        if not Address(value.removeprefix(DNS_SCHEME).rstrip("/")).port:
+            raise ValueError(f"{value!r} needs the port that its workers listen on")
+    elif not value.startswith(("http://", "https://")):
+        raise ValueError(f"{value!r} is not a URL; expected http://HOST:PORT, or dns://HOST:PORT for all its addresses")
     return value.rstrip("/")
 
 
@@ -204,10 +211,16 @@ class RouterConfig(RoleConfig):
     """The router: no model, no tokenizer, no torch."""
 
     prefill_urls: Annotated[
-        Urls, Field(min_length=1, description="A prefill worker's URL; repeat for more."), Flag("prefill")
+        Urls,
+        Field(
+            min_length=1, description="A prefill worker's URL, or dns://HOST:PORT for all behind a name; repeatable."
+        ),
+        Flag("prefill"),
     ]
     decode_urls: Annotated[
-        Urls, Field(min_length=1, description="A decode worker's URL; repeat for more."), Flag("decode")
+        Urls,
+        Field(min_length=1, description="A decode worker's URL, or dns://HOST:PORT for all behind a name; repeatable."),
+        Flag("decode"),
     ]
     listen: Annotated[AddressText, Field(description="HTTP address, for clients.")] = Address("127.0.0.1:8000")
     request_timeout: Annotated[float, Field(gt=0, description="Seconds that a request may take in all.")] = 600.0

@@ -1,4 +1,4 @@
-"""Which workers the router may use: looks at each of them again and again, and hands out pairs in turn."""
+"""Which workers the router may use: finds them, looks at each again and again, and hands out pairs in turn."""
 
 import asyncio
 import contextlib
@@ -9,7 +9,10 @@ import httpx
 import msgspec
 import structlog
 
+from pdkv.daemons.config import DNS_SCHEME
+from pdkv.daemons.discovery import Lookup, Resolve, resolve_by_system
 from pdkv.daemons.worker_api import INFO_PATH, WorkerInfo
+from pdkv.metric_table import DECODE, PREFILL, WORKERS
 
 _POLL_TIMEOUT_S = 2.0
 _QUICK_S = 0.2
@@ -50,32 +53,77 @@ class WorkerView(msgspec.Struct, frozen=True):
     manifest_digest: str
 
 
+class Roster:
+    """The workers of one role: those that were named, and those behind names that are looked up."""
+
+    def __init__(self, role: str, targets: Sequence[str], resolve: Resolve) -> None:
+        self.role = role
+        self.lookups = [Lookup(target, resolve) for target in targets if target.startswith(DNS_SCHEME)]
+        self._named = [target for target in targets if not target.startswith(DNS_SCHEME)]
+        self.workers: list[Worker] = []
+        self.renew()
+
+    def renew(self) -> tuple[list[Worker], list[Worker]]:
+        """Follow the lookups; returns the workers that are new and those that are gone."""
+        found = (url for lookup in self.lookups for url in lookup.urls)
+        known = {worker.url: worker for worker in self.workers}
+        self.workers = [known.get(url) or Worker(url, self.role) for url in dict.fromkeys((*self._named, *found))]
+        new = [worker for worker in self.workers if worker.url not in known]
+        return new, [worker for worker in known.values() if worker not in self.workers]
+
+    def ready(self) -> list[Worker]:
+        """Each life once, also when it has several addresses."""
+        first: dict[str, Worker] = {}
+        for worker in self.workers:
+            if worker.info:
+                first.setdefault(worker.info.incarnation, worker)
+        return list(first.values())
+
+    def problems(self) -> str:
+        """Why none of them can be used."""
+        told = [f"{lookup.target}: {lookup.problem}" for lookup in self.lookups if lookup.problem]
+        return "; ".join(told + [f"{worker.url}: {worker.problem}" for worker in self.workers])
+
+
 class WorkerPool:
-    """All workers of a router. Belongs to the event loop's thread."""
+    """All workers of a router. Belongs to the event loop's thread. Targets: URLs, or ``dns://HOST:PORT``."""
 
     def __init__(
-        self, client: httpx.AsyncClient, prefill_urls: Sequence[str], decode_urls: Sequence[str], poll_interval_s: float
+        self,
+        client: httpx.AsyncClient,
+        prefill: Sequence[str],
+        decode: Sequence[str],
+        poll_interval_s: float,
+        resolve: Resolve = resolve_by_system,
     ) -> None:
         self._client = client
         self._poll_interval_s = poll_interval_s
-        self._prefill = [Worker(url, "prefill") for url in prefill_urls]
-        self._decode = [Worker(url, "decode") for url in decode_urls]
+        self._rosters = {PREFILL: Roster(PREFILL, prefill, resolve), DECODE: Roster(DECODE, decode, resolve)}
+        self._watches: dict[Worker, asyncio.Task[None]] = {}
         self._turn = 0
 
     @contextlib.asynccontextmanager
     async def polling(self) -> AsyncIterator[None]:
-        """Keep looking at all workers while the block runs."""
+        """Keep looking for workers, and at all of them, while the block runs."""
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(self._watch(worker)) for worker in self.workers()]
+            for worker in self.workers():
+                self._watches[worker] = group.create_task(self._watch(worker))
+            follows = [
+                group.create_task(self._follow(roster, lookup, group))
+                for roster in self._rosters.values()
+                for lookup in roster.lookups
+            ]
             try:
                 yield
             finally:
-                for task in tasks:
+                for task in (*follows, *self._watches.values()):
                     task.cancel()
+                self._watches.clear()
 
     def workers(self) -> Iterator[Worker]:
-        yield from self._prefill
-        yield from self._decode
+        """Prefill workers first."""
+        for role in WORKERS:
+            yield from self._rosters[role].workers
 
     def view(self) -> list[WorkerView]:
         return [
@@ -92,11 +140,12 @@ class WorkerPool:
 
     def pairs(self) -> list[Pair]:
         """All ready pairs of equal manifest, diagonals first, so that neighbours share no worker where they can."""
-        wrap = max(len(self._prefill), len(self._decode))
+        prefills, decodes = self._rosters[PREFILL].ready(), self._rosters[DECODE].ready()
+        wrap = max(len(prefills), len(decodes))
         found = [
             ((d - p) % wrap, p, Pair(prefill, decode, prefill.info.control, prefill.info.incarnation))
-            for p, prefill in enumerate(self._prefill)
-            for d, decode in enumerate(self._decode)
+            for p, prefill in enumerate(prefills)
+            for d, decode in enumerate(decodes)
             if prefill.info and decode.info and prefill.info.manifest_digest == decode.info.manifest_digest
         ]
         return [pair for _, _, pair in sorted(found, key=lambda entry: entry[:2])]
@@ -114,9 +163,9 @@ class WorkerPool:
         if self.pairs():
             return []
         missing = [
-            f"no {role} worker is ready ({'; '.join(f'{worker.url}: {worker.problem}' for worker in workers)})"
-            for role, workers in (("prefill", self._prefill), ("decode", self._decode))
-            if not any(worker.info for worker in workers)
+            f"no {role} worker is ready ({roster.problems()})"
+            for role, roster in self._rosters.items()
+            if not roster.ready()
         ]
         return missing or ["no prefill and decode worker have the same manifest (" + self._manifests() + ")"]
 
@@ -137,6 +186,18 @@ class WorkerPool:
             worker.info, worker.problem = None, reason
             worker.kick.set()
         await asyncio.gather(*(self._poll(worker) for worker in workers))
+
+    async def _follow(self, roster: Roster, lookup: Lookup, group: asyncio.TaskGroup) -> None:
+        while True:
+            if await lookup.look():
+                new, gone = roster.renew()
+                for worker in new:
+                    _log.info("worker found", url=worker.url, worker=worker.role, target=lookup.target)
+                    self._watches[worker] = group.create_task(self._watch(worker))
+                for worker in gone:
+                    _log.info("worker gone", url=worker.url, worker=worker.role, target=lookup.target)
+                    self._watches.pop(worker).cancel()
+            await asyncio.sleep(self._poll_interval_s)
 
     async def _watch(self, worker: Worker) -> None:
         while True:
