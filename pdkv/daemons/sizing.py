@@ -1,5 +1,7 @@
 """How many pages a worker's arena gets."""
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from pdkv.daemons.link import WorkerSettings
@@ -35,9 +37,52 @@ def choose_num_pages(settings: WorkerSettings, layout: RowLayout) -> int:
     return min(one * settings.max_batch + PROBE_PAGES, affordable)
 
 
-def memory_available_bytes() -> int:
-    """MemAvailable of /proc/meminfo."""
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+def memory_available_bytes(root: Path = Path("/")) -> int:
+    """What this process may still take: the machine's MemAvailable, or less where its control group has a limit.
+
+    A container sees the whole machine in /proc/meminfo, and is killed at its own limit. ``root``: where /proc and
+    /sys are.
+    """
+    return min((_of_machine(root), *(_room(*group) for group in _control_groups(root))))
+
+
+def _of_machine(root: Path) -> int:
+    for line in (root / "proc/meminfo").read_text(encoding="ascii").splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     raise CapacityError("/proc/meminfo has no MemAvailable; set --num-pages")
+
+
+def _control_groups(root: Path) -> Iterator[tuple[Path, str]]:
+    """The folders of our control group and of all above it, with the version that names its files."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        top = root / "sys/fs/cgroup" / controllers
+        group = top / path.lstrip("/")  # where a container is shown its host's path, only ``top`` exists, and is ours
+        for folder in (group, *group.parents):
+            yield folder, "v1" if controllers else "v2"
+            if folder == top:
+                break
+
+
+def _room(group: Path, version: str) -> int:
+    """Bytes below the group's limit; file pages that the kernel can drop count as free."""
+    limit_file, used_file, cache = {
+        "v1": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        "v2": ("memory.max", "memory.current", "inactive_file"),
+    }[version]
+    try:
+        limit = (group / limit_file).read_text(encoding="ascii").strip()
+        if limit == "max":
+            return sys.maxsize
+        used = int((group / used_file).read_text(encoding="ascii"))
+        stat = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
+    except OSError:  # the root of all groups has no such files
+        return sys.maxsize
+    return max(0, int(limit) - used + int(stat.get(cache, 0)))
