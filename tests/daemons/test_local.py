@@ -47,6 +47,7 @@ def test_workers_get_every_setting_that_was_made() -> None:
         "max_model_len": 1000,
         "max_batch": 3,
         "num_pages": 40,
+        "max_prompts": 16,
         "prefill_chunk": 256,
         "dtype": "bfloat16",
         "transport": "ucx",

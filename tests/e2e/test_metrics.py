@@ -8,8 +8,10 @@ NUM_TOKENS = 12
 
 
 def _settled(three: Trio) -> bool:
-    """Both workers hold nothing, and have counted the end of every request."""
-    return three.prefill.holds_nothing() and three.decode.holds_nothing()
+    """Both workers hold nothing, and all have counted the end of every request."""
+    held = not (three.prefill.holds_nothing() and three.decode.holds_nothing())
+    sides = (three.prefill, three.decode, three.router)
+    return not held and not any(side.metrics()["pdkv_requests_in_flight"] for side in sides)
 
 
 def _grown(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
