@@ -93,6 +93,15 @@ def test_a_list_with_one_prompt_too_long_is_refused_whole(client: openai.OpenAI,
     all_free(three)
 
 
+def test_a_client_that_leaves_a_list_frees_every_page(client: openai.OpenAI, three: Trio) -> None:
+    prompts = [list(make_prompt(seed, 400).token_ids) for seed in range(6)]
+    with client.completions.create(
+        model=MODEL, prompt=prompts, max_tokens=4000, temperature=0, stream=True, extra_body={"ignore_eos": True}
+    ) as stream:
+        next(iter(stream))
+    all_free(three)
+
+
 @pytest.mark.parametrize("top_p", [1.0, 0.7, 0.2])
 def test_a_seed_and_a_nucleus_draw_what_one_undivided_engine_draws(
     client: openai.OpenAI, model: M3Model, top_p: float
