@@ -174,7 +174,7 @@ def test_a_dead_prefill_is_passed_over_and_taken_back_after_its_restart(fleet: F
     assert [_ask(router).status_code for _ in range(4)] == [200] * 4
     second.process.kill()
     second.process.wait()
-    refused = _ask(router)
+    refused = _ask(router, Script.HANG)  # a decode worker has nothing to say without a prefill worker
     assert refused.status_code in (502, 503)
     assert "error" in refused.json()
     fleet.worker("prefill", checkpoint, port=int(first.url.rpartition(":")[2]))
