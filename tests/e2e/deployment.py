@@ -18,6 +18,10 @@ from prometheus_client.parser import text_string_to_metric_families
 START_S = 60.0
 END_S = 30.0
 
+HTTP = httpx.Client(trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
+"""One client for all tests and threads: making one costs more than most requests. Connections are not kept, for the
+processes behind them come and go."""
+
 
 def free_port() -> int:
     with socket.socket() as sock:
@@ -65,22 +69,22 @@ class Process:
     def health(self) -> int:
         """The status of ``GET /health``; 0 when nobody answers."""
         try:
-            return httpx.get(f"{self.url}/health", timeout=5).status_code
+            return HTTP.get(f"{self.url}/health", timeout=5).status_code
         except httpx.HTTPError:
             return 0
 
     def status(self) -> dict[str, object]:
         """Pages, requests, leases and peers of a worker."""
-        answer = httpx.get(f"{self.url}/pdkv/v1/status", timeout=10)
+        answer = HTTP.get(f"{self.url}/pdkv/v1/status", timeout=10)
         answer.raise_for_status()
         return dict(answer.json())
 
     def info(self) -> dict[str, object]:
-        return dict(httpx.get(f"{self.url}/pdkv/v1/info", timeout=10).json())
+        return dict(HTTP.get(f"{self.url}/pdkv/v1/info", timeout=10).json())
 
     def metrics(self) -> dict[str, float]:
         """Every sample of ``/metrics``, by name and labels as they are written, without the role."""
-        answer = httpx.get(f"{self.admin_url}/metrics", timeout=10)
+        answer = HTTP.get(f"{self.admin_url}/metrics", timeout=10)
         answer.raise_for_status()
         return {
             _written(sample.name, sample.labels): sample.value
@@ -213,7 +217,7 @@ def ask(
 ) -> httpx.Response:
     """A greedy completion with token ids and the transfer's facts (``pdkv`` block)."""
     body = {
-        "model": httpx.get(f"{url}/v1/models", timeout=10).json()["data"][0]["id"],
+        "model": HTTP.get(f"{url}/v1/models", timeout=10).json()["data"][0]["id"],
         "prompt": prompt if isinstance(prompt, str) else list(prompt),
         "max_tokens": max_tokens,
         "temperature": 0,
@@ -221,7 +225,7 @@ def ask(
         "return_token_ids": True,
         **fields,
     }
-    return httpx.post(f"{url}/v1/completions", json=body, headers={"X-Pdkv-Debug": "1"}, timeout=timeout_s)
+    return HTTP.post(f"{url}/v1/completions", json=body, headers={"X-Pdkv-Debug": "1"}, timeout=timeout_s)
 
 
 def transfer_facts(response: httpx.Response) -> dict[str, Any]:

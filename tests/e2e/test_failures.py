@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 from pdkv.verify.link_chasing import LinkChasingPrompt, make_prompt
-from tests.e2e.deployment import Process, Trio, descendants, token_ids, trio, wait_ready, wait_until
+from tests.e2e.deployment import HTTP, Process, Trio, descendants, token_ids, trio, wait_ready, wait_until
 
 LEASE_S = 2.0
 DEADLINE_S = 40.0
@@ -67,7 +67,7 @@ def body(prompt: LinkChasingPrompt, num_tokens: int, **fields: object) -> dict[s
 def ask(deployment: Trio, prompt: LinkChasingPrompt, num_tokens: int = NUM_TOKENS) -> httpx.Response:
     """The answer, whatever it is, if one comes soon after the request's deadline."""
     url = f"{deployment.router.url}/v1/completions"
-    return httpx.post(url, json=body(prompt, num_tokens), timeout=DEADLINE_S + 10)
+    return HTTP.post(url, json=body(prompt, num_tokens), timeout=DEADLINE_S + 10)
 
 
 @contextlib.contextmanager
@@ -75,7 +75,7 @@ def stream(deployment: Trio, prompt: LinkChasingPrompt, num_tokens: int) -> Iter
     """The data of each event. Leaving the block closes the connection."""
     url = f"{deployment.router.url}/v1/completions"
     asked = body(prompt, num_tokens, stream=True)
-    with httpx.stream("POST", url, json=asked, timeout=DEADLINE_S + 10) as response:
+    with HTTP.stream("POST", url, json=asked, timeout=DEADLINE_S + 10) as response:
         assert response.status_code == 200
         yield (line.removeprefix("data: ") for line in response.iter_lines() if line)
 
