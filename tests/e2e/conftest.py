@@ -16,7 +16,8 @@ E2E = Path(__file__).parent
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if E2E in item.path.parents:
-            item.add_marker(pytest.mark.xdist_group("e2e"))
+            # The long one shares no deployment, and so may run beside the others.
+            item.add_marker(pytest.mark.xdist_group("chaos" if item.path.stem == "test_chaos" else "e2e"))
 
 
 @pytest.fixture(scope="session")
