@@ -6,8 +6,8 @@ import sys
 
 def main() -> None:
     """Run the command line; exits with the code of the command."""
-    # Before torch is loaded, here or in a child: its threads would spin while they wait, and beside other workers on the
-    # same cores that made a prefill ten times slower.
+    # Before torch is loaded, here or in a child: its threads would spin while they wait, and beside other workers on
+    # the same cores that made a prefill ten times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         from pdkv.cli import app  # noqa: PLC0415
