@@ -1,0 +1,93 @@
+"""The containers of kind-tcp as processes: their commands, variables and files, with other addresses and folders."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.deploy.containers import environment
+from tests.deploy.manifests import Object, main_container, pod_of, worker_settings, workload
+from tests.e2e.deployment import Process, free_port, wait_until
+
+OVERLAY = "kind-tcp"
+
+
+class Places:
+    """What stands for the ports, folders and names of the pods on this machine."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._ports: dict[str, int] = {}
+
+    def port(self, port: str) -> int:
+        return self._ports.setdefault(port, free_port())
+
+    def text(self, text: str) -> str:
+        text = re.sub(r"0\.0\.0\.0:(\d+)", lambda found: f"127.0.0.1:{self.port(found[1])}", text)
+        text = re.sub(r"dns://pdkv-\w+:(\d+)", lambda found: f"dns://localhost:{self.port(found[1])}", text)
+        return re.sub(r"(?<![\w/])/(model|etc/pdkv)\b", lambda found: str(self.folder / found[1]), text)
+
+    def environment(self, container: Object) -> dict[str, str]:
+        own = {name: self.text(value) for name, value in environment(container).items()}
+        return {**own, "PDKV_ADVERTISE_HOST": "127.0.0.1"} if "PDKV_ADVERTISE_HOST" in own else own
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> Places:
+    places = Places(tmp_path)
+    (tmp_path / "etc/pdkv").mkdir(parents=True)
+    (tmp_path / "etc/pdkv/pdkv.yaml").write_text(places.text(worker_settings(OVERLAY)), encoding="utf-8")
+    return places
+
+
+@pytest.fixture
+def pods(places: Places) -> Iterator[dict[str, Process]]:
+    """The three daemons, started once the init containers have run."""
+    for role in ("prefill", "decode"):
+        for init in pod_of(workload(OVERLAY, role)).get("initContainers", []):
+            args = [places.text(arg) for arg in init["args"]]
+            subprocess.run([sys.executable, "-m", "pdkv", *args], check=True, capture_output=True)
+    started = {}
+    for role in ("prefill", "decode", "router"):
+        container = main_container(workload(OVERLAY, role))
+        ports = {port["name"]: places.port(str(port["containerPort"])) for port in container["ports"]}
+        started[role] = Process(
+            role,
+            f"http://127.0.0.1:{ports['http']}",
+            [places.text(arg) for arg in container["args"][1:]],
+            places.folder / f"{role}.log",
+            places.environment(container),
+            admin_url=f"http://127.0.0.1:{ports['admin']}",
+        )
+    try:
+        for process in started.values():
+            process.start()
+        yield started
+    finally:
+        for process in started.values():
+            process.end()
+
+
+def _probe(process: Process, role: str, kind: str) -> int:
+    get = main_container(workload(OVERLAY, role))[f"{kind}Probe"]["httpGet"]
+    try:
+        return httpx.get(process.admin_url + get["path"], timeout=5).status_code
+    except httpx.HTTPError:
+        return 0
+
+
+def test_the_containers_find_each_other_and_answer(pods: dict[str, Process]) -> None:
+    for role, process in pods.items():
+        for kind in ("startup", "readiness", "liveness"):
+            wait_until(lambda: _probe(process, role, kind) == 200, f"{role}'s {kind} probe: {process.tail()}", 60)  # noqa: B023
+    body = {"model": "link-chasing", "prompt": "<bos> n1>n2 n2>n3 n1", "max_tokens": 2, "temperature": 0}
+    answer = httpx.post(
+        pods["router"].url + "/v1/completions", json=body, headers={"X-Pdkv-Debug": "1"}, timeout=60
+    ).json()
+    assert answer["choices"][0]["text"].split() == ["n2", "n3"]
+    assert answer["pdkv"]["transfer"]["path"] == "tcp"
+    assert [process.end() for process in reversed(pods.values())] == [143] * 3, "drained, not broken off"
