@@ -31,7 +31,7 @@ demo: $(STAMP)  ## Move a 6,000-token prompt from a prefill to a decode worker a
 	$(BIN)/pdkv demo
 
 test: $(STAMP)  ## Run all tests (TESTS=tests/core for a part)
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(TESTS)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder $(TESTS)
 
 eval: $(EVAL_STAMP)  ## Install lm-eval beside pdkv; where it is there, the tests run it against a deployment
 

@@ -1,7 +1,21 @@
 """Torch's own threads, before anything imports torch: several test processes share the cores."""
 
 import os
+from pathlib import Path
+
+import pytest
 
 # Threads of torch that spin while they wait make a small model 20 times slower on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+E2E = Path(__file__).parent / "e2e"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What shares fixtures runs in one process: each file, and all end-to-end tests but the one without a shared
+    deployment. Those take longest, and so begin first."""
+    for item in items:
+        is_e2e = E2E in item.path.parents and item.path.stem != "test_chaos"
+        item.add_marker(pytest.mark.xdist_group("e2e" if is_e2e else str(item.path)))
+    items.sort(key=lambda item: E2E not in item.path.parents)

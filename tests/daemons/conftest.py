@@ -10,10 +10,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 
 from pdkv.verify.link_chasing_checkpoint import write_checkpoint
+from tests.http import HTTP
 
 DEADLINE_S = 60
 
@@ -55,11 +55,13 @@ class Fleet:
     def __init__(self) -> None:
         self._daemons: list[Daemon] = []
 
-    def worker(self, role: str, model: Path, port: int = 0, **settings: object) -> Daemon:
+    def worker(self, role: str, model: Path, port: int = 0, *, ready: bool = False, **settings: object) -> Daemon:
         listen = f"127.0.0.1:{port}"
         daemon = self._start("tests.daemons.scripted_worker", role, str(model), listen, json.dumps(settings))
         started = daemon.wait_for_event("loading")
         daemon.url, daemon.admin = f"http://{started['listen']}", f"http://{started['admin']}"
+        if ready:
+            wait_until(lambda: HTTP.get(daemon.url + "/pdkv/v1/info").json()["ready"])
         return daemon
 
     def router(self, prefill: list[Daemon], decode: list[Daemon], *flags: str, ready: bool = True) -> Daemon:
@@ -76,7 +78,7 @@ class Fleet:
         started = daemon.wait_for_event("listening")
         daemon.url, daemon.admin = str(started["url"]), f"http://{started['admin']}"
         if ready:
-            wait_until(lambda: httpx.get(daemon.url + "/health").status_code == 200)
+            wait_until(lambda: HTTP.get(daemon.url + "/health").status_code == 200)
         return daemon
 
     def _start(self, *args: str) -> Daemon:

@@ -12,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.daemons.conftest import Daemon, Fleet, wait_until
 from tests.daemons.scripted_engine import Script
+from tests.http import HTTP
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
@@ -27,7 +28,7 @@ def decode(shared_fleet: Fleet, checkpoint: Path) -> Daemon:
 
 
 def _conditions(daemon: Daemon, path: str) -> tuple[int, dict[str, bool]]:
-    answer = httpx.get(daemon.admin + path)
+    answer = HTTP.get(daemon.admin + path)
     body = answer.json()
     assert body["ok"] == (answer.status_code == 200)
     assert all(condition["ok"] or condition["message"] for condition in body["conditions"])
@@ -40,21 +41,21 @@ def _ready(daemon: Daemon) -> bool:
 
 def _ask(router: Daemon, script: Script = Script.ANSWER, **fields: object) -> httpx.Response:
     body = {"prompt": [1, 2, 3], "max_tokens": 4, "seed": int(script), **fields}
-    return httpx.post(router.url + "/v1/completions", json=body, timeout=60)
+    return HTTP.post(router.url + "/v1/completions", json=body, timeout=60)
 
 
 @contextlib.contextmanager
 def _hanging(router: Daemon) -> Iterator[Iterator[str]]:
     """A stream that goes on until it is closed, its first event behind it."""
     body = {"prompt": [1, 2, 3], "max_tokens": 4, "seed": int(Script.HANG_AFTER_TWO), "stream": True}
-    with httpx.stream("POST", router.url + "/v1/completions", json=body, timeout=60) as answer:
+    with HTTP.stream("POST", router.url + "/v1/completions", json=body, timeout=60) as answer:
         lines = answer.iter_lines()
         next(lines)
         yield lines
 
 
 def _samples(daemon: Daemon) -> Samples:
-    answer = httpx.get(daemon.admin + "/metrics")
+    answer = HTTP.get(daemon.admin + "/metrics")
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
     families = text_string_to_metric_families(answer.text)
     return {(s.name, tuple(sorted(s.labels.items()))): s.value for family in families for s in family.samples}
@@ -86,7 +87,7 @@ def test_a_worker_whose_engine_process_stands_still_is_not_live(fleet: Fleet, ch
     (engine,) = map(int, children)
     os.kill(engine, signal.SIGSTOP)
     wait_until(lambda: _conditions(worker, "/livez")[0] == 503)
-    assert not httpx.get(worker.url + "/pdkv/v1/info").json()["ready"]
+    assert not HTTP.get(worker.url + "/pdkv/v1/info").json()["ready"]
     assert _value(_samples(worker), "pdkv_live", role="prefill") == 0
     os.kill(engine, signal.SIGCONT)
     wait_until(lambda: _conditions(worker, "/livez")[0] == 200)
@@ -155,10 +156,10 @@ def test_a_drain_that_takes_too_long_is_broken_off_with_an_exit_code_of_its_own(
 def test_a_worker_drained_by_post_is_left_out_and_lives_on(fleet: Fleet, checkpoint: Path, prefill: Daemon) -> None:
     decodes = [fleet.worker("decode", checkpoint) for _ in range(2)]
     router = fleet.router([prefill], decodes)
-    wait_until(lambda: all(worker["ready"] for worker in httpx.get(router.url + "/health").json()["workers"]))
-    assert httpx.post(decodes[0].admin + "/drain").json() == {"draining": True, "in_flight": 0}
+    wait_until(lambda: all(worker["ready"] for worker in HTTP.get(router.url + "/health").json()["workers"]))
+    assert HTTP.post(decodes[0].admin + "/drain").json() == {"draining": True, "in_flight": 0}
     assert {_ask(router).status_code for _ in range(6)} == {200}  # also before the router has noticed
-    wait_until(lambda: '"problem":"draining"' in httpx.get(router.url + "/health").text)
+    wait_until(lambda: '"problem":"draining"' in HTTP.get(router.url + "/health").text)
     assert _value(_samples(decodes[0]), "pdkv_draining", role="decode") == 1
     assert _value(_samples(router), "pdkv_router_workers_ready", role="router", upstream="decode") == 1
     assert decodes[0].process.poll() is None

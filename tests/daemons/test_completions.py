@@ -5,7 +5,6 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import openai
 import pytest
 
@@ -13,18 +12,19 @@ from pdkv.daemons.job_routes import transfer_of_prompt
 from pdkv.verify.link_chasing import link_token
 from tests.daemons.conftest import Daemon, Fleet, wait_until
 from tests.daemons.scripted_engine import FIRST_NODE, Script
+from tests.http import HTTP
 
 MODEL = "link-chasing"
 
 
 @pytest.fixture(scope="module")
 def prefill(shared_fleet: Fleet, checkpoint: Path) -> Daemon:
-    return shared_fleet.worker("prefill", checkpoint)
+    return shared_fleet.worker("prefill", checkpoint, ready=True)
 
 
 @pytest.fixture(scope="module")
 def decode(shared_fleet: Fleet, checkpoint: Path) -> Daemon:
-    return shared_fleet.worker("decode", checkpoint)
+    return shared_fleet.worker("decode", checkpoint, ready=True)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def create(client: openai.OpenAI, prompt: object, script: Script = Script.ANSWER
 
 
 def status(worker: Daemon) -> dict:
-    return httpx.get(worker.url + "/pdkv/v1/status").json()
+    return HTTP.get(worker.url + "/pdkv/v1/status").json()
 
 
 def idle(*workers: Daemon) -> bool:
@@ -97,7 +97,7 @@ def test_one_prompt_that_fails_on_decode_fails_them_all_and_frees_them(
         "x-pdkv-prefill-incarnation": "00",
     }
     body = {"prompt": [[1], [1] * 7, [2]], "seed": int(Script.ONE_OF_SEVEN_FAILS), "stream": stream}
-    answer = httpx.post(decode.url + "/v1/completions", json=body, headers=headers, timeout=60)
+    answer = HTTP.post(decode.url + "/v1/completions", json=body, headers=headers, timeout=60)
     wait_until(lambda: idle(decode, prefill))
     if stream:
         events = answer.text.split("\n\n")
@@ -111,14 +111,14 @@ def test_one_prompt_that_fails_on_prefill_fails_them_all_and_frees_them(
     router: Daemon, decode: Daemon, prefill: Daemon
 ) -> None:
     body = {"prompt": [[1], [1] * 7, [2]], "seed": int(Script.ONE_OF_SEVEN_FAILS)}
-    answer = httpx.post(router.url + "/v1/completions", json=body, timeout=60)
+    answer = HTTP.post(router.url + "/v1/completions", json=body, timeout=60)
     assert answer.status_code == 500
     wait_until(lambda: idle(decode, prefill))
 
 
 def test_a_client_that_leaves_a_list_frees_all_of_it(router: Daemon, decode: Daemon, prefill: Daemon) -> None:
     body = {"prompt": [[1], [2], [3]], "seed": int(Script.HANG_AFTER_TWO), "stream": True}
-    with httpx.stream("POST", router.url + "/v1/completions", json=body, timeout=60) as answer:
+    with HTTP.stream("POST", router.url + "/v1/completions", json=body, timeout=60) as answer:
         lines = answer.iter_lines()
         next(lines)
         wait_until(lambda: status(decode)["requests_running"] == 3)
@@ -180,21 +180,21 @@ def test_an_echo_alone_needs_no_tokens_and_no_logprobs(client: openai.OpenAI) ->
 
 def test_what_is_asked_of_a_list_is_told_of_each(router: Daemon) -> None:
     body = {"prompt": [[1], [2]], "seed": 1, "max_tokens": 1, "return_token_ids": True}
-    answer = httpx.post(router.url + "/v1/completions", json=body, headers={"X-Pdkv-Debug": "1"}).json()
+    answer = HTTP.post(router.url + "/v1/completions", json=body, headers={"X-Pdkv-Debug": "1"}).json()
     assert [choice["token_ids"] for choice in answer["choices"]] == [[FIRST_NODE]] * 2
     assert len(answer["pdkv"]["transfers"]) == 2
 
 
 def test_text_becomes_ids_and_ids_become_text(router: Daemon, decode: Daemon, prefill: Daemon) -> None:
     for daemon in (router, decode, prefill):
-        tokens = httpx.post(daemon.url + "/tokenize", json={"model": MODEL, "prompt": "n1>n2 n1"})
+        tokens = HTTP.post(daemon.url + "/tokenize", json={"model": MODEL, "prompt": "n1>n2 n1"})
         assert tokens.json() == {"tokens": [link_token(1, 2), 65], "count": 2, "max_model_len": 512, "token_strs": None}
-        text = httpx.post(daemon.url + "/detokenize", json={"tokens": [1, link_token(1, 2), 65, 2]})
+        text = HTTP.post(daemon.url + "/detokenize", json={"tokens": [1, link_token(1, 2), 65, 2]})
         assert text.json() == {"prompt": "<bos> n1>n2 n1 <eos>"}
-        info = httpx.get(daemon.url + "/tokenizer_info").json()
+        info = HTTP.get(daemon.url + "/tokenizer_info").json()
         assert (info["bos_token"], info["eos_token"]) == ("<bos>", "<eos>")
     asked = {"prompt": "n1", "add_special_tokens": False, "return_token_strs": True}
-    assert httpx.post(router.url + "/tokenize", json=asked).json()["token_strs"] == [" n1"]
+    assert HTTP.post(router.url + "/tokenize", json=asked).json()["token_strs"] == [" n1"]
 
 
 @pytest.mark.parametrize(
@@ -210,14 +210,14 @@ def test_text_becomes_ids_and_ids_become_text(router: Daemon, decode: Daemon, pr
     ],
 )
 def test_wrong_questions_about_text_name_the_field(router: Daemon, path: str, body: dict, param: str) -> None:
-    answer = httpx.post(router.url + path, json=body)
+    answer = HTTP.post(router.url + path, json=body)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
-    assert httpx.post(router.url + path, json={"model": "nope", **body}).status_code in (400, 404)
+    assert HTTP.post(router.url + path, json={"model": "nope", **body}).status_code in (400, 404)
 
 
 def test_without_workers_nobody_tokenizes(fleet: Fleet, prefill: Daemon) -> None:
     nobody = Daemon.__new__(Daemon)
     nobody.url = "http://127.0.0.1:1"
     router = fleet.router([nobody], [nobody], ready=False)
-    answer = httpx.post(router.url + "/tokenize", json={"prompt": "n1"})
+    answer = HTTP.post(router.url + "/tokenize", json={"prompt": "n1"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_ready")

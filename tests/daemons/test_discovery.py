@@ -15,6 +15,7 @@ from pdkv.daemons.worker_api import WorkerInfo
 from pdkv.daemons.worker_pool import WorkerPool
 from pdkv.errors import ConfigError
 from tests.daemons.conftest import Daemon, Fleet, wait_until
+from tests.http import HTTP
 
 TARGET = "dns://prefill.pdkv.svc:8100"
 
@@ -169,24 +170,24 @@ def test_a_router_finds_its_workers_by_name(fleet: Fleet, checkpoint: Path) -> N
     named = [_named(worker) for worker in (prefill, decode)]
     router = fleet.router(*[[name] for name in named])
     body = {"prompt": [1, 2, 3], "max_tokens": 4, "seed": 1}
-    answer = httpx.post(router.url + "/v1/completions", json=body, timeout=60)
+    answer = HTTP.post(router.url + "/v1/completions", json=body, timeout=60)
     assert answer.json()["choices"][0]["text"] == "n0 n1 n2 n3"
-    seen = {worker["url"] for worker in httpx.get(router.url + "/health").json()["workers"] if worker["ready"]}
+    seen = {worker["url"] for worker in HTTP.get(router.url + "/health").json()["workers"] if worker["ready"]}
     assert seen == {prefill.url, decode.url}
-    assert prefill.url not in httpx.get(router.admin + "/metrics").text, "labels are bounded"
+    assert prefill.url not in HTTP.get(router.admin + "/metrics").text, "labels are bounded"
     prefill.process.kill()
     prefill.process.wait()
-    wait_until(lambda: httpx.get(router.url + "/health").status_code == 503)
+    wait_until(lambda: HTTP.get(router.url + "/health").status_code == 503)
     port = prefill.url.rpartition(":")[2]
     fleet.worker("prefill", checkpoint, port=int(port))  # another life at the same address, as after a pod's restart
-    wait_until(lambda: httpx.get(router.url + "/health").status_code == 200)
+    wait_until(lambda: HTTP.get(router.url + "/health").status_code == 200)
 
 
 def test_a_router_says_which_name_has_no_worker(fleet: Fleet) -> None:
     nobody = Daemon.__new__(Daemon)
     nobody.url = "dns://localhost:1"
     router = fleet.router([nobody], [nobody], ready=False)
-    wait_until(lambda: "http://127.0.0.1:1: ConnectError" in httpx.get(router.url + "/health").text)
+    wait_until(lambda: "http://127.0.0.1:1: ConnectError" in HTTP.get(router.url + "/health").text)
 
 
 def _named(worker: Daemon) -> Daemon:

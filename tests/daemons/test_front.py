@@ -10,6 +10,7 @@ import pytest
 
 from tests.daemons.conftest import Daemon, Fleet, wait_until
 from tests.daemons.scripted_engine import FIRST_NODE, Script
+from tests.http import HTTP
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def _ready(worker: Daemon) -> Daemon:
 
 
 def _info(worker: Daemon) -> dict:
-    return httpx.get(worker.url + "/pdkv/v1/info").json()
+    return HTTP.get(worker.url + "/pdkv/v1/info").json()
 
 
 def _headers(**more: str) -> dict[str, str]:
@@ -47,7 +48,7 @@ def _body(script: Script = Script.ANSWER, **fields: object) -> dict:
 
 def _complete(worker: Daemon, body: object, headers: dict[str, str] | None = None) -> httpx.Response:
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return httpx.post(worker.url + "/v1/completions", content=content, headers=headers or _headers())
+    return HTTP.post(worker.url + "/v1/completions", content=content, headers=headers or _headers())
 
 
 def _error(response: httpx.Response) -> dict:
@@ -60,9 +61,9 @@ def test_info_health_models_and_status(decode: Daemon) -> None:
     info = _info(decode)
     assert (info["role"], info["model"], info["max_model_len"]) == ("decode", "link-chasing", 512)
     assert len(info["incarnation"]) == 16
-    assert httpx.get(decode.url + "/health").status_code == 200
-    assert httpx.get(decode.url + "/v1/models").json()["data"][0]["id"] == "link-chasing"
-    assert httpx.get(decode.url + "/pdkv/v1/status").json()["pages_free"] == 10
+    assert HTTP.get(decode.url + "/health").status_code == 200
+    assert HTTP.get(decode.url + "/v1/models").json()["data"][0]["id"] == "link-chasing"
+    assert HTTP.get(decode.url + "/pdkv/v1/status").json()["pages_free"] == 10
 
 
 def test_a_whole_answer(decode: Daemon) -> None:
@@ -146,19 +147,19 @@ def test_a_worker_sends_clients_to_the_router(decode: Daemon) -> None:
 
 
 def test_a_giant_body_is_refused_unread(decode: Daemon) -> None:
-    answer = httpx.post(decode.url + "/v1/completions", content=b" " * (33 << 20), headers=_headers())
+    answer = HTTP.post(decode.url + "/v1/completions", content=b" " * (33 << 20), headers=_headers())
     assert answer.status_code == 413
 
 
 def test_prefill_answers_when_the_state_is_ready(prefill: Daemon) -> None:
-    answer = httpx.post(
+    answer = HTTP.post(
         prefill.url + "/pdkv/v1/prefill", json=_body(prompt="n1>n2 n1"), headers=_prefill_headers(prefill)
     )
     assert (answer.status_code, answer.json()) == (200, {"prompt_tokens": 2})
 
 
 def test_prefill_refuses_a_request_meant_for_its_former_life(prefill: Daemon) -> None:
-    answer = httpx.post(prefill.url + "/pdkv/v1/prefill", json=_body(), headers=_headers())
+    answer = HTTP.post(prefill.url + "/pdkv/v1/prefill", json=_body(), headers=_headers())
     assert answer.status_code == 503
     assert _error(answer)["code"] == "stale_incarnation"
 
@@ -173,7 +174,7 @@ def test_a_client_that_goes_away_aborts_its_job(decode: Daemon, script: Script, 
     aborted = _status(decode)["messages_dropped"]
     with (
         pytest.raises(httpx.ReadTimeout),
-        httpx.stream(
+        HTTP.stream(
             "POST", decode.url + "/v1/completions", json=_body(script, stream=stream), headers=_headers(), timeout=0.5
         ) as answer,
     ):
@@ -190,7 +191,7 @@ def test_a_failure_in_a_stream_is_an_event_and_in_a_whole_answer_a_status(decode
 
 
 def _status(worker: Daemon) -> dict:
-    return httpx.get(worker.url + "/pdkv/v1/status").json()
+    return HTTP.get(worker.url + "/pdkv/v1/status").json()
 
 
 def test_without_a_tokenizer_only_ids_are_served(fleet: Fleet, bare_checkpoint: Path) -> None:
@@ -199,7 +200,7 @@ def test_without_a_tokenizer_only_ids_are_served(fleet: Fleet, bare_checkpoint: 
     assert refused.status_code == 400
     assert "tokenizer" in _error(refused)["message"]
     assert _error(_complete(worker, {"prompt": [1], "stop": "x"}))["param"] == "stop"
-    assert httpx.post(worker.url + "/tokenize", json={"prompt": "hi"}).status_code == 400
+    assert HTTP.post(worker.url + "/tokenize", json={"prompt": "hi"}).status_code == 400
     answer = _complete(worker, {"prompt": [1], "seed": 1, "max_tokens": 2, "return_token_ids": True})
     assert answer.json()["choices"][0]["token_ids"] == [FIRST_NODE, FIRST_NODE + 1]
     assert answer.json()["choices"][0]["text"] == ""
@@ -225,13 +226,13 @@ def test_a_second_signal_ends_a_worker_and_its_running_jobs(
     fleet: Fleet, checkpoint: Path, number: signal.Signals, code: int
 ) -> None:
     worker = _ready(fleet.worker("decode", checkpoint))
-    with httpx.stream(
+    with HTTP.stream(
         "POST", worker.url + "/v1/completions", json=_body(Script.HANG_AFTER_TWO, stream=True), headers=_headers()
     ) as answer:
         lines = answer.iter_lines()
         next(lines)
         worker.process.send_signal(number)
-        wait_until(lambda: httpx.get(worker.admin + "/readyz").status_code == 503)
+        wait_until(lambda: HTTP.get(worker.admin + "/readyz").status_code == 503)
         worker.process.send_signal(number)
         assert any('"shutdown"' in line for line in lines)
     assert worker.process.wait(timeout=30) == code

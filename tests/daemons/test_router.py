@@ -12,6 +12,7 @@ import pytest
 
 from tests.daemons.conftest import Daemon, Fleet, wait_until
 from tests.daemons.scripted_engine import FIRST_NODE, Script
+from tests.http import HTTP
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +41,11 @@ def _body(script: Script = Script.ANSWER, **fields: object) -> dict:
 
 
 def _ask(router: Daemon, script: Script = Script.ANSWER, **fields: object) -> httpx.Response:
-    return httpx.post(router.url + "/v1/completions", json=_body(script, **fields), timeout=60)
+    return HTTP.post(router.url + "/v1/completions", json=_body(script, **fields), timeout=60)
 
 
 def _status(worker: Daemon) -> dict:
-    return httpx.get(worker.url + "/pdkv/v1/status").json()
+    return HTTP.get(worker.url + "/pdkv/v1/status").json()
 
 
 def _idle(*workers: Daemon) -> bool:
@@ -76,7 +77,7 @@ def test_refusals_reach_the_openai_client_as_its_own_errors(client: openai.OpenA
 
 
 def test_a_request_id_is_echoed_and_debug_is_passed_down(router: Daemon) -> None:
-    answer = httpx.post(
+    answer = HTTP.post(
         router.url + "/v1/completions", json=_body(), headers={"X-Request-Id": "mine", "X-Pdkv-Debug": "1"}
     )
     assert answer.headers["x-request-id"] == "mine"
@@ -85,7 +86,7 @@ def test_a_request_id_is_echoed_and_debug_is_passed_down(router: Daemon) -> None
 
 def test_a_stream_is_passed_on_as_it_comes(router: Daemon, decode: Daemon, prefill: Daemon) -> None:
     body = _body(Script.HANG_AFTER_TWO, stream=True)
-    with httpx.stream("POST", router.url + "/v1/completions", json=body, timeout=60) as answer:
+    with HTTP.stream("POST", router.url + "/v1/completions", json=body, timeout=60) as answer:
         events = (line for line in answer.iter_lines() if line)
         texts = [json.loads(next(events).removeprefix("data: "))["choices"][0]["text"] for _ in range(2)]
         assert texts == ["n0", " n1"]
@@ -98,7 +99,7 @@ def test_a_client_that_goes_away_frees_both_workers(
     router: Daemon, decode: Daemon, prefill: Daemon, script: Script
 ) -> None:
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(router.url + "/v1/completions", json=_body(script), timeout=0.5)
+        HTTP.post(router.url + "/v1/completions", json=_body(script), timeout=0.5)
     wait_until(lambda: _idle(decode, prefill))
 
 
@@ -113,15 +114,15 @@ def test_unready_says_what_is_missing(fleet: Fleet, prefill: Daemon, decode: Dae
     nobody = Daemon.__new__(Daemon)
     nobody.url = "http://127.0.0.1:1"
     router = fleet.router([prefill], [nobody], ready=False)
-    wait_until(lambda: "ConnectError" in httpx.get(router.url + "/health").text)
-    health = httpx.get(router.url + "/health")
+    wait_until(lambda: "ConnectError" in HTTP.get(router.url + "/health").text)
+    health = HTTP.get(router.url + "/health")
     assert health.status_code == 503
     assert health.json()["missing"][0].startswith("no decode worker is ready (http://127.0.0.1:1")
     refused = _ask(router)
     assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
-    assert httpx.get(router.url + "/v1/models").status_code == 503
+    assert HTTP.get(router.url + "/v1/models").status_code == 503
     swapped = fleet.router([decode], [prefill], ready=False)
-    wait_until(lambda: "is a decode worker" in httpx.get(swapped.url + "/health").text)
+    wait_until(lambda: "is a decode worker" in HTTP.get(swapped.url + "/health").text)
 
 
 def test_workers_of_different_manifests_are_never_paired(
@@ -130,8 +131,8 @@ def test_workers_of_different_manifests_are_never_paired(
     (tmp_path / "other").symlink_to(checkpoint)
     stranger = fleet.worker("decode", tmp_path / "other")
     router = fleet.router([prefill], [stranger], ready=False)
-    wait_until(lambda: "same manifest" in httpx.get(router.url + "/health").text)
-    assert httpx.get(router.url + "/health").status_code == 503
+    wait_until(lambda: "same manifest" in HTTP.get(router.url + "/health").text)
+    assert HTTP.get(router.url + "/health").status_code == 503
 
 
 def test_a_deadline_ends_a_request_with_504_and_frees_both(fleet: Fleet, prefill: Daemon, decode: Daemon) -> None:
@@ -147,7 +148,7 @@ def test_every_worker_gets_its_turn(fleet: Fleet, checkpoint: Path) -> None:
     prefills = [fleet.worker("prefill", checkpoint) for _ in range(2)]
     decodes = [fleet.worker("decode", checkpoint) for _ in range(2)]
     router = fleet.router(prefills, decodes)
-    wait_until(lambda: all(worker["ready"] for worker in httpx.get(router.url + "/health").json()["workers"]))
+    wait_until(lambda: all(worker["ready"] for worker in HTTP.get(router.url + "/health").json()["workers"]))
     controllers = [_hang(router) for _ in range(4)]
     wait_until(lambda: [_status(worker)["requests_running"] for worker in decodes] == [2, 2])
     for controller in controllers:
@@ -168,7 +169,7 @@ def test_a_dead_prefill_is_passed_over_and_taken_back_after_its_restart(fleet: F
     first, second = (fleet.worker("prefill", checkpoint) for _ in range(2))
     decode = fleet.worker("decode", checkpoint)
     router = fleet.router([first, second], [decode])
-    wait_until(lambda: all(worker["ready"] for worker in httpx.get(router.url + "/health").json()["workers"]))
+    wait_until(lambda: all(worker["ready"] for worker in HTTP.get(router.url + "/health").json()["workers"]))
     first.process.kill()
     first.process.wait()
     assert [_ask(router).status_code for _ in range(4)] == [200] * 4
@@ -178,7 +179,7 @@ def test_a_dead_prefill_is_passed_over_and_taken_back_after_its_restart(fleet: F
     assert refused.status_code in (502, 503)
     assert "error" in refused.json()
     fleet.worker("prefill", checkpoint, port=int(first.url.rpartition(":")[2]))
-    wait_until(lambda: httpx.get(router.url + "/health").status_code == 200)
+    wait_until(lambda: HTTP.get(router.url + "/health").status_code == 200)
     assert _ask(router).json()["choices"][0]["text"] == "n0 n1 n2 n3"
     assert decode.process.poll() is None
 
@@ -195,7 +196,7 @@ def test_a_prefill_that_dies_while_it_computes_gives_an_error_and_frees_decode(f
 def test_a_decode_that_dies_in_a_stream_ends_it_with_an_error_event(fleet: Fleet, checkpoint: Path) -> None:
     prefill, decode = fleet.worker("prefill", checkpoint), fleet.worker("decode", checkpoint)
     router = fleet.router([prefill], [decode])
-    with httpx.stream(
+    with HTTP.stream(
         "POST", router.url + "/v1/completions", json=_body(Script.HANG_AFTER_TWO, stream=True), timeout=60
     ) as answer:
         lines = (line for line in answer.iter_lines() if line)
@@ -227,7 +228,7 @@ def test_a_second_signal_ends_the_router_and_tells_its_clients(
     thread.start()
     wait_until(lambda: not _idle(decode))
     router.process.send_signal(signal.SIGTERM)
-    wait_until(lambda: httpx.get(router.admin + "/readyz").status_code == 503)
+    wait_until(lambda: HTTP.get(router.admin + "/readyz").status_code == 503)
     router.process.send_signal(signal.SIGTERM)
     thread.join()
     assert '"shutdown"' in answers[0].text

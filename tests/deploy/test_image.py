@@ -6,7 +6,6 @@ import sys
 import tomllib
 from pathlib import Path
 
-import httpx
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -14,6 +13,7 @@ import pdkv
 from pdkv.daemons.config import ENV_PREFIX, ROLES, Address, DecodeConfig, PrefillConfig, RouterConfig
 from tests.daemons.conftest import Daemon
 from tests.deploy.manifests import OVERLAYS, ROOT, containers
+from tests.http import HTTP
 
 DOCKERFILE = ROOT / "docker/Dockerfile"
 HEALTHCHECK = ROOT / "docker/healthcheck.py"
@@ -102,7 +102,7 @@ def test_the_health_check_asks_a_daemon_whether_it_lives() -> None:
     )  # fmt: skip
     try:
         admin = str(router.wait_for_event("listening")["admin"])
-        assert httpx.get(f"http://{admin}/readyz").status_code == 503
+        assert HTTP.get(f"http://{admin}/readyz").status_code == 503
         assert _healthcheck(PDKV_ADMIN_LISTEN=admin) == 0, "a router without workers is not ready, but lives"
     finally:
         router.kill()

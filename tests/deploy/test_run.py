@@ -12,6 +12,7 @@ import pytest
 from tests.deploy.containers import environment
 from tests.deploy.manifests import Object, main_container, pod_of, worker_settings, workload
 from tests.e2e.deployment import Process, free_port, wait_until
+from tests.http import HTTP
 
 OVERLAY = "kind-tcp"
 
@@ -75,7 +76,7 @@ def pods(places: Places) -> Iterator[dict[str, Process]]:
 def _probe(process: Process, role: str, kind: str) -> int:
     get = main_container(workload(OVERLAY, role))[f"{kind}Probe"]["httpGet"]
     try:
-        return httpx.get(process.admin_url + get["path"], timeout=5).status_code
+        return HTTP.get(process.admin_url + get["path"], timeout=5).status_code
     except httpx.HTTPError:
         return 0
 
@@ -85,7 +86,7 @@ def test_the_containers_find_each_other_and_answer(pods: dict[str, Process]) -> 
         for kind in ("startup", "readiness", "liveness"):
             wait_until(lambda: _probe(process, role, kind) == 200, f"{role}'s {kind} probe: {process.tail()}", 60)  # noqa: B023
     body = {"model": "link-chasing", "prompt": "<bos> n1>n2 n2>n3 n1", "max_tokens": 2, "temperature": 0}
-    answer = httpx.post(
+    answer = HTTP.post(
         pods["router"].url + "/v1/completions", json=body, headers={"X-Pdkv-Debug": "1"}, timeout=60
     ).json()
     assert answer["choices"][0]["text"].split() == ["n2", "n3"]

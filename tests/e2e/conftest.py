@@ -10,15 +10,6 @@ from pdkv.verify.link_chasing import make_prompt
 from pdkv.verify.link_chasing_checkpoint import write_checkpoint
 from tests.e2e.deployment import Process, Trio, ask, running, trio, up, wait_until
 
-E2E = Path(__file__).parent
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if E2E in item.path.parents:
-            # The long one shares no deployment, and so may run beside the others.
-            item.add_marker(pytest.mark.xdist_group("chaos" if item.path.stem == "test_chaos" else "e2e"))
-
 
 @pytest.fixture(scope="session")
 def link_chasing_model(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -15,12 +15,10 @@ from typing import Any
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.http import HTTP
+
 START_S = 60.0
 END_S = 30.0
-
-HTTP = httpx.Client(trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
-"""One client for all tests and threads: making one costs more than most requests. Connections are not kept, for the
-processes behind them come and go."""
 
 
 def free_port() -> int:

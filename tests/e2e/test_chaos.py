@@ -89,6 +89,7 @@ def test_thirty_kills_under_load(link_chasing_model: Path, tmp_path: Path) -> No
             load.stop.set()
         for client in clients:
             client.result(DEADLINE_S + 20)
+        wait_until(lambda: fleet.router.health() == 200, "the deployment is ready")
         for worker in (fleet.prefill, fleet.decode):
             wait_until(worker.holds_nothing, f"{worker.role} holds nothing")
         for length in LENGTHS:

@@ -5,7 +5,6 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import openai
 import pytest
 
@@ -14,6 +13,7 @@ from pdkv.m3.sampling import SamplingParams
 from pdkv.verify.link_chasing import make_prompt, text_of
 from pdkv.verify.undivided import complete_with
 from tests.e2e.deployment import Trio, wait_until
+from tests.http import HTTP
 
 MODEL = "link-chasing"
 
@@ -189,8 +189,8 @@ def test_a_prompt_too_long_to_score_is_refused_by_name(client: openai.OpenAI) ->
 
 def test_the_router_tokenizes_as_the_workers_do(three: Trio) -> None:
     prompt = make_prompt(8, 150)
-    tokens = httpx.post(three.router.url + "/tokenize", json={"prompt": prompt.text}).json()
+    tokens = HTTP.post(three.router.url + "/tokenize", json={"prompt": prompt.text}).json()
     assert tokens["tokens"] == list(prompt.token_ids)
     assert (tokens["count"], tokens["max_model_len"]) == (150, 8192)
-    text = httpx.post(three.router.url + "/detokenize", json={"tokens": tokens["tokens"]}).json()
+    text = HTTP.post(three.router.url + "/detokenize", json={"tokens": tokens["tokens"]}).json()
     assert text == {"prompt": prompt.text}

@@ -13,6 +13,7 @@ import pytest
 
 from pdkv.verify.link_chasing import make_prompt
 from tests.e2e.deployment import END_S, Process, Trio, ask, descendants, token_ids, trio, wait_ready, wait_until
+from tests.http import HTTP
 
 LEASE_S = 4.0
 LONG = 6000
@@ -54,14 +55,14 @@ def terminate(process: Process) -> "subprocess.Popen[bytes]":
 
 def is_draining(process: Process) -> bool:
     """It says so on its admin port, and is live all the same."""
-    ready = httpx.get(f"{process.admin_url}/readyz", timeout=5)
-    assert httpx.get(f"{process.admin_url}/livez", timeout=5).status_code == 200
+    ready = HTTP.get(f"{process.admin_url}/readyz", timeout=5)
+    assert HTTP.get(f"{process.admin_url}/livez", timeout=5).status_code == 200
     failed = {condition["name"] for condition in ready.json()["conditions"] if not condition["ok"]}
     return ready.status_code == 503 and "not_draining" in failed
 
 
 def refusal(url: str) -> httpx.Response:
-    return httpx.post(f"{url}/v1/completions", json={"prompt": [1, 2], "max_tokens": 1}, timeout=60)
+    return HTTP.post(f"{url}/v1/completions", json={"prompt": [1, 2], "max_tokens": 1}, timeout=60)
 
 
 @pytest.mark.parametrize("role", ["decode", "router"])
@@ -77,7 +78,7 @@ def test_a_stream_goes_on_to_its_end(healthy: Trio, role: str) -> None:
         "stream": True,
     }
     tokens: list[int] = []
-    with httpx.stream("POST", f"{healthy.router.url}/v1/completions", json=asked, timeout=120) as answer:
+    with HTTP.stream("POST", f"{healthy.router.url}/v1/completions", json=asked, timeout=120) as answer:
         for line in answer.iter_lines():
             if line == "data: [DONE]":
                 break

@@ -17,7 +17,8 @@ import httpx
 import pytest
 
 from pdkv.verify.link_chasing import LinkChasingPrompt, make_prompt
-from tests.e2e.deployment import HTTP, Process, Trio, descendants, token_ids, trio, wait_ready, wait_until
+from tests.e2e.deployment import Process, Trio, descendants, token_ids, trio, wait_ready, wait_until
+from tests.http import HTTP
 
 LEASE_S = 2.0
 DEADLINE_S = 40.0

@@ -3,12 +3,12 @@
 import asyncio
 from collections.abc import Iterator
 
-import httpx
 import openai
 import pytest
 
 from pdkv.verify.link_chasing import make_prompt, text_of
 from tests.e2e.deployment import Process
+from tests.http import HTTP
 
 MODEL = "link-chasing"
 
@@ -133,6 +133,6 @@ def test_a_client_that_leaves_a_stream_does_no_harm(client: openai.OpenAI) -> No
 
 
 def test_unknown_routes_have_openais_error_form(deployment: Process) -> None:
-    answer = httpx.get(f"{deployment.url}/v1/nothing")
+    answer = HTTP.get(f"{deployment.url}/v1/nothing")
     assert answer.status_code == 404
     assert answer.json()["error"]["type"] == "invalid_request_error"

@@ -3,12 +3,11 @@
 import json
 from pathlib import Path
 
-import httpx
-
 from pdkv.verify.equality import compare_tokens
 from tests.checkpoints import Oracle, write_random_checkpoint, write_released_form
 from tests.e2e.deployment import ask, running, token_ids, up
 from tests.e2e.test_oracle import THREE_LAYERS
+from tests.http import HTTP
 
 LENGTH = 1100
 """Beyond the two blocks of 128 tokens that a query selects."""
@@ -34,6 +33,6 @@ def test_tokens_of_a_released_checkpoint_are_transformers(tmp_path: Path) -> Non
         assert choice["finish_reason"] == "stop"
         assert choice["token_ids"] == tokens[: tokens.index(stop) + 1]
         assert ask(served.url, [oracle.vocab_size], 1).status_code == 400
-        listed = httpx.get(f"{served.url}/v1/models", timeout=10).json()["data"][0]
+        listed = HTTP.get(f"{served.url}/v1/models", timeout=10).json()["data"][0]
         assert (listed["id"], listed["max_model_len"]) == ("released-m3", 2048)
         assert "skipped 27 tensors of the vision tower" in served.log.read_text()

@@ -14,6 +14,7 @@ import pytest
 
 from pdkv.verify.link_chasing import LinkChasingPrompt, make_prompt
 from tests.e2e.deployment import END_S, Process, ask, descendants, running, token_ids, up, wait_until
+from tests.http import HTTP
 
 
 def _alive(pids: set[int]) -> set[int]:
@@ -71,7 +72,7 @@ def _asking(process: Process, prompt: LinkChasingPrompt, num_tokens: int) -> "Fu
 def _in_flight(process: Process) -> bool:
     admin = re.search(r"^  decode-0 +(http://\S+)/metrics", process.log.read_text(), re.MULTILINE)
     assert admin is not None, "the admin ports are printed at ready"
-    return 'pdkv_requests_in_flight{role="decode"} 1.0' in httpx.get(f"{admin[1]}/metrics").text
+    return 'pdkv_requests_in_flight{role="decode"} 1.0' in HTTP.get(f"{admin[1]}/metrics").text
 
 
 def test_what_runs_at_the_end_is_answered(link_chasing_model: Path, tmp_path: Path) -> None:
@@ -143,7 +144,7 @@ def test_two_of_each_take_turns_and_the_dead_stay_dead_without_restarts(
     prompt = make_prompt(2, 300)
     with running(process):
         _wait_until_it_says_ready(process)
-        wait_until(lambda: httpx.get(f"{process.url}/health").text.count('"ready":true') == 4, "all four are ready")
+        wait_until(lambda: HTTP.get(f"{process.url}/health").text.count('"ready":true') == 4, "all four are ready")
         answers = [ask(process.url, prompt.token_ids, 8) for _ in range(4)]
         assert [token_ids(answer) for answer in answers] == [list(prompt.expected(8))] * 4
         assert len({answer.json()["pdkv"]["prefill_control"] for answer in answers}) == 2
