@@ -170,6 +170,7 @@ class DecodeAgent(Agent[DecodeCommand]):
         for transfer in list(self._transfers.values()):
             if transfer.session.state is not DecodeState.ENDED:
                 self._handle(transfer, LocalFailure(FailureCode.SHUTDOWN, "decode worker is shutting down"), at)
+        self._links.farewell()
 
     # ---- links
 

@@ -186,6 +186,11 @@ class PeerLinks:
             self._probing = None
         self._changed.append(link)
 
+    def farewell(self) -> None:
+        """Tell every P that this life ends, so that none keeps it in mind; the last call."""
+        for link in self._links.values():
+            self._send(link, 0, Gone(incarnation=self._identity.incarnation))
+
     def facts(self) -> tuple[PeerFacts, ...]:
         return tuple(link.facts() for link in self._links.values())
 
@@ -253,7 +258,7 @@ class PeerLinks:
         _LOG.info("link to prefill worker %s ready over %s, probe at %.2f GB/s", link.name, link.path, link.probe_gbps)
 
     def _send(self, link: PeerLink, seq: int, body: object) -> None:
-        assert isinstance(body, Hello)
+        assert isinstance(body, Hello | Gone)
         identity = self._identity
         envelope = make_envelope(identity.incarnation, link.incarnation, NO_TRANSFER, seq, identity.digest)
         self._channel.send(link.route, envelope, body)

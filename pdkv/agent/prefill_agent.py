@@ -117,6 +117,8 @@ class PrefillAgent(Agent[PrefillCommand]):
         if envelope.transfer == NO_TRANSFER:
             if isinstance(body, Hello):
                 self._on_hello(received, body, at)
+            elif isinstance(body, Gone) and body.incarnation == envelope.sender:
+                self._end_life(Incarnation(body.incarnation), "has ended", at)
             else:
                 self._channel.drop(f"{type(body).__name__} without a transfer")
             return
@@ -167,11 +169,18 @@ class PrefillAgent(Agent[PrefillCommand]):
 
     def _end_older_lives(self, peer: _Peer, at: float) -> None:
         for old in [p for p in self._peers.values() if p.name == peer.name]:
-            del self._peers[old.incarnation]
-            lost = PeerLost(f"decode worker {old.name} was restarted")
-            for transfer_id, transfer in list(self._transfers.items()):
-                if transfer.peer == old:
-                    self._handle(transfer_id, transfer, lost, at)
+            self._end_life(old.incarnation, "was restarted", at)
+
+    def _end_life(self, incarnation: Incarnation, how: str, at: float) -> None:
+        """A decode worker that is no more reads nothing: its transfers end, its pages come back."""
+        old = self._peers.pop(incarnation, None)
+        if old is None:
+            return
+        _LOG.info("decode worker %s %s, incarnation %016x", old.name, how, incarnation)
+        lost = PeerLost(f"decode worker {old.name} {how}")
+        for transfer_id, transfer in list(self._transfers.items()):
+            if transfer.peer == old:
+                self._handle(transfer_id, transfer, lost, at)
 
     # ---- transfers
 

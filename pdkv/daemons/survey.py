@@ -68,6 +68,7 @@ def survey(url: str, settings: WorkerSettings) -> PeerSurvey:
         if link.state is LinkState.LOST:
             raise HandshakeError(link.error.code, str(link.error))
         sweep = tuple(_measure(size, arena, link, transport) for size in _SPAN_BYTES if size <= arena.layout.num_bytes)
+        links.farewell()
         return PeerSurvey(url, info.incarnation, link.path, link.probe_gbps, sweep)
     finally:
         transport.close()

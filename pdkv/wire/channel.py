@@ -23,6 +23,8 @@ _IDENTITY = struct.Struct(">Q")
 _HARD_LIMIT_BYTES = 64 << 20
 """zmq cuts a connection that announces a larger frame; anything below is read, judged and counted here."""
 _RECEIVE_AT_ONCE = 256
+_CLOSING_LINGER_MS = 200
+"""How long the last words of a worker that ends are tried to be delivered."""
 
 
 class Received(msgspec.Struct, frozen=True):
@@ -166,9 +168,9 @@ class Channel:
         _LOG.warning("control message dropped: %s", reason)
 
     def close(self) -> None:
-        """Close every socket. Idempotent."""
+        """Close every socket, once what was sent has left or a moment has passed. Idempotent."""
         for socket in self.sockets():
-            socket.close(0)
+            socket.close(_CLOSING_LINGER_MS)
         self._router = None
         self._dealers.clear()
         self._context.term()

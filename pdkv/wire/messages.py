@@ -70,7 +70,8 @@ class Reject(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="rejec
 
 
 class Gone(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="gone"):
-    """ "You wrote to an incarnation that does not live here": sent by its successor, not acknowledged."""
+    """That incarnation is no more; not acknowledged. Sent by a P to whoever writes to an older life of it, and by a D
+    of itself when it ends."""
 
     incarnation: U64
 
@@ -162,6 +163,9 @@ class OtherVersion(msgspec.Struct, frozen=True):
     version: int
 
 
+_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises for bytes that are no message: text that is not UTF-8 and bottomless nesting among them."""
+
 _ENCODER = msgspec.msgpack.Encoder()
 _ENVELOPE_DECODER = msgspec.msgpack.Decoder(Envelope)
 _BODY_DECODER: msgspec.msgpack.Decoder[Body] = msgspec.msgpack.Decoder(Body)
@@ -177,7 +181,7 @@ def decode_envelope(frame: bytes) -> Envelope:
         raise ProtocolError(f"envelope of {len(frame)} bytes; at most {MAX_ENVELOPE_BYTES} are allowed")
     try:
         envelope = _ENVELOPE_DECODER.decode(frame)
-    except msgspec.DecodeError as exc:
+    except _UNREADABLE as exc:
         raise ProtocolError(f"envelope cannot be read: {exc}") from exc
     if envelope.transfer and len(envelope.transfer) != TRANSFER_ID_BYTES:
         raise ProtocolError(f"transfer id of {len(envelope.transfer)} bytes instead of {TRANSFER_ID_BYTES}")
@@ -192,7 +196,7 @@ def decode_body(envelope: Envelope, frame: bytes) -> Body:
         raise ProtocolError(f"body of {len(frame)} bytes; at most {MAX_BODY_BYTES} are allowed")
     try:
         return _BODY_DECODER.decode(frame)
-    except msgspec.DecodeError as exc:
+    except _UNREADABLE as exc:
         raise ProtocolError(f"body cannot be read: {exc}") from exc
 
 

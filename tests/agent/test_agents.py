@@ -3,6 +3,7 @@
 import contextlib
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -17,7 +18,7 @@ from pdkv.schema import Manifest, TransferId
 from pdkv.transport.inproc import Faults, InprocTransport
 from pdkv.transport.ucx import UcxOptions, UcxTransport
 from pdkv.wire import messages
-from tests.agent.workers import AgentSide, DecodeSide, PrefillSide, same_bytes
+from tests.agent.workers import PATIENCE_S, AgentSide, DecodeSide, PrefillSide, same_bytes
 
 ONE, TWO = TransferId(b"\x01" * 16), TransferId(b"\x02" * 16)
 Side = TypeVar("Side", bound=AgentSide)
@@ -198,6 +199,21 @@ def test_a_new_life_of_a_decode_worker_ends_the_old_ones_transfers(make: Make) -
     transfer_works(prefill, second, TWO)
     assert prefill.expect(e.TransferEnded, ONE).code is FailureCode.PEER_LOST
     prefill.expect(e.PagesFreed, ONE)
+
+
+def test_a_decode_worker_that_ends_is_forgotten_and_its_pages_come_back(make: Make) -> None:
+    prefill, decode = make(PrefillSide), DecodeSide()
+    decode.fetch(ONE, prefill, (1, 2, 3))
+    prefill.expect_transfer(ONE)
+    prefill.expect(e.PrefillWanted, ONE)
+    prefill.loop.post(e.GrantPages(ONE, (3, 4, 9), 0))
+    assert len(prefill.statistics().peers) == 1
+    decode.close()
+    assert prefill.expect(e.TransferEnded, ONE).code is not None
+    prefill.expect(e.PagesFreed, ONE)
+    deadline = time.monotonic() + PATIENCE_S
+    while prefill.statistics().peers:
+        assert time.monotonic() < deadline, "prefill still remembers a decode worker that said goodbye"
 
 
 def test_a_request_given_up_gives_back_everything(make: Make) -> None:

@@ -18,7 +18,7 @@ def commands() -> list[str]:
     """Every command in a fenced block, continued lines joined."""
     text = README.read_text()
     assert "`make test`" in text
-    blocks = re.findall(r"^```\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```(?:text)?\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [line.strip() for line in lines if line.startswith(("make ", ".venv/bin/pdkv ", "curl "))]
 

@@ -45,6 +45,15 @@ def test_every_kind_is_covered_above() -> None:
     assert {type(b) for b in BODIES} == set(m.Body.__args__)
 
 
+@pytest.mark.parametrize("noise", [b"\x81\xa3\x00\x00\x80", b"\x81\xa4type\xa3\x00\x00\x80", b"\x91" * 5000])
+def test_text_that_is_none_and_bottomless_nesting_are_protocol_errors(noise: bytes) -> None:
+    envelope = m.make_envelope(Incarnation(1), Incarnation(2), TRANSFER, 5)
+    with pytest.raises(ProtocolError):
+        m.decode_envelope(noise)
+    with pytest.raises(ProtocolError):
+        m.decode_body(envelope, noise)
+
+
 @given(st.binary(max_size=200), st.binary(max_size=200))
 def test_noise_is_a_protocol_error_and_nothing_else(first: bytes, second: bytes) -> None:
     envelope = m.make_envelope(Incarnation(1), Incarnation(2), TRANSFER, 5)
