@@ -25,13 +25,17 @@ TESTS       ?= tests
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(STAMP)  ## Move a 6,000-token prompt from a prefill to a decode worker and check the answer
 	$(BIN)/pdkv demo
 
 test: $(STAMP)  ## Run all tests (TESTS=tests/core for a part)
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder $(TESTS)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder \
+		--ignore=tests/long $(TESTS)
+
+test-long: $(STAMP)  ## Run the tests that take minutes: thirty kills under load, and the smoke suite of pdkv verify
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/long
 
 eval: $(EVAL_STAMP)  ## Install lm-eval beside pdkv; where it is there, the tests run it against a deployment
 

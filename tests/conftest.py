@@ -13,9 +13,9 @@ E2E = Path(__file__).parent / "e2e"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What shares fixtures runs in one process: each file, and all end-to-end tests but the one without a shared
-    deployment. Those take longest, and so begin first."""
+    """What shares fixtures runs in one process: each file, and all end-to-end tests, which take longest and so begin
+    first."""
     for item in items:
-        is_e2e = E2E in item.path.parents and item.path.stem != "test_chaos"
+        is_e2e = E2E in item.path.parents
         item.add_marker(pytest.mark.xdist_group("e2e" if is_e2e else str(item.path)))
     items.sort(key=lambda item: E2E not in item.path.parents)
