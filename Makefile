@@ -35,7 +35,7 @@ test: $(STAMP)  ## Run all tests (TESTS=tests/core for a part)
 		--ignore=tests/long $(TESTS)
 
 test-long: $(STAMP)  ## Run the tests that take minutes: thirty kills under load, and the smoke suite of pdkv verify
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/long
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup tests/long
 
 eval: $(EVAL_STAMP)  ## Install lm-eval beside pdkv; where it is there, the tests run it against a deployment
 
