@@ -23,6 +23,7 @@ from pdkv.m3.config import M3Config, kv_layout, model_fingerprint
 from pdkv.m3.engine import Engine
 from pdkv.m3.model import load_model
 from pdkv.m3.requests import EngineSettings
+from pdkv.m3.step import StepRunner
 from pdkv.memory.arena import Arena
 from pdkv.memory.manifest import build_manifest
 from pdkv.memory.pages import PagePool
@@ -84,7 +85,7 @@ def assemble(settings: WorkerSettings, emit: Emit, transport: Transport | None =
         max_model_len=settings.max_model_len, prefill_chunk=settings.prefill_chunk, max_batch=settings.max_batch
     )
     return Assembly(
-        engine=Engine(model, arena, pool, bounds),
+        engine=Engine(StepRunner(model, arena), pool, bounds),
         arena=arena,
         pool=pool,
         layout=layout,

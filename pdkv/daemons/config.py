@@ -131,6 +131,28 @@ class ServedConfig(RoleConfig):
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"], Field(description="Storage of weights and K/V; auto: the checkpoint's.")
     ] = "auto"
+    kv_dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16", "fp8", "fp8_unit", "fp8_e5m2"],
+        Field(description="Storage of K/V; fp8: e4m3 with a scale per token and head; auto: as --dtype."),
+    ] = "auto"
+    index_dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16", "fp8"],
+        Field(description="Storage of index keys; fp8: e4m3 without a scale; auto: as --dtype."),
+    ] = "auto"
+    index_topk_freq: Annotated[
+        int,
+        Field(ge=0, description="Every N-th sparse layer selects, those between reuse it; 0 = as config.json says."),
+        _ADVANCED,
+    ] = 0
+    index_topk_pattern: Annotated[
+        str,
+        Field(description="One letter a sparse layer, S = reuse the selection; goes before the frequency."),
+        _ADVANCED,
+    ] = ""
+    index_skip_topk_offset: Annotated[
+        int, Field(ge=0, description="Sparse layers before --index-topk-freq begins to count."), _ADVANCED
+    ] = 0
+    no_prefix_cache: Annotated[bool, Field(description="Compute and move every prompt whole.")] = False
     transport: Annotated[Literal["auto", "ucx"], Field(description="What moves the pages.")] = "auto"
     require_transport: Annotated[
         Literal["rdma", "cuda_ipc", "shm", "tcp"] | None, Field(description="Refuse a peer reached by a lesser path.")
@@ -166,6 +188,8 @@ class WorkerConfig(ServedConfig):
     ] = 60.0
     device: Annotated[Literal["cpu"], Field(description="Where the model runs."), _ADVANCED] = "cpu"
     threads: Annotated[int, Field(ge=0, description="Torch threads; 0 = all cores.")] = 0
+    tp: Annotated[int, Field(ge=1, le=64, description="Tensor-parallel ranks, one process each.")] = 1
+    ep: Annotated[bool, Field(description="Ranks hold whole experts instead of a slice of each."), _ADVANCED] = False
     reuse_port: Annotated[bool, Flag(hidden=True)] = False
 
     @property
@@ -205,6 +229,9 @@ class DecodeConfig(WorkerConfig):
     drain_timeout: Annotated[
         float, Field(gt=0, description="After SIGTERM: seconds in which running answers may end.")
     ] = 300.0
+    speculative_tokens: Annotated[
+        int, Field(ge=0, le=7, description="Tokens proposed by prompt lookup and verified in one step; 0 = none.")
+    ] = 0
 
 
 class RouterConfig(RoleConfig):
@@ -246,6 +273,12 @@ class UpConfig(ServedConfig):
 
     num_prefill: Annotated[int, Field(ge=1, description="Prefill workers."), Flag("prefill")] = 1
     num_decode: Annotated[int, Field(ge=1, description="Decode workers."), Flag("decode")] = 1
+    prefill_tp: Annotated[int, Field(ge=1, le=64, description="Tensor-parallel ranks of each prefill worker.")] = 1
+    decode_tp: Annotated[int, Field(ge=1, le=64, description="Tensor-parallel ranks of each decode worker.")] = 1
+    ep: Annotated[bool, Field(description="Ranks hold whole experts instead of a slice of each."), _ADVANCED] = False
+    speculative_tokens: Annotated[
+        int, Field(ge=0, le=7, description="Tokens that decode proposes by prompt lookup; 0 = none.")
+    ] = 0
     host: Annotated[str, Field(description="Host that the router listens on.")] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, description="Port that the router listens on; 0 = any.")] = 8000
     threads: Annotated[int, Field(ge=0, description="Torch threads of each worker; 0 = cores / workers.")] = 0

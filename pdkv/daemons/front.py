@@ -11,7 +11,7 @@ from starlette.responses import Response
 import pdkv
 from pdkv.daemons import http_server, openai_api, worker_api
 from pdkv.daemons.admin import AdminDesk, create_admin_app
-from pdkv.daemons.config import Address, PrefillConfig, WorkerConfig
+from pdkv.daemons.config import Address, DecodeConfig, PrefillConfig, WorkerConfig
 from pdkv.daemons.engine_link import ENGINE_MODULE, EngineGoneError, EngineLink
 from pdkv.daemons.health import WorkerHealth
 from pdkv.daemons.job_routes import JobRoutes
@@ -52,6 +52,15 @@ def engine_settings(config: WorkerConfig, served: ServedModel, listen: str) -> W
         lease_ttl_s=config.lease_ttl_s,
         insecure=config.insecure,
         log_level=config.log_level,
+        tp_size=config.tp,
+        expert_parallel=config.ep,
+        kv_dtype=config.kv_dtype,
+        index_dtype=config.index_dtype,
+        index_topk_freq=config.index_topk_freq,
+        index_topk_pattern=config.index_topk_pattern,
+        index_skip_topk_offset=config.index_skip_topk_offset,
+        prefix_cache=not config.no_prefix_cache,
+        speculative_tokens=config.speculative_tokens if isinstance(config, DecodeConfig) else 0,
     )
 
 

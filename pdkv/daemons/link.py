@@ -46,6 +46,21 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     insecure: bool
     """Allows ``control_listen`` on an address that is not loopback although messages are not authenticated."""
     log_level: str
+    tp_size: int = 1
+    """Rank processes of this worker."""
+    expert_parallel: bool = False
+    """Ranks hold whole experts instead of a slice of each."""
+    kv_dtype: str = "auto"
+    """What K/V is stored in: "auto" (``dtype``), a float's name, or fp8, fp8_unit, fp8_e5m2."""
+    index_dtype: str = "auto"
+    """What index keys are stored in: "auto" (``dtype``), a float's name, or fp8."""
+    index_topk_freq: int = 0
+    """Sparse layers between computed selections; 0 = as the checkpoint's config says."""
+    index_topk_pattern: str = ""
+    index_skip_topk_offset: int = 0
+    prefix_cache: bool = True
+    speculative_tokens: int = 0
+    """Tokens that decode proposes by prompt lookup and verifies in one step; 0 = none."""
 
 
 class Sampling(msgspec.Struct, frozen=True):

@@ -128,7 +128,7 @@ def child_specs(config: UpConfig, router: Ports, workers: Sequence[Ports]) -> li
     specs = []
     for name, ports in zip(names, workers, strict=True):
         role = name.partition("-")[0]
-        own = ("--threads", str(threads), *_served_flags(config))
+        own = ("--threads", str(threads), *_served_flags(config), *_rank_flags(config, role))
         specs.append(ChildSpec(name, (role, *_lifecycle_flags(ports, _WORKER_DRAIN_S), *log, *own)))
     urls = [(names[i].partition("-")[0], f"http://{ports.data}") for i, ports in enumerate(workers)]
     targets = [part for role, url in urls for part in (flag_name(RouterConfig, f"{role}_urls"), url)]
@@ -158,9 +158,17 @@ def _served_flags(config: ServedConfig) -> list[str]:
     flags: list[str] = []
     for field in ServedConfig.model_fields:
         value = getattr(config, field)
-        if value not in (None, "") and field not in ("log_level", "log_format"):
-            flags += [flag_name(DecodeConfig, field), str(value)]
+        if field in ("log_level", "log_format") or value in (None, "", False):
+            continue
+        flags += [flag_name(DecodeConfig, field)] if value is True else [flag_name(DecodeConfig, field), str(value)]
     return flags
+
+
+def _rank_flags(config: UpConfig, role: str) -> list[str]:
+    flags = ["--tp", str(config.prefill_tp if role == "prefill" else config.decode_tp)]
+    if role == "decode":
+        flags += ["--speculative-tokens", str(config.speculative_tokens)]
+    return [*flags, "--ep"] if config.ep else flags
 
 
 def _log_format(wanted: str) -> str:

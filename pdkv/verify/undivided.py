@@ -13,6 +13,7 @@ from pdkv.m3.engine import Engine
 from pdkv.m3.model import M3Model, load_model
 from pdkv.m3.requests import CompleteRequest, EngineSettings, RequestId, RequestRefused, TokenGenerated
 from pdkv.m3.sampling import SamplingParams
+from pdkv.m3.step import StepRunner
 from pdkv.memory.arena import Arena
 from pdkv.memory.pages import PagePool
 from pdkv.memory.row import RowLayout
@@ -41,7 +42,7 @@ def local_worker(model: M3Model, num_pages: int, settings: EngineSettings) -> Lo
         arena = Arena.allocate(layout, num_pages)
     else:
         arena = Arena(layout, torch.zeros(num_pages * layout.pitch, dtype=torch.uint8, device=model.device))
-    return LocalWorker(Engine(model, arena, PagePool(num_pages), settings), arena)
+    return LocalWorker(Engine(StepRunner(model, arena), PagePool(num_pages), settings), arena)
 
 
 def complete(

@@ -55,10 +55,17 @@ def test_workers_get_every_setting_that_was_made() -> None:
         "ucx_tls": "tcp,self",
         "ucx_library": "/opt/libucp.so",
         "lease_ttl_s": 3.0,
+        "kv_dtype": "fp8",
+        "index_dtype": "fp8",
+        "index_topk_freq": 4,
+        "index_topk_pattern": "CSSC",
+        "index_skip_topk_offset": 1,
     }
-    assert set(made) | {"model", "log_level", "log_format"} == set(ServedConfig.model_fields)
-    specs = child_specs(_config(**made), ROUTER, WORKERS)
+    switched_on = {"no_prefix_cache"}
+    assert set(made) | switched_on | {"model", "log_level", "log_format"} == set(ServedConfig.model_fields)
+    specs = child_specs(_config(**made, no_prefix_cache=True), ROUTER, WORKERS)
     for spec in specs[:-1]:
+        assert switched_on <= {arg.removeprefix("--").replace("-", "_") for arg in spec.args}
         for field, value in made.items():
             assert _value(spec.args, flag_name(ServedConfig, field)) == str(value)
 
@@ -79,3 +86,13 @@ def test_the_curl_line_fits_the_checkpoint(tmp_path: Path) -> None:
     assert '"prompt": "Hello"' in line
     assert '"model": "shown"' in line
     assert line.startswith("curl http://h:1/v1/completions ")
+
+
+def test_each_role_gets_its_own_number_of_ranks() -> None:
+    specs = child_specs(_config(prefill_tp=2, decode_tp=4, ep=True, speculative_tokens=3), ROUTER, WORKERS)
+    prefill, decode = specs[0].args, specs[1].args
+    assert (_value(prefill, "--tp"), _value(decode, "--tp")) == ("2", "4")
+    assert _value(decode, "--speculative-tokens") == "3"
+    assert "--speculative-tokens" not in prefill
+    assert "--ep" in prefill
+    assert "--ep" in decode

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pdkv.m3.engine import Engine, step_batch
+from pdkv.m3.engine import Engine
 from pdkv.m3.model import M3Model, load_model
 from pdkv.m3.requests import (
     CompleteRequest,
@@ -26,6 +26,7 @@ from pdkv.m3.requests import (
 )
 from pdkv.m3.sampling import SamplingParams
 from pdkv.m3.scheduler import Run
+from pdkv.m3.step import StepRunner, step_batch
 from pdkv.memory.pages import PagePool
 from pdkv.verify.link_chasing import make_prompt
 from pdkv.verify.link_chasing_checkpoint import write_checkpoint
@@ -144,7 +145,7 @@ def test_released_requests_leave_the_others_alone(model: M3Model) -> None:
 def test_progress_means_that_the_pages_are_final(model: M3Model) -> None:
     prompt = make_prompt(2, 600).token_ids
     made = worker(model, 5)
-    engine = Engine(model, made.arena, PagePool(5), EngineSettings(max_model_len=700, prefill_chunk=200))
+    engine = Engine(StepRunner(model, made.arena), PagePool(5), EngineSettings(max_model_len=700, prefill_chunk=200))
     (reserved,) = engine.submit(PrefillRequest(id=rid(1), prompt=prompt, sampling=HOT))
     assert isinstance(reserved, PagesReserved)
     seen: list[tuple[int, list[torch.Tensor]]] = []

@@ -1,0 +1,95 @@
+"""One step of the model for the runs that the scheduler chose: lay them out, compute, choose tokens, score prompts."""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+
+from pdkv.m3.config import M3Config
+from pdkv.m3.model import KvViews, M3Model, StepBatch
+from pdkv.m3.requests import PromptScored, RequestId, RequestRefused
+from pdkv.m3.sampling import Sample, sample
+from pdkv.m3.scheduler import NOT_FINITE, Run
+from pdkv.m3.scoring import score
+
+
+class StepOutput(NamedTuple):
+    samples: list[Sample | None]
+    """What was chosen, one entry a run that wanted a token; ``None`` where the logits are not finite."""
+    scored: dict[RequestId, PromptScored | RequestRefused]
+    """What was scored, by request."""
+
+
+class Runner(Protocol):
+    """Whatever carries out a step, in this process or in several. Used from the engine thread only."""
+
+    @property
+    def config(self) -> M3Config: ...
+
+    def run(self, runs: Sequence[Run]) -> StepOutput:
+        """Compute one step. When it returns, all ranks' kernels that write into the cache have ended."""
+        ...
+
+
+class StepRunner:
+    """Steps of one model over one cache, on the model's device."""
+
+    def __init__(self, model: M3Model, cache: KvViews) -> None:
+        self._model = model
+        self._cache = cache
+
+    @property
+    def config(self) -> M3Config:
+        return self._model.config
+
+    @torch.inference_mode()
+    def run(self, runs: Sequence[Run]) -> StepOutput:
+        device = self._model.device
+        hidden = self._model.hidden(step_batch(runs, device), self._cache)  # [num_rows, hidden]
+        rows = torch.split(hidden, [len(run.wanted_rows) for run in runs])
+        choosing = [run for run in runs if run.sampling is not None]
+        last = [rows[i][-1:] for i, run in enumerate(runs) if run.sampling is not None]
+        samples = _choose(self._model.logits(torch.cat(last)), choosing) if choosing else []
+        scored: dict[RequestId, PromptScored | RequestRefused] = {}
+        for run, mine in zip(runs, rows, strict=True):
+            if run.targets:
+                found = score(self._model, mine[: len(run.targets)], run.targets, run.prompt_top)
+                refused = RequestRefused(run.id, NOT_FINITE, never=False)
+                scored[run.id] = PromptScored(run.id, found) if found is not None else refused
+        if device.type != "cpu":
+            # Whoever is told of progress may read the pages: the kernels that wrote them must have ended.
+            torch.accelerator.current_stream(device).synchronize()
+        return StepOutput(samples, scored)
+
+
+def step_batch(runs: Sequence[Run], device: torch.device) -> StepBatch:
+    """Lay the runs of one step end to end."""
+    starts = [0]
+    for run in runs:
+        starts.append(starts[-1] + len(run.tokens))
+    width = max(len(run.pages) for run in runs)
+    return StepBatch(
+        token_ids=torch.tensor([token for run in runs for token in run.tokens], dtype=torch.int64, device=device),
+        positions=torch.cat([torch.arange(run.start, run.end, dtype=torch.int64) for run in runs]).to(device),
+        query_starts=torch.tensor(starts, dtype=torch.int32, device=device),
+        context_lens=torch.tensor([run.start for run in runs], dtype=torch.int32, device=device),
+        page_table=torch.tensor(
+            [run.pages + (-1,) * (width - len(run.pages)) for run in runs], dtype=torch.int32, device=device
+        ),
+        logits_rows=torch.tensor(
+            [start + row for run, start in zip(runs, starts, strict=False) for row in run.wanted_rows],
+            dtype=torch.int64,
+            device=device,
+        ),
+    )
+
+
+def _choose(logits: torch.Tensor, runs: list[Run]) -> list[Sample | None]:  # logits: float32 [num_runs, vocab]
+    """The next token of each run; ``None`` where the logits are not finite, so that one damaged request harms only
+    itself."""
+    is_finite: list[bool] = logits.isfinite().all(dim=1).tolist()
+    sound = [row for row, finite in enumerate(is_finite) if finite]
+    params = [run.sampling for run in runs if run.sampling is not None]
+    ends, num_top = [runs[row].end for row in sound], [runs[row].num_top for row in sound]
+    chosen = iter(sample(logits[sound], [params[row] for row in sound], ends, num_top))
+    return [next(chosen) if finite else None for finite in is_finite]
