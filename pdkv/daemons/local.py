@@ -24,21 +24,12 @@ from pdkv.daemons.config import (
 )
 from pdkv.daemons.lifecycle import Lifecycle
 from pdkv.daemons.supervisor import ChildSpec, Supervisor
-from pdkv.errors import PdkvError
 
 _POLL_S = 0.1
 _REMIND_S = 15.0
 _WORKER_DRAIN_S = 4.0
 """The router has drained, or given up, before a worker is told to end: only leases can be left."""
 _log = structlog.get_logger(__name__)
-
-
-class StartFailedError(PdkvError):
-    """A child died before the deployment was ready; its own messages say why."""
-
-    def __init__(self, exit_code: int) -> None:
-        super().__init__("a process of the deployment ended during the start; its messages above say why")
-        self.exit_code = exit_code
 
 
 class Ports(NamedTuple):
@@ -60,7 +51,7 @@ async def deployed(config: UpConfig, print_line: Callable[[str], None]) -> Async
     with contextlib.ExitStack() as stack:
 
         def reserve(host: str, port: int) -> Address:
-            return http_server.bound_address(stack.enter_context(_reserve(host, port)))
+            return http_server.bound_address(stack.enter_context(reserve_port(host, port)))
 
         def ports(host: str, port: int) -> Ports:
             return Ports(reserve(host, port), reserve("127.0.0.1", 0))
@@ -78,8 +69,7 @@ async def deployed(config: UpConfig, print_line: Callable[[str], None]) -> Async
         url = f"http://{_reachable(router.data)}"
         admin_urls = {spec.name: f"http://{each.admin}" for spec, each in zip(specs, [*workers, router], strict=True)}
         async with supervisor.running():
-            await _until_ready(url, supervisor)
-            supervisor.settle()
+            await supervisor.settled_after(_poll_health(url))
             yield Deployment(url, admin_urls)
 
 
@@ -176,7 +166,7 @@ def _log_format(wanted: str) -> str:
     return ("console" if sys.stderr.isatty() else "json") if wanted == "auto" else wanted
 
 
-def _reserve(host: str, port: int) -> socket.socket:
+def reserve_port(host: str, port: int) -> socket.socket:
     """A port that stays ours while the socket is open, also while the child that listens on it is being restarted."""
     http_server.bind(Address(f"{host}:{port}")).close()  # refuses a port that somebody else reserved in the same way
     return http_server.bind(Address(f"{host}:{port}"), reuse_port=True)
@@ -184,19 +174,6 @@ def _reserve(host: str, port: int) -> socket.socket:
 
 def _reachable(address: Address) -> str:
     return f"127.0.0.1:{address.port}" if address.host in ("0.0.0.0", "::") else str(address)
-
-
-async def _until_ready(url: str, supervisor: Supervisor) -> None:
-    failing = asyncio.create_task(supervisor.failed())
-    waiting = asyncio.create_task(_poll_health(url))
-    try:
-        await asyncio.wait((failing, waiting), return_when=asyncio.FIRST_COMPLETED)
-        if failing.done():
-            raise StartFailedError(failing.result())
-    finally:
-        for task in (failing, waiting):
-            task.cancel()
-        await asyncio.gather(failing, waiting, return_exceptions=True)
 
 
 async def _poll_health(url: str) -> None:

@@ -6,12 +6,13 @@ import os
 import signal
 import time
 from asyncio.subprocess import PIPE, STDOUT, Process
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from typing import NamedTuple
 
 import structlog
 
 from pdkv.daemons import lifeline
+from pdkv.errors import PdkvError
 
 _FRONT_GRACE_S = 4.0
 _TERM_GRACE_S = 8.0
@@ -21,6 +22,14 @@ _LONGEST_BACKOFF_S = 30.0
 _HEALTHY_S = 60.0
 """A child that lived this long starts anew with the first backoff."""
 _log = structlog.get_logger(__name__)
+
+
+class StartFailedError(PdkvError):
+    """A child died before all were ready; its own messages say why."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("a process of the deployment ended during the start; its messages above say why")
+        self.exit_code = exit_code
 
 
 class ChildSpec(NamedTuple):
@@ -67,13 +76,23 @@ class Supervisor:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    def settle(self) -> None:
-        """From now on a child that dies is started anew; before, the first death is the failure of all."""
-        self._settled = True
+    async def settled_after(self, ready: Coroutine[None, None, None]) -> None:
+        """Wait until ``ready`` returns. From then on a child that dies is started anew; before, the first death is the
+        failure of all, and raises ``StartFailedError``."""
+        waiting = asyncio.create_task(ready)
+        try:
+            await asyncio.wait((self._failed, waiting), return_when=asyncio.FIRST_COMPLETED)
+            if self._failed.done():
+                raise StartFailedError(self._failed.result())
+            await waiting
+            self._settled = True
+        finally:
+            waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)
 
-    async def failed(self) -> int:
-        """Wait until a child has died before ``settle``; returns the exit code to end with."""
-        return await asyncio.shield(self._failed)
+    def pid(self, name: str) -> int:
+        """Of a child that was started."""
+        return self._processes[name].pid
 
     async def _keep(self, spec: ChildSpec) -> None:
         backoff = _FIRST_BACKOFF_S
