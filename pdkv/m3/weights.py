@@ -30,6 +30,11 @@ class MoeWeights:
 
 @dataclass(frozen=True)
 class AttentionWeights:
+    """Those of one rank; its heads are neighbours."""
+
+    num_heads: int
+    num_kv_heads: int
+    num_index_heads: int  # 0 on dense layers
     inputs: Tensor  # [q | k | v, on sparse layers also index_q | index_k, hidden], dims of all heads of each
     output: Tensor  # [hidden, num_heads * head_dim]
     q_norm: Tensor  # float32 [head_dim], as all norms
@@ -79,7 +84,12 @@ def _assemble(reader: "_Reader", naming: Naming, config: M3Config) -> M3Weights:
             mlp = MoeWeights(**reader.read(tensor_names.routed_expert_slots(naming, config, layer)), shared=shared)
         else:
             mlp = MlpWeights(**reader.read(tensor_names.dense_mlp_slots(naming, config, layer)))
-        attention = AttentionWeights(**reader.read(tensor_names.attention_slots(naming, config, layer)))
+        attention = AttentionWeights(
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            num_index_heads=config.num_index_heads if config.sparse_layers[layer] else 0,
+            **reader.read(tensor_names.attention_slots(naming, config, layer)),
+        )
         norms = reader.read(tensor_names.layer_slots(naming, config, layer))
         layers.append(LayerWeights(**norms, attention=attention, mlp=mlp))
     lm_head = top["embed"] if config.tie_word_embeddings else top["lm_head"]
