@@ -32,6 +32,14 @@ class PagedKv:
     v_scale: Tensor | None = None  # float32 [num_pages, num_kv_heads, BLOCK]
 
 
+@dataclass(frozen=True)
+class LayerPages:
+    """Everywhere that new tokens of one layer leave something."""
+
+    kv: PagedKv
+    index_k: Tensor | None = None  # [num_pages, BLOCK, index_dim], on layers that select blocks themselves
+
+
 def row_sequences(query_starts: Tensor) -> Tensor:
     """Which sequence each query row belongs to: int64 [num_rows]."""
     lengths = query_starts.diff().long()

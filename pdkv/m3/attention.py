@@ -69,7 +69,7 @@ def store(
 def attend(
     asked: Queries, layer: int, weights: AttentionWeights, step: AttentionStep, cache: KvViews, config: M3Config
 ) -> Tensor:
-    """Read the state up to each row's own position: [num_rows, hidden] in q's dtype."""
+    """Read the state up to each row's own position: [num_rows, hidden] in q's dtype, this rank's part of a sum."""
     kv = _paged_kv(cache, layer)
     scale = config.head_dim**-0.5
     if asked.index_q is None:

@@ -82,6 +82,10 @@ class Arena:
         """
         return self._views[name, layer]
 
+    def has(self, name: str, layer: int) -> bool:
+        """Whether ``view`` has this region."""
+        return (name, layer) in self._views
+
     def rows(self) -> torch.Tensor:  # [num_pages, pitch] uint8
         """Every byte of every page, padding included, in place."""
         return self._storage.view(self.num_pages, self.layout.pitch)
