@@ -35,6 +35,7 @@ from pdkv.core.events import (
     Send,
     Tick,
 )
+from pdkv.core.residency import WantedBlocks
 from pdkv.errors import ConfigError, FailureCode, HandshakeError
 from pdkv.schema import TransferId
 from pdkv.transport.base import Completion, ReadId, ReadStatus, Transport
@@ -72,7 +73,7 @@ class _Transfer:
     def facts(self, at: float) -> TransferFacts:
         plan = self.link.plan
         assert plan is not None
-        pages = len(self.start.pages)
+        pages = len(self.start.pages) - self.start.resident_blocks
         return TransferFacts(
             num_pages=pages,
             num_regions=plan.num_regions,
@@ -84,6 +85,8 @@ class _Transfer:
             total_s=at - self.started,
             path=self.link.path,
             peer=self.link.name,
+            cached_tokens=self.session.cached_tokens,
+            resident_pages=self.start.resident_blocks,
         )
 
 
@@ -191,7 +194,8 @@ class DecodeAgent(Agent[DecodeCommand]):
     def _begin(self, start: StartTransfer, link: PeerLink, asked_at: float, at: float) -> None:
         block_size = self._identity.manifest.block_size
         left_s = max(0.0, start.deadline_s - (at - asked_at))
-        session = DecodeSession(self._identity.policy, start.num_tokens, block_size, left_s, at)
+        wanted = WantedBlocks(start.num_tokens, block_size, start.resident_blocks)
+        session = DecodeSession(self._identity.policy, wanted, left_s, at)
         transfer = _Transfer(start, session, link, at)
         self._transfers[start.transfer] = transfer
         self._carry_out(transfer, session.start(at), at)

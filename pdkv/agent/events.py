@@ -108,6 +108,8 @@ class StartTransfer(msgspec.Struct, frozen=True):
     pages: tuple[int, ...]
     num_tokens: int
     deadline_s: float
+    resident_blocks: int = 0
+    """Leading blocks whose pages hold their state already: they are not read."""
 
 
 DecodeCommand = StartTransfer | AbandonTransfer | Inspect
@@ -119,6 +121,7 @@ class TransferFacts(msgspec.Struct, frozen=True):
     """What one transfer took."""
 
     num_pages: int
+    """Pages that were read."""
     num_regions: int
     num_spans: int
     num_bytes: int
@@ -128,6 +131,10 @@ class TransferFacts(msgspec.Struct, frozen=True):
     total_s: float
     path: str
     peer: str
+    cached_tokens: int = 0
+    """Prompt tokens that P did not have to compute."""
+    resident_pages: int = 0
+    """Pages that were here before."""
 
 
 class TransferArrived(msgspec.Struct, frozen=True):

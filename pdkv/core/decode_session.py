@@ -26,7 +26,7 @@ from pdkv.core.events import (
     Tick,
 )
 from pdkv.core.lease import HeldLease
-from pdkv.core.residency import Residency
+from pdkv.core.residency import Residency, WantedBlocks
 from pdkv.errors import FailureCode
 from pdkv.wire.messages import Ack, Acquire, Body, Cancel, Done, Failed, Granted, Refused, Release, Renew, Watermark
 from pdkv.wire.outbox import Copy, Outbox
@@ -42,20 +42,21 @@ class DecodeState(Enum):
 class DecodeSession:
     """One transfer on D, which holds pages for it already. Owned by the agent thread; not thread-safe."""
 
-    def __init__(self, policy: SessionPolicy, num_tokens: int, block_size: int, deadline_s: float, now: float) -> None:
+    def __init__(self, policy: SessionPolicy, wanted: WantedBlocks, deadline_s: float, now: float) -> None:
         self.state = DecodeState.ACQUIRING
         self.outcome: Outcome | None = None
         self._policy = policy
-        self._block_size = block_size
-        self._num_tokens = num_tokens
+        self._wanted = wanted
         self._deadline = now + deadline_s
         self._ack_by = now + policy.lease.ttl_s
         self._outbox = Outbox(policy.resend)
         self._lease = HeldLease(policy.lease)
         self._renew_at: float | None = None
-        self._residency = Residency(-(-num_tokens // block_size))
+        self._residency = Residency(wanted.num_blocks, wanted.first)
         self._source_pages: tuple[int, ...] = ()
         self._watermark: tuple[int, ...] = (0,)
+        self.cached_tokens = 0
+        """Prompt tokens that P had before, as it says."""
         self._done: Done | None = None
         self._next_read = 1
         self._close_at: float | None = None
@@ -174,12 +175,13 @@ class DecodeSession:
     def _on_granted(self, granted: Granted, now: float) -> None:
         if self.state is not DecodeState.ACQUIRING:
             return
-        if granted.num_tokens != self._num_tokens or len(granted.pages) != self._residency.num_blocks:
+        if granted.num_tokens != self._wanted.num_tokens or len(granted.pages) != self._residency.num_blocks:
             told = f"{granted.num_tokens} tokens in {len(granted.pages)} pages"
-            self._fail(FailureCode.INTERNAL, f"prefill granted {told} for a prompt of {self._num_tokens} tokens", now)
+            self._fail(FailureCode.INTERNAL, f"prefill granted {told} for a prompt of {self._wanted.num_tokens} tokens", now)
             return
         self.state = DecodeState.RECEIVING
         self._source_pages = granted.pages
+        self.cached_tokens = granted.cached_tokens
         self._raise_watermark((granted.cached_tokens,))
 
     def _raise_watermark(self, tokens: tuple[int, ...]) -> None:
@@ -195,7 +197,7 @@ class DecodeSession:
         """Post every block that is complete in all layer groups: whole pages, each once, only under a valid lease."""
         if self.state is not DecodeState.RECEIVING or not self._lease.valid(now):
             return
-        complete = min(self._watermark) // self._block_size
+        complete = min(self._watermark) // self._wanted.block_size
         blocks = self._residency.take(self._residency.num_blocks if self._done else complete)
         if blocks is None:
             return

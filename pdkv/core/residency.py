@@ -14,6 +14,22 @@ class BlockRange(msgspec.Struct, frozen=True):
         return self.stop - self.start
 
 
+class WantedBlocks(msgspec.Struct, frozen=True):
+    """What of a prompt D wants from P: all blocks from ``first`` on. Those before it are in D's own pages already."""
+
+    num_tokens: int
+    block_size: int
+    first: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.first < self.num_blocks:
+            raise ValueError(f"first wanted block {self.first} is not one of {self.num_blocks}")
+
+    @property
+    def num_blocks(self) -> int:
+        return -(-self.num_tokens // self.block_size)
+
+
 class Residency:
     """Blocks ``first .. num_blocks - 1`` are wanted; posted in order, they land in any. Owned by a decode session."""
 

@@ -80,7 +80,7 @@ class JobRoutes:
         jobs = [
             DecodeJob(
                 transfer=(own := transfer_of_prompt(transfer, index)),
-                num_prompt_tokens=len(prompt.token_ids),
+                prompt=prompt.token_ids,
                 max_tokens=max(1, asked.max_tokens),  # P's first token comes anyway; asked for none, none is shown
                 sampling=_sampling(asked, own),
                 ignore_eos=asked.ignore_eos,

@@ -82,7 +82,8 @@ class PrefillJob(msgspec.Struct, frozen=True, tag="prefill"):
 
 class DecodeJob(msgspec.Struct, frozen=True, tag="decode"):
     transfer: bytes
-    num_prompt_tokens: int
+    prompt: list[int]
+    """Its state comes from P; the tokens say what of it is here already, and what may be proposed."""
     max_tokens: int
     sampling: Sampling
     ignore_eos: bool
@@ -93,6 +94,10 @@ class DecodeJob(msgspec.Struct, frozen=True, tag="decode"):
     num_top: int = 0
     prompt_top: int | None = None
     """As the prefill job says."""
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt)
 
 
 class AbortJob(msgspec.Struct, frozen=True, tag="abort"):
@@ -176,6 +181,10 @@ class TransferReport(msgspec.Struct, frozen=True):
     """From the first Acquire to the last byte."""
     path: str
     peer: str
+    cached_tokens: int = 0
+    """Prompt tokens whose state P had before: it did not compute them."""
+    resident_pages: int = 0
+    """Pages that D had before: they did not travel, and are not among ``num_pages``."""
 
 
 class TokensOut(msgspec.Struct, frozen=True, tag="tokens"):

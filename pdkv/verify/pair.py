@@ -79,7 +79,7 @@ class DividedPair:
         self._prefill.hear(PrefillJob(transfer, list(prompt), Sampling(), deadline_s))
         job = DecodeJob(
             transfer=transfer,
-            num_prompt_tokens=len(prompt),
+            prompt=list(prompt),
             max_tokens=max_tokens,
             sampling=Sampling(),
             ignore_eos=True,

@@ -33,6 +33,7 @@ from pdkv.core.events import (
     Tick,
 )
 from pdkv.core.prefill_session import PrefillSession, PrefillState
+from pdkv.core.residency import WantedBlocks
 from pdkv.errors import FailureCode
 from pdkv.wire.messages import Acquire, Cancel, Release
 
@@ -45,6 +46,10 @@ class World:
 
     seed: int
     num_tokens: int = 1000
+    resident: float = 0.0
+    """Share of the prompt's blocks that D has already; at least the last one is wanted."""
+    cached: float = 0.0
+    """Share of the prompt's whole blocks that P has already; the last token is always computed."""
     chunk: int = 256
     loss: float = 0.0
     duplicates: float = 0.0
@@ -64,6 +69,14 @@ class World:
     reads_hang: bool = False
     prefill_dies_at: float | None = None
     death_is_noticed: bool = True
+
+    @property
+    def resident_blocks(self) -> int:
+        return int(self.resident * ((self.num_tokens - 1) // BLOCK))
+
+    @property
+    def cached_tokens(self) -> int:
+        return int(self.cached * ((self.num_tokens - 1) // BLOCK)) * BLOCK
 
 
 @dataclass
@@ -97,7 +110,8 @@ class Simulation:
         policy = SessionPolicy()
         self.prefill: PrefillSession | None = None
         self.policy = policy
-        self.decode = DecodeSession(policy, self.world.num_tokens, BLOCK, self.world.deadline, self.now)
+        wanted = WantedBlocks(self.world.num_tokens, BLOCK, self.world.resident_blocks)
+        self.decode = DecodeSession(policy, wanted, self.world.deadline, self.now)
         self.do_decode(self.decode.start(self.now))
         self.wake_decode()
         world = self.world
@@ -230,8 +244,9 @@ class Simulation:
             return
         pages = tuple(self.random.sample(range(1, 500), -(-self.world.num_tokens // BLOCK)))
         self.owned = set(pages)
-        self.to_prefill(PagesReserved(pages, 0))
-        self.at(self.world.chunk_time, lambda: self.compute(self.world.chunk))
+        cached = self.world.cached_tokens
+        self.to_prefill(PagesReserved(pages, cached))
+        self.at(self.world.chunk_time, lambda: self.compute(cached + self.world.chunk))
 
     def compute(self, tokens: int) -> None:
         if self.freed or self.prefill_dead:
@@ -280,7 +295,8 @@ class Simulation:
         assert self.resumed + self.returned == 1
         assert self.resumed == (self.decode_reports[0].code is None)
         if self.resumed:
-            assert sorted(self.read_blocks) == list(range(blocks))
+            assert sorted(self.read_blocks) == list(range(self.world.resident_blocks, blocks))
+            assert self.decode.cached_tokens == self.world.cached_tokens
         if self.prefill is not None and not self.prefill_dead:
             assert self.prefill.state is PrefillState.ENDED
             assert len(self.prefill_reports) == 1

@@ -1,9 +1,11 @@
 """Under any loss, repetition, reordering, sleep, crash and timing no page is reused while read, and nothing leaks."""
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.core.simulation import Simulation, World
+from pdkv.core.residency import WantedBlocks
+from tests.core.simulation import BLOCK, Simulation, World
 
 times = st.one_of(st.none(), st.floats(0, 15, allow_nan=False))
 sleeps = st.one_of(st.none(), st.tuples(st.floats(0, 3), st.floats(0.1, 25)))
@@ -12,6 +14,8 @@ worlds = st.builds(
     World,
     seed=st.integers(0, 2**32),
     num_tokens=st.sampled_from([1, 127, 128, 129, 1000, 5000]),
+    resident=st.sampled_from([0.0, 0.4, 1.0]),
+    cached=st.sampled_from([0.0, 0.6, 1.0]),
     chunk=st.sampled_from([100, 256, 512]),
     loss=st.sampled_from([0.0, 0.1, 0.5]),
     duplicates=st.sampled_from([0.0, 0.3]),
@@ -48,6 +52,8 @@ def test_any_world_ends_well_on_both_sides(world: World) -> None:
         seed=st.integers(0, 2**32),
         num_tokens=st.integers(1, 4000) | st.integers(1, 31).map(lambda blocks: 128 * blocks),
         sampling_time=st.sampled_from([0.0, 0.3]),
+        resident=st.floats(0, 1),
+        cached=st.floats(0, 1),
         chunk=st.sampled_from([64, 100, 512]),
         loss=st.sampled_from([0.0, 0.1]),
         duplicates=st.sampled_from([0.0, 0.5]),
@@ -71,6 +77,17 @@ def test_lossless_network_reads_while_prefill_computes() -> None:
     simulation.run(200)
     simulation.validate()
     assert simulation.resumed == 1
+
+
+def test_cached_blocks_are_read_before_anything_is_computed() -> None:
+    simulation = Simulation(World(seed=1, num_tokens=6000, cached=0.5, resident=0.25, chunk_time=50.0))
+    simulation.run(3.0)
+    assert sorted(simulation.read_blocks) == list(range(11, 23))
+
+
+def test_what_is_resident_must_leave_a_block_to_read() -> None:
+    with pytest.raises(ValueError, match="block 2 is not one of 2"):
+        WantedBlocks(num_tokens=256, block_size=BLOCK, first=2)
 
 
 def test_a_prompt_of_whole_blocks_that_landed_before_done_resumes_at_once() -> None:
