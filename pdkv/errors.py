@@ -6,6 +6,7 @@
     │   └── CheckpointError    missing, extra or mis-shaped tensors, all listed
     ├── RequestError           a request that can never be served as asked (HTTP 400 and kin)
     ├── CapacityError          no room now or ever: pages, queue (HTTP 429, 503)
+    ├── RankLostError          a rank of this worker died or did not answer; its ranks can only end
     ├── TransferError          a transfer that ended badly; carries a FailureCode
     ├── HandshakeError         two workers that must not talk: manifests differ, probe failed
     ├── TransportError         a transport that cannot start, register or connect
@@ -63,6 +64,10 @@ class RequestError(PdkvError, ValueError):
 
 
 class CapacityError(PdkvError):
+    pass
+
+
+class RankLostError(PdkvError):
     pass
 
 
