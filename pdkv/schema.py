@@ -80,9 +80,9 @@ class KvLayout(msgspec.Struct, frozen=True):
     kv_dtype: str
     index_dtype: str
     scale_convention: str
-    """"none", or how fp8 scales are to be read, for example "per-token-head-f32"."""
+    """How stored K/V becomes numbers: "none" for floats, "unit-e5m2", "per-token-head-f32-absmax/448-e4m3fn"."""
     index_schedule: str
-    """Which sparse layers write index keys; "all" unless a schedule skips some."""
+    """Which sparse layers select blocks and write index keys: "all", or their ids in words."""
     specs: tuple[RegionSpec, ...]
 
 

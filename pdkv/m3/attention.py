@@ -12,6 +12,7 @@ from pdkv_kernels.sparse_attention_ref import sparse_attention_ref
 from torch import Tensor
 from torch.nn import functional
 
+from pdkv.errors import ModelError
 from pdkv.m3.config import M3Config
 from pdkv.m3.weights import AttentionWeights
 
@@ -54,10 +55,11 @@ def store(
 ) -> Queries:
     """Write the rows' K, V and index keys into their pages. x: [num_rows, hidden], normalised.
 
-    Head counts are those of this rank: of the weights, and of the pages that they write into.
+    Head counts are those of this rank: of the weights, and of the pages that they write into. A layer that reuses a
+    selection projects index keys as all sparse ones do, and leaves them at that.
     """
     kv = _paged_kv(cache, layer)
-    index_k = cache.view("index_k", layer) if config.sparse_layers[layer] else None
+    index_k = cache.view("index_k", layer) if config.selecting_layers[layer] else None
     num_kv = kv.k.shape[1]
     num_q = weights.output.shape[1] // config.head_dim
     heads = PackedHeads(num_q, num_kv, num_kv if config.sparse_layers[layer] else 0)
@@ -66,17 +68,38 @@ def store(
     return kv_store_ref(packed, heads, norms, step.rows, LayerPages(kv, index_k))
 
 
-def attend(
-    asked: Queries, layer: int, weights: AttentionWeights, step: AttentionStep, cache: KvViews, config: M3Config
+def select(
+    asked: Queries, layer: int, step: AttentionStep, cache: KvViews, config: M3Config, before: Tensor | None
 ) -> Tensor:
-    """Read the state up to each row's own position: [num_rows, hidden] in q's dtype, this rank's part of a sum."""
+    """Blocks that the rows attend to in a sparse layer: int32 [num_rows, num_kv_heads, topk].
+
+    A layer that reuses takes ``before``, what the last sparse layer of this very step gave; it has no index keys to
+    select by. Raises ``ModelError`` where there is none: it would be another step's or nobody's choice.
+    """
+    if config.selecting_layers[layer]:
+        assert asked.index_q is not None, "a layer that selects has stored its index keys"
+        forced = (config.topk_blocks, config.init_blocks, config.local_blocks)
+        return index_topk_ref(asked.index_q, cache.view("index_k", layer), step.queries, *forced)
+    if before is None:
+        raise ModelError(
+            f"layer {layer} reuses a selection, and no layer of this step has made one; index schedule: layers "
+            f"{', '.join(map(str, config.reusing_layers))} reuse"
+        )
+    return before
+
+
+def attend(
+    asked: Queries, blocks: Tensor | None, layer: int, weights: AttentionWeights, step: AttentionStep, cache: KvViews
+) -> Tensor:
+    """Read the state up to each row's own position: [num_rows, hidden] in q's dtype, this rank's part of a sum.
+
+    ``blocks`` as ``select`` gives them; None: the layer is dense, and all is read.
+    """
     kv = _paged_kv(cache, layer)
-    scale = config.head_dim**-0.5
-    if asked.index_q is None:
+    scale = asked.q.shape[-1] ** -0.5
+    if blocks is None:
         out, _ = paged_attention_ref(asked.q, kv, step.queries, scale)
     else:
-        forced = (config.topk_blocks, config.init_blocks, config.local_blocks)
-        blocks = index_topk_ref(asked.index_q, cache.view("index_k", layer), step.queries, *forced)
         out, _ = sparse_attention_ref(asked.q, kv, blocks, step.queries, scale)
     return functional.linear(out.flatten(1), weights.output)
 

@@ -6,6 +6,7 @@ from typing import Any
 from pdkv.errors import ModelError
 from pdkv.m3.config_fields import Fields, agreed, read_json_object
 from pdkv.m3.config_support import speaks_transformers, unsupported
+from pdkv.m3.index_schedule import IndexScheduleOverride, reusing_layers
 from pdkv.m3.model_config import M3Config
 
 _ATTENTION_KINDS = {"full_attention": False, "minimax_m3_sparse": True}
@@ -14,13 +15,13 @@ _ROTATED_SHARE = 0.5
 """Of a head, where a released config leaves it out."""
 
 
-def load_config(model_dir: Path) -> M3Config:
+def load_config(model_dir: Path, schedule: IndexScheduleOverride | None = None) -> M3Config:
     """Read a checkpoint's ``config.json``, and the end tokens of its ``generation_config.json`` where there is one.
 
     Two vocabularies are understood, each alone or nested under ``text_config``: the released one
     (``sparse_attention_config``, ``moe_layer_freq``) and transformers' (``index_*``, ``layer_types``). Raises one
     ``ModelError`` that names every field whose value, or whose very presence, is not supported: an unknown field may
-    change the answers, so it is refused rather than ignored.
+    change the answers, so it is refused rather than ignored. ``schedule`` goes before the file's own.
     """
     path = Path(model_dir) / "config.json"
     try:
@@ -32,7 +33,7 @@ def load_config(model_dir: Path) -> M3Config:
         refused = unsupported(text, wrapper)
         if refused:
             raise ModelError("asks for what pdkv does not serve: " + "; ".join(refused))
-        return _parse(text, wrapper, _generation_fields(Path(model_dir)))
+        return _parse(text, wrapper, _generation_fields(Path(model_dir)), schedule)
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from error
 
@@ -50,7 +51,9 @@ def _generation_fields(model_dir: Path) -> Fields:
         return Fields({})
 
 
-def _parse(text: Fields, wrapper: Fields, generation: Fields) -> M3Config:
+def _parse(
+    text: Fields, wrapper: Fields, generation: Fields, schedule: IndexScheduleOverride | None = None
+) -> M3Config:
     num_layers = text.number("num_hidden_layers", int)
     sparse = _sparse_layers(text, num_layers)
     moe = _moe_layers(text, num_layers)
@@ -86,6 +89,7 @@ def _parse(text: Fields, wrapper: Fields, generation: Fields) -> M3Config:
         topk_blocks=_index_number(text, "index_topk_blocks", "sparse_topk_blocks", index),
         init_blocks=text.inner("sparse_attention_config").number("sparse_init_block", int, 0),
         local_blocks=_index_number(text, "index_local_blocks", "sparse_local_block", 1 if any(sparse) else 0),
+        reusing_layers=reusing_layers(text, sparse, schedule),
         bos_token_id=bos.number("bos_token_id", int) if bos else None,
         eos_token_ids=_eos_ids(text, wrapper, generation),
         tie_word_embeddings=_tied(text, wrapper),

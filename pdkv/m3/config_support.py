@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 
 from pdkv.m3.config_fields import Fields
+from pdkv.m3.index_schedule import NO_SCHEDULE
 
 BLOCK_SIZE = 128
 """Tokens of a block; the indexer selects blocks of this size and a page holds one."""
@@ -28,9 +29,6 @@ _FIXED: dict[str, tuple[object, ...]] = {
     "attention_output_gate": (False,),
     "hidden_act": ("swigluoai",),
     "index_block_size": (BLOCK_SIZE,),
-    "index_skip_topk_offset": (0,),
-    "index_topk_freq": (1,),
-    "index_topk_pattern": (),
     "n_shared_experts": (1,),
     "qk_norm_type": ("per_head",),
     "quantization": (),
@@ -39,7 +37,6 @@ _FIXED: dict[str, tuple[object, ...]] = {
     "scoring_func": ("sigmoid",),
     "sliding_window": (),
     "use_gemma_norm": (True,),
-    "use_index_cache": (False,),
     "use_qk_norm": (True,),
     "use_routing_bias": (True,),
 }
@@ -94,7 +91,7 @@ def unsupported(text: Fields, wrapper: Fields) -> list[str]:
     if speaks_transformers(text):
         fixed["hidden_act"] = ("silu", "swigluoai")
     sparse = text.inner("sparse_attention_config")
-    known = _READ | _WITHOUT_EFFECT | _TRANSFORMERS_ONLY
+    known = _READ | _WITHOUT_EFFECT | _TRANSFORMERS_ONLY | NO_SCHEDULE.keys()
     return [
         *_wrong_model(text, wrapper),
         *_refused(text, fixed, known),
@@ -131,11 +128,13 @@ def _refused(fields: Fields, fixed: Mapping[str, tuple[object, ...]], known: fro
 
 def _misplaced(text: Fields, wrapper: Fields) -> Iterator[str]:
     """Fields of the text model that stand beside it: harmless when they repeat what it says or what is served."""
-    ours = _READ | _TRANSFORMERS_ONLY | _FIXED.keys()
+    ours = _READ | _TRANSFORMERS_ONLY | _FIXED.keys() | NO_SCHEDULE.keys()
     for name in sorted(wrapper.values):
         value = wrapper.values[name]
         harmless = _SHARED | _WITHOUT_EFFECT | _VISION | {"architectures", "model_type"}
         if value is None or name in harmless or name.startswith(_VISION_PREFIXES):
+            continue
+        if value in NO_SCHEDULE.get(name, ()) and not text.has(name):
             continue
         if name not in ours:
             yield f"{name} is not a field that pdkv knows (it may change the answers)"

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from pdkv.errors import ModelError
-from pdkv.m3.attention import KvViews, attend, attention_step, store
-from pdkv.m3.config import M3Config, load_config
+from pdkv.m3.attention import KvViews, attend, attention_step, select, store
+from pdkv.m3.config import IndexScheduleOverride, M3Config, load_config
 from pdkv.m3.layers import feed_forward, norm
 from pdkv.m3.weights import M3Weights, load_weights
 
@@ -69,11 +69,15 @@ class M3Model:
         step = attention_step(queries, batch.positions, config)
         x = functional.embedding(batch.token_ids, weights.embed)  # [num_tokens, hidden]
         last = config.num_layers - 1
+        blocks = None  # of the last sparse layer of this step, for those that reuse a selection
         for number, layer in enumerate(weights.layers):
             asked = store(self._normed(x, layer.input_norm), number, layer.attention, step, cache, config)
             if number == last and batch.logits_rows.numel() == 0:
                 break  # a chunk of a longer prompt: nobody reads what the last layer would say
-            x = x + attend(asked, number, layer.attention, step, cache, config)
+            sparse = config.sparse_layers[number]
+            if sparse:
+                blocks = select(asked, number, step, cache, config, blocks)
+            x = x + attend(asked, blocks if sparse else None, number, layer.attention, step, cache)
             x = x + feed_forward(self._normed(x, layer.post_attention_norm), layer.mlp, config)
         return self._normed(x[batch.logits_rows], weights.norm)
 
@@ -81,13 +85,16 @@ class M3Model:
         return norm(x, weight, self.config.rms_norm_eps)
 
 
-def load_model(model_dir: Path, device: str = "cpu", dtype: str = "auto") -> M3Model:
-    """Load a checkpoint directory. ``dtype``: float32, bfloat16, or auto for the checkpoint's own.
+def load_model(
+    model_dir: Path, device: str = "cpu", dtype: str = "auto", schedule: IndexScheduleOverride | None = None
+) -> M3Model:
+    """Load a checkpoint directory. ``dtype``: float32, bfloat16, or auto for the checkpoint's own. ``schedule`` goes
+    before the checkpoint's.
 
     Weights are rounded to that dtype, and ``model.dtype`` is it.
     On a CPU they are then held, and all maths is done, in float32: faster there, and never less exact.
     """
-    config = load_config(model_dir)
+    config = load_config(model_dir, schedule)
     if dtype != "auto":
         if dtype not in ("float32", "bfloat16"):
             raise ModelError(f"dtype {dtype!r} is not one of auto, float32, bfloat16")

@@ -43,12 +43,20 @@ class M3Config(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int = BLOCK_SIZE
     init_blocks: int = 0
     local_blocks: int = 1
+    reusing_layers: tuple[int, ...] = ()
+    """Sparse layers (global ids) that select nothing and attend to the blocks that the last one before them selected.
+    They keep no index keys."""
 
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     tie_word_embeddings: bool = False
     dtype: str = "float32"
     """What the checkpoint's weights are stored in, and K/V and index keys unless told otherwise."""
+
+    @property
+    def selecting_layers(self) -> tuple[bool, ...]:
+        """For each layer: it scores blocks and writes index keys."""
+        return tuple(sparse and layer not in self.reusing_layers for layer, sparse in enumerate(self.sparse_layers))
 
     def __post_init__(self) -> None:
         problems = [text for broken, text in _rules(self) if broken]
@@ -71,6 +79,10 @@ def _rules(c: M3Config) -> list[tuple[bool, str]]:
             not 0 < c.rotary_dim <= c.head_dim or c.rotary_dim % 2 != 0,
             f"{c.rotary_dim} rotated dims of {c.head_dim} (must be even, at least 2 and at most the head)",
         ),
+        (
+            any(not 0 <= i < len(c.sparse_layers) or not c.sparse_layers[i] for i in c.reusing_layers),
+            f"layers {c.reusing_layers} are to reuse a selection; not all of them are sparse",
+        ),
         (c.dtype not in _DTYPES, f"dtype {c.dtype} is not one of {', '.join(_DTYPES)}"),
     ]
     if any(c.moe_layers):
@@ -81,6 +93,7 @@ def _rules(c: M3Config) -> list[tuple[bool, str]]:
             )
         )
     if any(c.sparse_layers):
+        first = c.sparse_layers.index(True)
         rules += [
             (
                 c.num_index_heads != c.num_kv_heads,
@@ -92,5 +105,6 @@ def _rules(c: M3Config) -> list[tuple[bool, str]]:
                 c.topk_blocks < max(1, c.init_blocks + c.local_blocks),
                 f"top-k of {c.topk_blocks} blocks cannot hold {c.init_blocks} init and {c.local_blocks} local blocks",
             ),
+            (first in c.reusing_layers, f"layer {first} is the first sparse one and has no selection to reuse"),
         ]
     return rules

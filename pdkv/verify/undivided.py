@@ -8,7 +8,7 @@ import msgspec
 import torch
 
 from pdkv.errors import RequestError
-from pdkv.m3.config import kv_layout
+from pdkv.m3.config import IndexScheduleOverride, kv_layout
 from pdkv.m3.engine import Engine
 from pdkv.m3.model import M3Model, load_model
 from pdkv.m3.requests import CompleteRequest, EngineSettings, RequestId, RequestRefused, TokenGenerated
@@ -27,6 +27,14 @@ class Answer(msgspec.Struct, frozen=True):
     """From submission to the last token; loading the model is not counted."""
 
 
+class CacheOptions(msgspec.Struct, frozen=True):
+    """How state is stored, and which layers select; ``auto`` and None: as the checkpoint says."""
+
+    kv_dtype: str = "auto"
+    index_dtype: str = "auto"
+    schedule: IndexScheduleOverride | None = None
+
+
 class LocalWorker(msgspec.Struct, frozen=True):
     """An engine with its arena, owned by the calling thread. No page is reserved for a probe: nobody connects."""
 
@@ -34,10 +42,11 @@ class LocalWorker(msgspec.Struct, frozen=True):
     arena: Arena
 
 
-def local_worker(model: M3Model, num_pages: int, settings: EngineSettings) -> LocalWorker:
-    """A worker that stores K/V and index keys in the model's dtype, on the model's device."""
-    dtype = model.config.dtype
-    layout = RowLayout.of(kv_layout(model.config, dtype, dtype))
+def local_worker(
+    model: M3Model, num_pages: int, settings: EngineSettings, kv_dtype: str = "auto", index_dtype: str = "auto"
+) -> LocalWorker:
+    """A worker on the model's device. ``auto``: state is stored in the model's dtype."""
+    layout = RowLayout.of(kv_layout(model.config, kv_dtype, index_dtype))
     if model.device.type == "cpu":
         arena = Arena.allocate(layout, num_pages)
     else:
@@ -54,10 +63,12 @@ def complete(
     ignore_eos: bool = False,
     device: str = "cpu",
     dtype: str = "auto",
+    cache: CacheOptions = CacheOptions(),
 ) -> Answer:
     """Load a checkpoint and answer one prompt with it. Raises ``RequestError`` for a request that cannot be served."""
-    model = load_model(model_dir, device=device, dtype=dtype)
-    return complete_with(model, prompt, max_tokens, sampling, ignore_eos=ignore_eos)
+    model = load_model(model_dir, device=device, dtype=dtype, schedule=cache.schedule)
+    stored = (cache.kv_dtype, cache.index_dtype)
+    return complete_with(model, prompt, max_tokens, sampling, ignore_eos=ignore_eos, stored=stored)
 
 
 def complete_with(
@@ -68,15 +79,17 @@ def complete_with(
     *,
     ignore_eos: bool = False,
     prefill_chunk: int = 512,
+    stored: tuple[str, str] = ("auto", "auto"),
 ) -> Answer:
-    """The same with a model that is loaded already."""
+    """The same with a model that is loaded already. ``stored``: dtypes of K/V and of index keys."""
     num_tokens = max(1, len(prompt) + max_tokens)
     settings = EngineSettings(max_model_len=model.config.max_position_embeddings, prefill_chunk=prefill_chunk)
     if num_tokens > settings.max_model_len:  # before an arena is made that may not fit the machine
         raise RequestError(
             f"{len(prompt)} prompt tokens and {max_tokens} to generate exceed the context of {settings.max_model_len}"
         )
-    engine = local_worker(model, -(-num_tokens // model.config.block_size), settings).engine
+    num_pages = -(-num_tokens // model.config.block_size)
+    engine = local_worker(model, num_pages, settings, *stored).engine
     request = CompleteRequest(
         id=RequestId(b"undivided"),
         prompt=tuple(prompt),

@@ -147,7 +147,6 @@ def test_two_counts_of_rotated_dims_that_disagree(tmp_path: Path, written: dict[
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"scoring_func": "softmax"}, "scoring_func"),
         ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"use_index_cache": True}, "use_index_cache is True"),
         ({"mystery_gate": 1}, "mystery_gate is not a field"),
         ({"layer_types": ["full_attention", "mamba", "full_attention", "full_attention"]}, "layer_types has mamba"),
         ({"layer_types": ["full_attention"]}, "1 attention kinds for 4 layers"),
@@ -225,7 +224,7 @@ def test_layout_lists_every_region_once():
     expected = [("index_k", layer) for layer in range(3, 60)]
     expected += [(name, layer) for layer in range(60) for name in ("k", "v", "k_scale", "v_scale")]
     assert listed == expected
-    assert layout.scale_convention == "per-token-head-f32"
+    assert layout.scale_convention == "per-token-head-f32-absmax/448-e4m3fn"
     for spec in layout.specs:
         assert spec.shard is (Shard.REPLICATED if spec.name == "index_k" else Shard.BY_HEAD)
         assert spec.num_heads == (1 if spec.name == "index_k" else 4)
