@@ -1,7 +1,6 @@
 """D's agent: carries out what decode sessions decide, over links that have proved themselves."""
 
 import logging
-import time
 from collections.abc import Callable, Sequence
 
 from pdkv.agent.events import (
@@ -11,6 +10,7 @@ from pdkv.agent.events import (
     DecodeCommand,
     Inspect,
     PagesReturned,
+    RankReported,
     StartTransfer,
     TransferArrived,
     TransferFacts,
@@ -19,6 +19,8 @@ from pdkv.agent.events import (
 )
 from pdkv.agent.loop import Agent
 from pdkv.agent.peer_links import LinkState, PeerLink, PeerLinks
+from pdkv.agent.rank_group import RankGroup
+from pdkv.agent.rank_reads import LinkConnected, LinkProbed, PagesRead
 from pdkv.core.decode_session import DecodeSession, DecodeState
 from pdkv.core.events import (
     ClosePeer,
@@ -38,21 +40,11 @@ from pdkv.core.events import (
 from pdkv.core.residency import WantedBlocks
 from pdkv.errors import ConfigError, FailureCode, HandshakeError
 from pdkv.schema import TransferId
-from pdkv.transport.base import Completion, ReadId, ReadStatus, Transport
+from pdkv.transport.base import Completion
 from pdkv.wire.channel import Channel, Received
 from pdkv.wire.messages import NO_TRANSFER, Done, OtherVersion, make_envelope
 
 _LOG = logging.getLogger("pdkv.agent")
-
-
-class _PostedRead:
-    """One of a session's reads: as many batches as ranks of P serve it."""
-
-    def __init__(self, read: int, num_bytes: int) -> None:
-        self.read = read
-        self.num_bytes = num_bytes
-        self.batches: set[ReadId] = set()
-        self.error: str | None = None
 
 
 class _Transfer:
@@ -71,15 +63,13 @@ class _Transfer:
         self.read_s = 0.0
 
     def facts(self, at: float) -> TransferFacts:
-        plan = self.link.plan
-        assert plan is not None
         pages = len(self.start.pages) - self.start.resident_blocks
         return TransferFacts(
             num_pages=pages,
-            num_regions=plan.num_regions,
+            num_regions=self.link.num_regions,
             num_spans=self.num_spans,
             num_bytes=self.landed_bytes,
-            bytes_by_region={name: size * pages for name, size in plan.bytes_by_region.items()},
+            bytes_by_region={name: size * pages for name, size in self.link.bytes_by_region.items()},
             bytes_before_done=self.bytes_before_done or 0,
             read_s=self.read_s,
             total_s=at - self.started,
@@ -97,21 +87,20 @@ class DecodeAgent(Agent[DecodeCommand]):
         self,
         identity: WorkerIdentity,
         channel: Channel,
-        transport: Transport,
+        ranks: RankGroup,
         links: PeerLinks,
-        bases: tuple[int, ...],
         emit: Callable[[DecodeAgentEvent], None],
     ) -> None:
         self._identity = identity
         self._channel = channel
-        self._transport = transport
+        self._ranks = ranks
         self._links = links
         self._meter = links.meter
-        self._bases = bases
         self._emit = emit
         self._waiting: dict[TransferId, tuple[StartTransfer, PeerLink, float]] = {}
         self._transfers: dict[TransferId, _Transfer] = {}
-        self._reads: dict[ReadId, tuple[_Transfer, _PostedRead]] = {}
+        self._reads: dict[int, tuple[_Transfer, int]] = {}
+        """By the ranks' number of a read: whose it is, and the session's number of it."""
 
     # ---- what happens
 
@@ -124,9 +113,11 @@ class DecodeAgent(Agent[DecodeCommand]):
                     self._refuse(self._waiting.pop(transfer)[0], code, message)
                 elif transfer in self._transfers:
                     self._handle(self._transfers[transfer], LocalFailure(code, message), at)
+            case RankReported(rank=rank, report=report):
+                self._ranks.hear(rank, report)
             case Inspect(answer=answer):
                 answer(self._statistics())
-        self._settle_links(at)
+        self._settle(at)
 
     def on_message(self, received: Received, at: float) -> None:
         envelope, body = received.envelope, received.body
@@ -143,15 +134,11 @@ class DecodeAgent(Agent[DecodeCommand]):
             if isinstance(body, Done) and transfer.bytes_before_done is None:
                 transfer.bytes_before_done = transfer.landed_bytes
             self._handle(transfer, MessageArrived(envelope.seq, body), at)
-        self._settle_links(at)
+        self._settle(at)
 
     def on_completions(self, completions: Sequence[Completion], at: float) -> None:
-        for completion in completions:
-            if completion.read in self._reads:
-                self._on_batch(completion, at)
-            else:
-                self._links.on_completion(completion, at)
-        self._settle_links(at)
+        self._ranks.on_completions(completions)
+        self._settle(at)
 
     def on_time(self, at: float) -> None:
         self._links.on_time(at)
@@ -161,7 +148,7 @@ class DecodeAgent(Agent[DecodeCommand]):
                 self._handle(transfer, Tick(), at)
             if transfer.session.forgettable(at):
                 del self._transfers[transfer_id]
-        self._settle_links(at)
+        self._settle(at)
 
     def next_wakeup(self) -> float | None:
         times = [self._links.next_wakeup(), *(t.session.next_wakeup() for t in self._transfers.values())]
@@ -204,6 +191,24 @@ class DecodeAgent(Agent[DecodeCommand]):
         self._meter.failed("unknown", code, 0.0)
         self._emit(TransferFailed(start.transfer, code, message))
         self._emit(PagesReturned(start.transfer))
+
+    def _settle(self, at: float) -> None:
+        """Pass on what the ranks have answered, then tell transfers what became of their links, until all is quiet."""
+        quiet = False
+        while not quiet:
+            quiet = True
+            while (answer := self._ranks.take()) is not None:
+                quiet = False
+                match answer:
+                    case PagesRead():
+                        self._on_pages_read(answer, at)
+                    case LinkConnected():
+                        self._links.on_connected(answer)
+                        self._links.on_time(at)  # it may be its turn to be probed
+                    case LinkProbed():
+                        self._links.on_probed(answer, at)
+                        self._links.on_time(at)
+            self._settle_links(at)
 
     def _settle_links(self, at: float) -> None:
         """Transfers that waited for a link, or lived on one that is lost, learn of it."""
@@ -252,49 +257,36 @@ class DecodeAgent(Agent[DecodeCommand]):
                     self._links.lose(transfer.link, HandshakeError(FailureCode.PEER_LOST, told))
 
     def _post(self, transfer: _Transfer, read: Read, at: float) -> None:
-        plan = transfer.link.plan
-        assert plan is not None
+        number = transfer.link.number
+        assert number is not None, "transfers begin on links that are ready"
         local = transfer.start.pages[read.blocks.start : read.blocks.stop]
-        try:
-            batches = plan.reads(read.source_pages, local, self._bases)
-        except ValueError as exc:  # pages that P does not have: P is not to be believed
-            self._handle(transfer, ReadEnded(read.read, ok=False, error=str(exc)), at)
-            return
-        posted = _PostedRead(read.read, sum(batch.num_bytes for batch in batches.values()))
-        for rank, batch in batches.items():
-            began = time.perf_counter()
-            read_id = self._transport.submit(transfer.link.ranks[rank], batch)
-            self._meter.posted(transfer.link.path, batch.num_spans, time.perf_counter() - began)
-            posted.batches.add(read_id)
-            self._reads[read_id] = (transfer, posted)
-            transfer.num_spans += batch.num_spans
+        self._reads[self._ranks.read(number, read.source_pages, local)] = (transfer, read.read)
         if transfer.outstanding == 0:
             transfer.reading_since = at
         transfer.outstanding += 1
 
-    def _on_batch(self, completion: Completion, at: float) -> None:
-        transfer, posted = self._reads.pop(completion.read)
-        posted.batches.discard(completion.read)
-        if completion.status is not ReadStatus.OK:
-            posted.error = completion.error or completion.status.value
+    def _on_pages_read(self, answer: PagesRead, at: float) -> None:
+        transfer, read = self._reads.pop(answer.read)
+        for batch in answer.batches:
+            self._meter.posted(transfer.link.path, batch.num_spans, batch.post_s)
+            transfer.num_spans += batch.num_spans
+        if answer.error and answer.batches:
             # An endpoint that failed once is not trusted again: the next transfer shakes hands anew.
-            told = f"reading from {transfer.link.control} failed: {posted.error}"
+            told = f"reading from {transfer.link.control} failed: {answer.error}"
             self._links.lose(transfer.link, HandshakeError(FailureCode.READ_FAILED, told))
-        if posted.batches:
-            return
         transfer.outstanding -= 1
         if transfer.outstanding == 0:
             transfer.read_s += at - transfer.reading_since
-        if posted.error is None:
-            transfer.landed_bytes += posted.num_bytes
-        self._handle(transfer, ReadEnded(posted.read, posted.error is None, posted.error or ""), at)
+        if not answer.error:
+            transfer.landed_bytes += answer.num_bytes
+        self._handle(transfer, ReadEnded(read, not answer.error, answer.error), at)
 
     def _statistics(self) -> AgentStatistics:
         open_transfers = [t for t in self._transfers.values() if t.session.state is not DecodeState.ENDED]
         return AgentStatistics(
             transfers_open=len(open_transfers) + len(self._waiting),
             leases_active=0,
-            reads_outstanding=len(self._reads),
+            reads_outstanding=self._ranks.num_reads_outstanding,
             messages_dropped=self._channel.statistics().dropped,
             peers=self._links.facts(),
             series=self._meter.series(),

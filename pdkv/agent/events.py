@@ -1,14 +1,14 @@
 """Commands to the agent thread and events from it: what an engine and its agent say to each other, through queues."""
 
 from collections.abc import Callable
-from typing import Protocol
 
 import msgspec
 
+from pdkv.agent.rank_reads import RankReport
 from pdkv.core.events import SessionPolicy
 from pdkv.errors import FailureCode
 from pdkv.metrics import Series
-from pdkv.schema import Incarnation, Manifest, RegionKey, TransferId
+from pdkv.schema import Incarnation, Manifest, TransferId
 from pdkv.wire.messages import RankOffer
 
 
@@ -18,11 +18,20 @@ class WorkerIdentity(msgspec.Struct, frozen=True):
     name: str
     """Stable over restarts: a new incarnation of a name ends the old one."""
     incarnation: Incarnation
-    manifest: Manifest
-    offer: RankOffer
+    offers: tuple[RankOffer, ...]
+    """Of all its ranks, in order."""
     digest: str
-    """Pairing digest of the manifest."""
+    """Pairing digest of their manifests."""
     policy: SessionPolicy
+
+    @property
+    def manifests(self) -> tuple[Manifest, ...]:
+        return tuple(offer.manifest for offer in self.offers)
+
+    @property
+    def manifest(self) -> Manifest:
+        """Rank 0's: what all ranks have in common is in it."""
+        return self.offers[0].manifest
 
 
 # ---- commands to P's agent
@@ -112,7 +121,14 @@ class StartTransfer(msgspec.Struct, frozen=True):
     """Leading blocks whose pages hold their state already: they are not read."""
 
 
-DecodeCommand = StartTransfer | AbandonTransfer | Inspect
+class RankReported(msgspec.Struct, frozen=True):
+    """What another rank of this worker has to say; it came over that rank's link."""
+
+    rank: int
+    report: RankReport
+
+
+DecodeCommand = StartTransfer | AbandonTransfer | Inspect | RankReported
 
 # ---- events of D's agent
 
@@ -183,14 +199,3 @@ class AgentStatistics(msgspec.Struct, frozen=True):
     peers: tuple[PeerFacts, ...]
     series: tuple[Series, ...] = ()
     """What has been counted."""
-
-
-class Probe(Protocol):
-    """The two reserved pages of this worker's arena. Implemented by ``pdkv.memory.probe.ProbePages``."""
-
-    @property
-    def pages(self) -> tuple[int, int]: ...
-
-    def poison(self) -> None: ...
-
-    def mismatches(self, peer: Incarnation, source_page: int, page: int) -> list[RegionKey]: ...

@@ -1,21 +1,20 @@
 """D's links to prefill workers: greeting, comparison of manifests, and the probe that proves the path.
 
-GREETING --Welcome--> WAITING (for its turn) --> PROBING --every byte right--> READY
+GREETING --Welcome--> CONNECTING (all ranks) --> WAITING (for its turn) --> PROBING --every byte right--> READY
     anything wrong, at any time: LOST, final; the next transfer to that worker makes a new link
 """
 
 import logging
 from enum import Enum
 
-import msgspec
-
-from pdkv.agent.events import PeerFacts, Probe, WorkerIdentity
+from pdkv.agent.events import PeerFacts, WorkerIdentity
 from pdkv.agent.meter import AgentMeter
+from pdkv.agent.paths import PathRequirement
+from pdkv.agent.rank_group import RankGroup
+from pdkv.agent.rank_reads import LinkConnected, LinkProbed
 from pdkv.core.manifest import check_pairing
-from pdkv.core.plan import TransferPlan
-from pdkv.errors import FailureCode, HandshakeError, TransportError
-from pdkv.schema import PROTOCOL_VERSION, Incarnation, ReadBatch
-from pdkv.transport.base import Completion, PeerId, ReadId, ReadStatus, Transport
+from pdkv.errors import FailureCode, HandshakeError
+from pdkv.schema import PROTOCOL_VERSION, Incarnation
 from pdkv.wire.channel import Channel, Received, Route
 from pdkv.wire.messages import NO_TRANSFER, Gone, Hello, OtherVersion, Reject, Welcome, make_envelope
 from pdkv.wire.outbox import Outbox, ResendPolicy
@@ -24,12 +23,11 @@ _LOG = logging.getLogger("pdkv.agent")
 HANDSHAKE_S = 10.0
 """A link that is not READY so long after its first Hello is LOST."""
 _GREETING = ResendPolicy(first_s=0.03, factor=1.6, longest_s=0.5, horizon_s=HANDSHAKE_S)
-_PATHS = ("cuda_ipc", "rdma", "shm", "tcp")
-"""Best first."""
 
 
 class LinkState(Enum):
     GREETING = "greeting"
+    CONNECTING = "connecting"
     WAITING = "waiting"
     PROBING = "probing"
     READY = "ready"
@@ -51,48 +49,33 @@ class PeerLink:
         self.started = at
         self.deadline = at + HANDSHAKE_S
         self.outbox = Outbox(_GREETING)
-        self.ranks: tuple[PeerId, ...] = ()
-        self.plan: TransferPlan | None = None
-        self.probe_reads: set[ReadId] = set()
+        self.number: int | None = None
+        """What the ranks call it, from CONNECTING on."""
+        self.num_regions = 0
+        self.bytes_by_region: dict[str, int] = {}
+        """Bytes of one page over all ranks, by region name."""
         self.probe_started = 0.0
 
     def facts(self) -> PeerFacts:
         return PeerFacts(self.control, self.incarnation, self.state.value, self.path, self.probe_gbps)
 
 
-class PathRequirement(msgspec.Struct, frozen=True):
-    """``--require-transport``: the least path that is good enough, None for any."""
-
-    least: str | None = None
-
-    def allows(self, path: str) -> bool:
-        if self.least is None or path == "inproc":
-            return True
-        return path in _PATHS and _PATHS.index(path) <= _PATHS.index(self.least)
-
-
 class PeerLinks:
     """Every link of one D. Owned by the agent thread; tells what became of links by the lists it returns."""
 
     def __init__(
-        self,
-        identity: WorkerIdentity,
-        channel: Channel,
-        transport: Transport,
-        probe: Probe,
-        bases: tuple[int, ...],
-        requirement: PathRequirement,
+        self, identity: WorkerIdentity, channel: Channel, ranks: RankGroup, requirement: PathRequirement
     ) -> None:
         self.meter = AgentMeter()
         """The whole agent's: links and transfers are counted in the same thread."""
         self._identity = identity
         self._channel = channel
-        self._transport = transport
-        self._probe = probe
-        self._bases = bases
+        self._ranks = ranks
         self._requirement = requirement
         self._links: dict[tuple[str, Incarnation], PeerLink] = {}
         self._probing: PeerLink | None = None
+        """Until every rank's reads of the probe have ended, even when the link is lost before: there is one pair of
+        pages for all links."""
         self._changed: list[PeerLink] = []
 
     def get(self, control: str, incarnation: Incarnation, at: float) -> PeerLink:
@@ -101,7 +84,7 @@ class PeerLinks:
         if link is None:
             link = PeerLink(control, incarnation, self._route(control), at)
             self._links[control, incarnation] = link
-            hello = link.outbox.put(Hello(name=self._identity.name, ranks=(self._identity.offer,)), at)
+            hello = link.outbox.put(Hello(name=self._identity.name, ranks=self._identity.offers), at)
             self._send(link, hello.seq, hello.body)
         return link
 
@@ -126,18 +109,36 @@ class PeerLinks:
             case _:
                 pass
 
-    def on_completion(self, completion: Completion, at: float) -> bool:
-        """Whether it was a probe's."""
-        link = self._probing
-        if link is None or completion.read not in link.probe_reads:
-            return False
-        link.probe_reads.discard(completion.read)
-        if completion.status is not ReadStatus.OK:
-            told = f"probe of {link.control} failed: {completion.error or completion.status.value}"
-            self.lose(link, HandshakeError(FailureCode.PROBE, told))
-        elif not link.probe_reads:
-            self._judge(link, at)
-        return True
+    def on_connected(self, report: LinkConnected) -> None:
+        """Every rank has its endpoints."""
+        link = self._numbered(report.link)
+        if link is None:
+            return
+        if report.error:
+            told = f"cannot reach {link.control}: {report.error}"
+            self.lose(link, HandshakeError(FailureCode.PEER_LOST, told))
+            return
+        link.num_regions, link.bytes_by_region = report.num_regions, report.bytes_by_region
+        link.state = LinkState.WAITING
+
+    def on_probed(self, report: LinkProbed, at: float) -> None:
+        """Every rank has read P's reserved pages, or cannot."""
+        self._probing = None
+        link = self._numbered(report.link)
+        if link is None:
+            return
+        link.path = report.path
+        if report.error:
+            told = f"probe of {link.control} failed: {report.error}"
+        elif report.num_wrong:
+            wrong = f"{report.num_wrong} regions came over wrong, first {report.first_wrong}"
+            told = f"probe of {link.control} over {link.path}: {wrong}"
+        elif not self._requirement.allows(link.path):
+            told = f"the path to {link.control} is {link.path}, but {self._requirement.least} is required"
+        else:
+            self._on_proven(link, at)
+            return
+        self.lose(link, HandshakeError(FailureCode.PROBE, told))
 
     def on_time(self, at: float) -> None:
         for link in list(self._links.values()):
@@ -177,13 +178,11 @@ class PeerLinks:
             self.meter.refused(error.code)
         link.state = LinkState.LOST
         link.error = error
-        for peer in link.ranks:
-            self._transport.close_peer(peer)
+        if link.number is not None:
+            self._ranks.close(link.number)
         del self._links[link.control, link.incarnation]
         if not any(other.control == link.control for other in self._links.values()):
             self._channel.disconnect(link.route)
-        if self._probing is link:
-            self._probing = None
         self._changed.append(link)
 
     def farewell(self) -> None:
@@ -202,60 +201,36 @@ class PeerLinks:
     def _on_welcome(self, link: PeerLink, welcome: Welcome) -> None:
         link.outbox.clear()
         try:
-            manifests = [offer.manifest for offer in welcome.ranks]
-            if not manifests:
-                raise HandshakeError(FailureCode.MANIFEST, "prefill worker offers no rank")
-            check_pairing(manifests, [self._identity.manifest])
-            link.plan = TransferPlan.between(manifests, self._identity.manifest)
-            link.ranks = tuple(self._transport.connect(offer.address) for offer in welcome.ranks)
+            check_pairing([offer.manifest for offer in welcome.ranks], self._identity.manifests)
         except HandshakeError as exc:
             self.lose(link, exc)
-        except TransportError as exc:
-            self.lose(link, HandshakeError(FailureCode.PEER_LOST, f"cannot reach {link.control}: {exc}"))
-        else:
-            link.name = welcome.name
-            link.state = LinkState.WAITING
+            return
+        link.name = welcome.name
+        link.state = LinkState.CONNECTING
+        link.number = self._ranks.connect(link.incarnation, welcome.ranks)
 
     def _start_probe(self, link: PeerLink, at: float) -> None:
-        """Read P's two reserved pages crosswise into D's own, exactly as the plan reads any page."""
-        assert link.plan is not None
+        """Each rank reads P's two reserved pages crosswise into its own, exactly as its plan reads any page."""
+        assert link.number is not None, "a link that waits is connected"
         self._probing = link
         link.state = LinkState.PROBING
         link.probe_started = at
-        first, last = self._probe.pages
-        self._probe.poison()
-        for rank, batch in self._probe_batches(link.plan, (last, first)).items():
-            link.probe_reads.add(self._transport.submit(link.ranks[rank], batch))
+        self._ranks.probe(link.number)
 
-    def _probe_batches(self, plan: TransferPlan, local: tuple[int, int]) -> dict[int, ReadBatch]:
-        return plan.reads((0, plan.source_pages - 1), local, self._bases)
-
-    def _judge(self, link: PeerLink, at: float) -> None:
-        assert link.plan is not None
-        first, last = self._probe.pages
-        wrong = [
-            *self._probe.mismatches(link.incarnation, 0, last),
-            *self._probe.mismatches(link.incarnation, link.plan.source_pages - 1, first),
-        ]
-        link.path = self._transport.path(link.ranks[0])
-        if wrong:
-            key = wrong[0]
-            told = f"{len(wrong)} regions came over wrong, first {key.name} of layer {key.layer} head {key.head}"
-            self.lose(link, HandshakeError(FailureCode.PROBE, f"probe of {link.control} over {link.path}: {told}"))
-            return
-        if not self._requirement.allows(link.path):
-            told = f"the path to {link.control} is {link.path}, but {self._requirement.least} is required"
-            self.lose(link, HandshakeError(FailureCode.PROBE, told))
-            return
+    def _on_proven(self, link: PeerLink, at: float) -> None:
         for old in [o for o in self._links.values() if o.control == link.control and o is not link]:
             told = f"prefill worker {old.control} was restarted"
             self.lose(old, HandshakeError(FailureCode.PEER_LOST, told))
-        link.probe_gbps = 2 * link.plan.bytes_per_page / max(at - link.probe_started, 1e-9) / 1e9
+        num_bytes = 2 * sum(link.bytes_by_region.values())
+        link.probe_gbps = num_bytes / max(at - link.probe_started, 1e-9) / 1e9
         link.state = LinkState.READY
         self.meter.welcomed(at - link.started)
-        self._probing = None
         self._changed.append(link)
         _LOG.info("link to prefill worker %s ready over %s, probe at %.2f GB/s", link.name, link.path, link.probe_gbps)
+
+    def _numbered(self, number: int) -> PeerLink | None:
+        """The link that the ranks know by ``number``; None when it is lost."""
+        return next((link for link in self._links.values() if link.number == number), None)
 
     def _send(self, link: PeerLink, seq: int, body: object) -> None:
         assert isinstance(body, Hello | Gone)

@@ -153,7 +153,7 @@ class PrefillAgent(Agent[PrefillCommand]):
     def _on_hello(self, received: Received, hello: Hello, at: float) -> None:
         try:
             if received.envelope.digest != self._identity.digest:
-                check_pairing([self._identity.manifest], [offer.manifest for offer in hello.ranks])
+                check_pairing(self._identity.manifests, [offer.manifest for offer in hello.ranks])
         except HandshakeError as exc:
             _LOG.warning("decode worker %s refused: %s", hello.name, exc)
             self._meter.refused(exc.code)
@@ -165,7 +165,7 @@ class PrefillAgent(Agent[PrefillCommand]):
             self._peers[peer.incarnation] = peer
             self._meter.welcomed()
             _LOG.info("decode worker %s welcomed, incarnation %016x", peer.name, peer.incarnation)
-        self._reply(received, Welcome(name=self._identity.name, ranks=(self._identity.offer,)), NO_TRANSFER)
+        self._reply(received, Welcome(name=self._identity.name, ranks=self._identity.offers), NO_TRANSFER)
 
     def _end_older_lives(self, peer: _Peer, at: float) -> None:
         for old in [p for p in self._peers.values() if p.name == peer.name]:

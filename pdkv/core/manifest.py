@@ -28,6 +28,10 @@ class RegionFacts(msgspec.Struct, frozen=True, order=True):
     bytes_per_page: int
     shard: str
 
+    def told(self) -> str:
+        """In words."""
+        return f"{self.dtype} {self.shard} {self.bytes_per_page} bytes a page"
+
 
 class ManifestDifference(msgspec.Struct, frozen=True):
     """One thing on which two workers disagree. ``subject`` is a manifest field or a region's name."""
@@ -85,12 +89,58 @@ def differences(prefill: Sequence[Manifest], decode: Sequence[Manifest]) -> tupl
 
 
 def check_pairing(prefill: Sequence[Manifest], decode: Sequence[Manifest]) -> None:
-    """Raise ``HandshakeError`` naming every difference, the first few in full."""
+    """Raise ``HandshakeError`` naming every difference, the first few in full. Both sides: all ranks, in order."""
+    check_ranks("prefill", prefill)
+    check_ranks("decode", decode)
     found = differences(prefill, decode)
     if found:
         listed = "; ".join(d.message for d in found[:6])
         more = f"; and {len(found) - 6} more" if len(found) > 6 else ""
         raise HandshakeError(FailureCode.MANIFEST, f"manifests differ: {listed}{more}")
+
+
+def check_ranks(side: str, ranks: Sequence[Manifest]) -> None:
+    """Raise ``HandshakeError`` unless these are all ranks of one worker, in order, of one mind, with every head held.
+
+    ``side`` is "prefill" or "decode", for the message.
+    """
+    problem = _rank_problem(ranks)
+    if problem:
+        raise HandshakeError(FailureCode.MANIFEST, f"the {side} worker's ranks are no whole: {problem}")
+
+
+def _rank_problem(ranks: Sequence[Manifest]) -> str:
+    if not ranks:
+        return "it offers none"
+    size = ranks[0].tp_size
+    found = [(manifest.tp_rank, manifest.tp_size) for manifest in ranks]
+    if found != [(rank, size) for rank in range(size)]:
+        listed = ", ".join(f"{rank} of {of}" for rank, of in found)
+        return f"ranks 0..{size - 1} of {size} are wanted in this order, it offers {listed}"
+    for field in (*_MUST_MATCH, "num_pages"):
+        for manifest in ranks:
+            if (theirs := getattr(manifest, field)) != (first := getattr(ranks[0], field)):
+                return f"{field.replace('_', ' ')} is {first} on rank 0, {theirs} on rank {manifest.tp_rank}"
+    return _region_problem(ranks)
+
+
+def _region_problem(ranks: Sequence[Manifest]) -> str:
+    """Heads that nobody holds, and regions that two ranks describe in two ways."""
+    seen: dict[RegionKey, tuple[int, RegionFacts]] = {}
+    for manifest in ranks:
+        for key, facts in facts_by_key([manifest]).items():
+            rank, first = seen.setdefault(key, (manifest.tp_rank, facts))
+            if first != facts:
+                where = f"{key.name} of layer {key.layer} head {key.head}"
+                return f"{where} is {first.told()} on rank {rank}, {facts.told()} on rank {manifest.tp_rank}"
+    heads: dict[tuple[str, int], set[int]] = {}
+    for key, (_, facts) in seen.items():
+        if facts.shard == Shard.BY_HEAD.value:
+            heads.setdefault((key.name, key.layer), set()).add(key.head)
+    for (name, layer), held in sorted(heads.items()):
+        if missing := sorted(set(range(ranks[0].num_kv_heads)) - held):
+            return f"{name} of layer {layer} lacks head{'s' if len(missing) > 1 else ''} {ranges(missing)}"
+    return ""
 
 
 def _field_difference(field: str, prefill: object, decode: object) -> ManifestDifference:
@@ -99,13 +149,9 @@ def _field_difference(field: str, prefill: object, decode: object) -> ManifestDi
 
 
 def _fact_difference(key: RegionKey, prefill: RegionFacts, decode: RegionFacts) -> ManifestDifference:
-    def told(facts: RegionFacts) -> str:
-        return f"{facts.dtype} {facts.shard} {facts.bytes_per_page} bytes a page"
-
     where = f"{key.name} of layer {key.layer} head {key.head}"
-    return ManifestDifference(
-        key.name, told(prefill), told(decode), f"{where}: prefill has {told(prefill)}, decode has {told(decode)}"
-    )
+    told = f"{where}: prefill has {prefill.told()}, decode has {decode.told()}"
+    return ManifestDifference(key.name, prefill.told(), decode.told(), told)
 
 
 def _absences(keys: Set[RegionKey], others: Set[RegionKey]) -> list[tuple[str, str]]:

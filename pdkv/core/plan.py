@@ -46,17 +46,18 @@ class TransferPlan(msgspec.Struct, frozen=True):
     def between(cls, source: Sequence[Manifest], local: Manifest) -> Self:
         """Match every region of ``local`` with the rank of ``source`` (all ranks, in order) that is to serve it.
 
-        Replicated regions, and heads that several ranks hold, are spread over their holders by the local rank, so that
-        ranks of D do not all read from the same rank of P. Raises ``KeyError`` for a region that no rank holds;
-        ``check_pairing`` has refused such a pair before.
+        What several ranks of P hold (replicated regions, heads when there are more ranks than heads) is read from the
+        holder nearest to P's rank at the same share of the way as this rank of D: so ranks of D spread over the ranks
+        of P, each reads its index keys from one rank, and where that rank also serves its first heads, both lie in
+        one run. Raises ``KeyError`` for a region that no rank holds; ``check_pairing`` has refused such a pair before.
         """
         holders = _holders(source)
+        nearest = local.tp_rank * len(source) // local.tp_size
         pieces = []
         bytes_by_region: dict[str, int] = {}
         for region in local.regions:
             for key, offset in _parts(region):
-                candidates = holders[key]
-                rank, (theirs, their_offset) = candidates[local.tp_rank % len(candidates)]
+                rank, (theirs, their_offset) = min(holders[key], key=lambda held: (abs(held[0] - nearest), held[0]))
                 length = region.bytes_per_page // region.num_heads
                 pieces.append(
                     Piece(
@@ -80,6 +81,11 @@ class TransferPlan(msgspec.Struct, frozen=True):
             bytes_per_page=sum(piece.length for piece in pieces),
             bytes_by_region=bytes_by_region,
         )
+
+    @property
+    def source_ranks(self) -> tuple[int, ...]:
+        """The ranks of P that anything is read from, ascending."""
+        return tuple(sorted({piece.source_rank for piece in self.pieces}))
 
     def reads(
         self, source_pages: Sequence[int], local_pages: Sequence[int], local_bases: Sequence[int]

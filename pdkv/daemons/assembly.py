@@ -1,33 +1,35 @@
 """Puts an engine process together: model, arena, page pool, engine, transport, channel and agent, from its settings."""
 
-import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
-import torch
 
 from pdkv.agent.decode_agent import DecodeAgent
 from pdkv.agent.events import DecodeAgentEvent, PrefillAgentEvent, WorkerIdentity
 from pdkv.agent.loop import Agent, AgentLoop, CrashHandler
-from pdkv.agent.peer_links import PathRequirement, PeerLinks
+from pdkv.agent.paths import PathRequirement
+from pdkv.agent.peer_links import PeerLinks
 from pdkv.agent.prefill_agent import PrefillAgent
+from pdkv.agent.rank_group import RankGroup
+from pdkv.agent.rank_reads import RankReads
 from pdkv.core.events import SessionPolicy
 from pdkv.core.lease import LeasePolicy
 from pdkv.core.manifest import pairing_digest
 from pdkv.daemons.link import WorkerSettings
+from pdkv.daemons.other_ranks import OtherRanks
+from pdkv.daemons.rank_link import ArenaWanted, RankReady, RankSetup, ShareLoaded
+from pdkv.daemons.rank_share import ArenaOrder, RankMemory, RankShare, cache_layout, furnish, load_share
+from pdkv.daemons.ranked_runner import RankedRunner
 from pdkv.daemons.sizing import choose_num_pages
 from pdkv.errors import ConfigError
-from pdkv.m3.config import M3Config, kv_layout, model_fingerprint
+from pdkv.m3.config import M3Config, model_fingerprint
 from pdkv.m3.engine import Engine
-from pdkv.m3.model import load_model
 from pdkv.m3.requests import EngineSettings
 from pdkv.m3.step import StepRunner
 from pdkv.memory.arena import Arena
-from pdkv.memory.manifest import build_manifest
 from pdkv.memory.pages import PagePool
-from pdkv.memory.probe import ProbePages
 from pdkv.memory.row import RowLayout
 from pdkv.schema import Incarnation
 from pdkv.transport.base import Transport
@@ -57,38 +59,37 @@ class Assembly(msgspec.Struct, frozen=True):
         self.loop.start(self.agent, on_crash)
 
 
-def assemble(settings: WorkerSettings, emit: Emit, transport: Transport | None = None) -> Assembly:
+def assemble(settings: WorkerSettings, emit: Emit, others: OtherRanks, transport: Transport | None = None) -> Assembly:
     """Load the model, lay out and register the arena, bind the channel. ``emit`` gets the agent's events, from its
-    thread, once it is started. ``transport`` stands in for the one that ``settings`` name. Raises whatever
-    ``PdkvError`` keeps the worker from starting."""
-    torch.set_num_threads(settings.num_threads or os.cpu_count() or 1)
-    model = load_model(Path(settings.model_dir), device=settings.device, dtype=settings.dtype)
-    transport = transport or make_transport(settings)
+    thread, once it is started. ``others``: the worker's other ranks, listening. ``transport`` stands in for the one
+    that ``settings`` name. Raises whatever ``PdkvError`` keeps the worker from starting."""
+    assert others.size == settings.tp_size, "whoever makes the ranks makes as many as the settings say"
     incarnation = new_incarnation()
-    layout = RowLayout.of(kv_layout(model.config, model.config.dtype, model.config.dtype))
-    arena, identity = enroll(settings, model.config, transport, incarnation, choose_num_pages(settings, layout))
-    probe = ProbePages(arena)
-    pool = PagePool(arena.num_pages, reserved=probe.pages)
+    share = _load_all(settings, others)
+    transport = transport or make_transport(settings)
+    memory, offers = _furnish_all(settings, share, others, transport, incarnation)
+    arena = memory.arena
+    identity = _identity(settings, incarnation, offers)
+    pool = PagePool(arena.num_pages, reserved=memory.probe.pages)
     channel = Channel(incarnation, NoSecurity(), insecure=settings.insecure)
     control = ""
     agent: PrefillAgent | DecodeAgent
     if settings.role == "prefill":
-        probe.fill(incarnation)
         control = advertised(channel.bind(settings.control_listen), settings.advertise_host)
         agent = PrefillAgent(identity, channel, emit)
     else:
-        bases = (arena.memory.address,)
-        requirement = PathRequirement(settings.require_transport)
-        links = PeerLinks(identity, channel, transport, probe, bases, requirement)
-        agent = DecodeAgent(identity, channel, transport, links, bases, emit)
+        reads = RankReads(transport, identity.manifest, memory.probe, (arena.memory.address,))
+        ranks = RankGroup(reads, others.carriers())
+        links = PeerLinks(identity, channel, ranks, PathRequirement(settings.require_transport))
+        agent = DecodeAgent(identity, channel, ranks, links, emit)
     bounds = EngineSettings(
         max_model_len=settings.max_model_len, prefill_chunk=settings.prefill_chunk, max_batch=settings.max_batch
     )
     return Assembly(
-        engine=Engine(StepRunner(model, arena), pool, bounds),
+        engine=Engine(RankedRunner(StepRunner(share.model, arena), others), pool, bounds),
         arena=arena,
         pool=pool,
-        layout=layout,
+        layout=share.layout,
         identity=identity,
         control=control,
         transport=describe(transport),
@@ -97,22 +98,47 @@ def assemble(settings: WorkerSettings, emit: Emit, transport: Transport | None =
     )
 
 
-def enroll(
-    settings: WorkerSettings, config: M3Config, transport: Transport, incarnation: Incarnation, num_pages: int
-) -> tuple[Arena, WorkerIdentity]:
-    """An arena registered with ``transport``, and who its worker is to its peers."""
-    needed = kv_layout(config, config.dtype, config.dtype)
-    arena = Arena.allocate(RowLayout.of(needed), num_pages)
-    transport.register(arena.memory)
-    manifest = build_manifest(arena, needed, model_fingerprint(Path(settings.model_dir), config))
-    return arena, WorkerIdentity(
+def _load_all(settings: WorkerSettings, others: OtherRanks) -> RankShare:
+    """Every rank loads its share at the same time; returns rank 0's when all have."""
+    port = others.meeting.open()
+    others.tell(lambda rank: RankSetup(settings, rank, port))
+    share = load_share(settings, others.meeting.join(settings.device))
+    others.gather(ShareLoaded)
+    return share
+
+
+def _furnish_all(
+    settings: WorkerSettings, share: RankShare, others: OtherRanks, transport: Transport, incarnation: Incarnation
+) -> tuple[RankMemory, tuple[RankOffer, ...]]:
+    """Rank 0's arena, and the offers of all ranks: as many pages on each, so that page numbers mean the same."""
+    order = ArenaOrder(
+        num_pages=choose_num_pages(settings, share.layout),
+        incarnation=incarnation,
+        fingerprint=model_fingerprint(Path(settings.model_dir), share.model.config),
+    )
+    others.tell(ArenaWanted(order))
+    memory = furnish(settings, share.layout, transport, order)
+    return memory, (memory.offer, *(ready.offer for ready in others.gather(RankReady)))
+
+
+def _identity(settings: WorkerSettings, incarnation: Incarnation, offers: tuple[RankOffer, ...]) -> WorkerIdentity:
+    return WorkerIdentity(
         name=settings.name,
         incarnation=incarnation,
-        manifest=manifest,
-        offer=RankOffer(manifest=manifest, address=transport.address()),
-        digest=pairing_digest([manifest]),
+        offers=offers,
+        digest=pairing_digest([offer.manifest for offer in offers]),
         policy=session_policy(settings.lease_ttl_s),
     )
+
+
+def enroll(
+    settings: WorkerSettings, config: M3Config, transport: Transport, incarnation: Incarnation, num_pages: int
+) -> tuple[RankMemory, WorkerIdentity]:
+    """Pages without a model, registered with ``transport``, and who their only rank is to peers."""
+    layout = RowLayout.of(cache_layout(settings, config))
+    order = ArenaOrder(num_pages, incarnation, model_fingerprint(Path(settings.model_dir), config))
+    memory = furnish(settings, layout, transport, order)
+    return memory, _identity(settings, incarnation, (memory.offer,))
 
 
 def new_incarnation() -> Incarnation:

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import msgspec
 
-from pdkv.agent.events import AgentStatistics, DecodeAgentEvent, Inspect, PrefillAgentEvent
+from pdkv.agent.events import AgentStatistics, DecodeAgentEvent, Inspect, PrefillAgentEvent, RankReported
+from pdkv.agent.rank_reads import RankReport
 from pdkv.core.manifest import ranges
 from pdkv.daemons.assembly import assemble
 from pdkv.daemons.decode_role import DecodeRole
@@ -22,10 +23,11 @@ from pdkv.daemons.link import (
     ToFront,
     WorkerSettings,
 )
+from pdkv.daemons.other_ranks import OtherRanks
 from pdkv.daemons.prefill_role import PrefillRole
 from pdkv.daemons.roles import EngineParts, Role
 from pdkv.daemons.transfer_journal import TransferJournal
-from pdkv.errors import PdkvError
+from pdkv.errors import PdkvError, RankLostError
 from pdkv.memory.arena import Arena
 from pdkv.memory.row import RowLayout, RowSlot
 from pdkv.transport.base import Transport
@@ -43,6 +45,10 @@ class _AgentDied(msgspec.Struct, frozen=True):
     message: str
 
 
+class _RankLost(msgspec.Struct, frozen=True):
+    error: RankLostError
+
+
 class _Inspected(msgspec.Struct, frozen=True):
     query: StatusQuery
     agent: AgentStatistics
@@ -55,16 +61,23 @@ class EngineSide:
     """
 
     def __init__(
-        self, settings: WorkerSettings, send: Callable[[ToFront], None], transport: Transport | None = None
+        self,
+        settings: WorkerSettings,
+        send: Callable[[ToFront], None],
+        transport: Transport | None = None,
+        others: OtherRanks | None = None,
     ) -> None:
-        """Load and start everything. ``transport`` stands in for the one that ``settings`` name; it is owned from here
-        on. Raises whatever ``PdkvError`` keeps the worker from starting."""
+        """Load and start everything. ``transport`` stands in for the one that ``settings`` name, ``others`` are the
+        ranks beside this one where there are any; both are owned from here on. Raises whatever ``PdkvError`` keeps the
+        worker from starting."""
         self._settings = settings
         self._journal = TransferJournal()
         self._send = self._journal.sending(send)
         self._turned_at = time.monotonic()
         self._inbox: queue.SimpleQueue[msgspec.Struct] = queue.SimpleQueue()
-        self._parts = assemble(settings, lambda event: self._inbox.put(_AgentSaid(event)), transport)
+        self._others = others or OtherRanks()
+        self._others.listen(self._hear_rank, lambda error: self._inbox.put(_RankLost(error)))
+        self._parts = assemble(settings, lambda event: self._inbox.put(_AgentSaid(event)), self._others, transport)
         self._parts.start_agent(lambda exc: self._inbox.put(_AgentDied(repr(exc))))
         self._engine = self._parts.engine
         post = self._journal.posting(self._parts.loop.post)
@@ -80,10 +93,14 @@ class EngineSide:
         """Queue a message of the front."""
         self._inbox.put(_FrontSaid(message))
 
+    def _hear_rank(self, rank: int, report: RankReport) -> None:
+        """What another rank has to tell the agent; there is none before the agent has ordered something."""
+        self._parts.loop.post(RankReported(rank, report))
+
     def turn(self, longest_wait_s: float) -> None:
         """Act on all that has come in, then run one step of the engine; waits only while there is nothing to do.
 
-        Raises ``PdkvError`` when the agent thread has died: leases are kept by nobody then.
+        Raises ``PdkvError`` when the agent thread has died, for leases are kept by nobody then, or a rank is lost.
         """
         self._turned_at = time.monotonic()
         for message in self._take(longest_wait_s):
@@ -93,13 +110,15 @@ class EngineSide:
             self._role.on_engine(self._engine.step())
 
     def beat(self, query: int) -> Beat:
-        """How long ago each thread came round. May be called from any thread."""
+        """How long ago each thread came round, the agent's that of the slowest rank. May be called from any thread."""
         now = time.monotonic()
-        return Beat(query, now - self._turned_at, now - self._parts.loop.turned_at)
+        agent_age_s = max(now - self._parts.loop.turned_at, self._others.beat_age_s())
+        return Beat(query, now - self._turned_at, agent_age_s)
 
     def close(self) -> None:
-        """End the agent thread, and with it channel and transport."""
+        """End the agent thread, and with it channel and transport; let the other ranks end."""
         self._parts.loop.stop()
+        self._others.close()
 
     def ready(self) -> EngineReady:
         """Who this worker is, for the front."""
@@ -116,6 +135,7 @@ class EngineSide:
             bytes_per_token=layout.num_bytes // layout.kv.block_size,
             num_regions=len(layout.slots),
             transport=self._parts.transport,
+            tp_size=self._settings.tp_size,
             regions=summarize(layout),
         )
 
@@ -144,6 +164,8 @@ class EngineSide:
                 self._send(self._status(query, agent))
             case _AgentDied(message=text):
                 raise PdkvError(f"the agent thread died: {text}")
+            case _RankLost(error=error):
+                raise error
             case _:
                 raise AssertionError(f"nobody puts {type(message).__name__} here")
 

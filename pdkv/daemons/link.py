@@ -4,6 +4,7 @@ A worker is two processes: the front (HTTP, tokenizer, no torch) is the parent, 
 transport) its child. Each dies when the other does: the end of the socket pair is the signal.
 """
 
+import contextlib
 import socket
 import struct
 import threading
@@ -151,10 +152,13 @@ class EngineReady(msgspec.Struct, frozen=True, tag="ready"):
     max_model_len: int
     block_size: int
     num_pages: int
+    """Of each rank, as are the next two."""
     bytes_per_token: int
     num_regions: int
     transport: str
     """One line: library, version, where found."""
+    tp_size: int = 1
+    """Ranks of this worker."""
     regions: list[RegionSummary] = []
 
 
@@ -262,7 +266,7 @@ def encode_frame(message: msgspec.Struct) -> bytes:
 
 
 class BlockingLink:
-    """The engine process's end. ``receive`` belongs to one thread; ``send`` may be called by any."""
+    """The engine process's end. ``receive_bytes`` and ``release`` belong to one thread; any may call the rest."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
@@ -290,3 +294,14 @@ class BlockingLink:
                 self._sock.sendall(frame)
             except OSError:
                 return
+
+    def end(self) -> None:
+        """Let both ends read that it is over. Idempotent."""
+        with self._send_lock, contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
+    def release(self) -> None:
+        """Give back the descriptor, without a word to the other end where other processes hold it open too."""
+        with self._send_lock:
+            self._reader.close()
+            self._sock.close()

@@ -1,23 +1,24 @@
 """Looks at a prefill worker as a decode worker would: manifests compared, path probed, bandwidth measured by size."""
 
 import time
-from pathlib import Path
 
 import msgspec
 import numpy as np
 import zmq
 
 from pdkv.agent.loop import now
-from pdkv.agent.peer_links import LinkState, PathRequirement, PeerLink, PeerLinks
+from pdkv.agent.paths import PathRequirement
+from pdkv.agent.peer_links import LinkState, PeerLink, PeerLinks
+from pdkv.agent.rank_group import RankGroup
+from pdkv.agent.rank_reads import LinkConnected, LinkProbed, RankReads
 from pdkv.daemons.assembly import enroll, make_transport, new_incarnation
 from pdkv.daemons.description import fetch_info
 from pdkv.daemons.link import WorkerSettings
+from pdkv.daemons.model_settings import config_of
 from pdkv.errors import HandshakeError, PdkvError
-from pdkv.m3.config import load_config
 from pdkv.memory.arena import Arena
-from pdkv.memory.probe import ProbePages
 from pdkv.schema import Incarnation, ReadBatch
-from pdkv.transport.base import Completion, ReadStatus, Transport
+from pdkv.transport.base import Completion, PeerId, ReadStatus, Transport
 from pdkv.wire.channel import Channel, NoSecurity
 
 _SPAN_BYTES = (2 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20)
@@ -52,22 +53,22 @@ def survey(url: str, settings: WorkerSettings) -> PeerSurvey:
     if info.role != "prefill" or not info.ready:
         state = "" if info.ready else " that is not ready"
         raise PdkvError(f"{url} is a {info.role} worker{state}; name a prefill worker that is")
-    config = load_config(Path(settings.model_dir))
-    if settings.dtype != "auto":
-        config = msgspec.structs.replace(config, dtype=settings.dtype)
+    config = config_of(settings)
     transport = make_transport(settings)
     incarnation = new_incarnation()
     channel = Channel(incarnation, NoSecurity(), insecure=settings.insecure)
     try:
-        arena, identity = enroll(settings, config, transport, incarnation, num_pages=4)
-        bases = (arena.memory.address,)
-        requirement = PathRequirement(settings.require_transport)
-        links = PeerLinks(identity, channel, transport, ProbePages(arena), bases, requirement)
+        memory, identity = enroll(settings, config, transport, incarnation, num_pages=4)
+        arena = memory.arena
+        ranks = RankGroup(RankReads(transport, identity.manifest, memory.probe, (arena.memory.address,)))
+        links = PeerLinks(identity, channel, ranks, PathRequirement(settings.require_transport))
         link = links.get(info.control, Incarnation(int(info.incarnation, 16)), now())
-        _wait_until_settled(links, link, channel, transport)
+        _wait_until_settled(links, ranks, link, channel, transport)
         if link.state is LinkState.LOST:
             raise HandshakeError(link.error.code, str(link.error))
-        sweep = tuple(_measure(size, arena, link, transport) for size in _SPAN_BYTES if size <= arena.layout.num_bytes)
+        assert link.number is not None, "a link that is ready is connected"
+        peer, row_bytes = ranks.local.widest_source(link.number)
+        sweep = tuple(_measure(size, row_bytes, arena, peer, transport) for size in _SPAN_BYTES if size <= row_bytes)
         links.farewell()
         return PeerSurvey(url, info.incarnation, link.path, link.probe_gbps, sweep)
     finally:
@@ -75,7 +76,9 @@ def survey(url: str, settings: WorkerSettings) -> PeerSurvey:
         channel.close()
 
 
-def _wait_until_settled(links: PeerLinks, link: PeerLink, channel: Channel, transport: Transport) -> None:
+def _wait_until_settled(
+    links: PeerLinks, ranks: RankGroup, link: PeerLink, channel: Channel, transport: Transport
+) -> None:
     """A decode agent's turns, until the handshake has ended either way; it ends itself by its deadline."""
     while link.state not in (LinkState.READY, LinkState.LOST):
         poller = zmq.Poller()
@@ -85,15 +88,19 @@ def _wait_until_settled(links: PeerLinks, link: PeerLink, channel: Channel, tran
         poller.poll(20)
         for received in channel.receive():
             links.on_message(received)
-        for completion in transport.poll():
-            links.on_completion(completion, now())
+        ranks.on_completions(transport.poll())
+        while (answer := ranks.take()) is not None:
+            if isinstance(answer, LinkConnected):
+                links.on_connected(answer)
+            elif isinstance(answer, LinkProbed):
+                links.on_probed(answer, now())
         links.on_time(now())
 
 
-def _measure(size: int, arena: Arena, link: PeerLink, transport: Transport) -> SweepPoint:
-    """Read spans of ``size`` bytes out of P's first page, again and again, into our own pages."""
+def _measure(size: int, row_bytes: int, arena: Arena, peer: PeerId, transport: Transport) -> SweepPoint:
+    """Read spans of ``size`` bytes out of the first ``row_bytes`` of P's rank, again and again, into our own pages."""
     count = min(_MOST_SPANS, max(1, _BATCH_BYTES // size))
-    per_row = arena.layout.num_bytes // size
+    per_row = row_bytes // size
     remote = (np.arange(count, dtype=np.int64) % per_row) * size
     batch = ReadBatch(
         memory=np.zeros(count, dtype=np.int64),
@@ -104,7 +111,7 @@ def _measure(size: int, arena: Arena, link: PeerLink, transport: Transport) -> S
     speeds = []
     for _ in range(_REPEATS):
         started = time.perf_counter()
-        read = transport.submit(link.ranks[0], batch)
+        read = transport.submit(peer, batch)
         ended = _wait_for_read(transport)
         if ended.read != read or ended.status is not ReadStatus.OK:
             raise PdkvError(f"reading {count} spans of {size} bytes failed: {ended.error}")

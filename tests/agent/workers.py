@@ -11,8 +11,11 @@ import torch
 from pdkv.agent import events as e
 from pdkv.agent.decode_agent import DecodeAgent
 from pdkv.agent.loop import AgentLoop
-from pdkv.agent.peer_links import PathRequirement, PeerLinks
+from pdkv.agent.paths import PathRequirement
+from pdkv.agent.peer_links import PeerLinks
 from pdkv.agent.prefill_agent import PrefillAgent
+from pdkv.agent.rank_group import RankGroup
+from pdkv.agent.rank_reads import RankReads
 from pdkv.core.events import SessionPolicy
 from pdkv.core.lease import LeasePolicy
 from pdkv.core.manifest import pairing_digest
@@ -58,8 +61,7 @@ class AgentSide:
         self.identity = e.WorkerIdentity(
             name=name or f"{role}-{self.incarnation}",
             incarnation=self.incarnation,
-            manifest=manifest,
-            offer=RankOffer(manifest, self.transport.address()),
+            offers=(RankOffer(manifest, self.transport.address()),),
             digest=pairing_digest([manifest]),
             policy=POLICY,
         )
@@ -127,9 +129,10 @@ class PrefillSide(AgentSide):
 class DecodeSide(AgentSide):
     def __init__(self, *, least_path: str | None = None, **options: object) -> None:
         super().__init__("decode", **options)  # type: ignore[arg-type]
-        bases = (self.arena.memory.address,)
-        links = PeerLinks(self.identity, self.channel, self.transport, self.probe, bases, PathRequirement(least_path))
-        agent = DecodeAgent(self.identity, self.channel, self.transport, links, bases, self.events.put)
+        reads = RankReads(self.transport, self.identity.manifest, self.probe, (self.arena.memory.address,))
+        ranks = RankGroup(reads)
+        links = PeerLinks(self.identity, self.channel, ranks, PathRequirement(least_path))
+        agent = DecodeAgent(self.identity, self.channel, ranks, links, self.events.put)
         self.loop.start(agent, self.crashed)  # type: ignore[arg-type]
 
     def fetch(

@@ -1,0 +1,76 @@
+"""One rank's part of a worker, whichever rank it is: its share of the model, its arena, and what it offers to peers."""
+
+import os
+from pathlib import Path
+
+import msgspec
+import torch
+
+from pdkv.daemons.link import WorkerSettings
+from pdkv.daemons.model_settings import layout_of, schedule_of
+from pdkv.m3.config import M3Config
+from pdkv.m3.model import M3Model, load_model
+from pdkv.m3.parallel import Group
+from pdkv.memory.arena import Arena
+from pdkv.memory.manifest import build_manifest
+from pdkv.memory.probe import ProbePages
+from pdkv.memory.row import RowLayout
+from pdkv.schema import Incarnation, KvLayout
+from pdkv.transport.base import Transport
+from pdkv.wire.messages import RankOffer
+
+
+class RankShare(msgspec.Struct, frozen=True):
+    """A rank's share of the model, and the rows that go with it."""
+
+    model: M3Model
+    layout: RowLayout
+
+
+class ArenaOrder(msgspec.Struct, frozen=True):
+    """What rank 0 decides for all ranks once each has loaded its share."""
+
+    num_pages: int
+    incarnation: int
+    fingerprint: str
+    """Of the model; its files are hashed once a worker."""
+
+
+class RankMemory(msgspec.Struct, frozen=True):
+    """A rank's pages, registered. ``offer`` is what peers are told of them."""
+
+    arena: Arena
+    probe: ProbePages
+    offer: RankOffer
+
+
+def load_share(settings: WorkerSettings, group: Group) -> RankShare:
+    """Load what this rank computes with; the worker's threads are shared out among its ranks.
+
+    Raises whatever ``PdkvError`` keeps the model from being served so.
+    """
+    torch.set_num_threads(threads_per_rank(settings))
+    schedule = schedule_of(settings)
+    model = load_model(Path(settings.model_dir), device=settings.device, dtype=settings.dtype, schedule=schedule)
+    return RankShare(model, RowLayout.of(cache_layout(settings, model.config), group.rank, group.size))
+
+
+def cache_layout(settings: WorkerSettings, config: M3Config) -> KvLayout:
+    """What a token leaves behind in a worker's pages. ``config``: with ``dtype`` as the worker serves it."""
+    return layout_of(settings, config)
+
+
+def threads_per_rank(settings: WorkerSettings) -> int:
+    """``num_threads`` are the whole worker's; every rank gets the same share, and at least one."""
+    return max(1, (settings.num_threads or os.cpu_count() or 1) // settings.tp_size)
+
+
+def furnish(settings: WorkerSettings, layout: RowLayout, transport: Transport, order: ArenaOrder) -> RankMemory:
+    """Allocate a rank's arena and make it readable; a prefill worker's reserved pages get their pattern."""
+    arena = Arena.allocate(layout, order.num_pages)
+    transport.register(arena.memory)
+    probe = ProbePages(arena)
+    if settings.role == "prefill":
+        probe.fill(Incarnation(order.incarnation))
+    manifest = build_manifest(arena, layout.kv, order.fingerprint)
+    return RankMemory(arena, probe, RankOffer(manifest, transport.address()))
