@@ -35,7 +35,8 @@ _MARKS = {"ok": "ok  ", "warn": "WARN", "fail": "FAIL", "skip": "-   "}
 
 
 @app.command("doctor", epilog=keep_lines(_DOCTOR_EXAMPLES), context_settings=CONTEXT)
-def doctor(
+def doctor(  # noqa: PLR0913  a command's parameters are its flags
+    *,
     model: Annotated[Path | None, typer.Option(metavar="DIR", help="Checkpoint folder to look at.")] = None,
     peer: Annotated[str | None, typer.Option(metavar="URL", help="A prefill worker: handshake, probe, sweep.")] = None,
     min_gbps: Annotated[float, typer.Option(metavar="X", min=0, help="GB/s that the path to it must reach.")] = 0.0,
@@ -43,6 +44,13 @@ def doctor(
         str | None, typer.Option(metavar="PATH", help="rdma, cuda_ipc, shm or tcp: fail on a lesser path.")
     ] = None,
     max_model_len: Annotated[int, typer.Option(metavar="N", min=1, help="To size the arena for.")] = 32_768,
+    kv_dtype: Annotated[str, typer.Option(metavar="NAME", help="Storage of K/V, as the workers have it.")] = "auto",
+    index_dtype: Annotated[str, typer.Option(metavar="NAME", help="Storage of index keys, likewise.")] = "auto",
+    index_topk_freq: Annotated[
+        int, typer.Option(metavar="N", min=0, help="As the workers have it; 0 = as config.json says.")
+    ] = 0,
+    index_topk_pattern: Annotated[str, typer.Option(metavar="LETTERS", help="As the workers have it.")] = "",
+    index_skip_topk_offset: Annotated[int, typer.Option(metavar="N", min=0, help="As the workers have it.")] = 0,
     ucx_library: Annotated[
         str | None, typer.Option(metavar="FILE", envvar="PDKV_UCX_LIBRARY", help="The libucp to look at.")
     ] = None,
@@ -64,6 +72,14 @@ def doctor(
             max_model_len=max_model_len,
             ucx_library=ucx_library,
             insecure=insecure,
+        )
+        settings = msgspec.structs.replace(
+            settings,
+            kv_dtype=kv_dtype,
+            index_dtype=index_dtype,
+            index_topk_freq=index_topk_freq,
+            index_topk_pattern=index_topk_pattern,
+            index_skip_topk_offset=index_skip_topk_offset,
         )
         return _examine(DoctorOptions(settings=settings, ports=_ports(), peer=peer, min_gbps=min_gbps), as_json)
 

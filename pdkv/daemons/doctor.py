@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 
 from pdkv.daemons.link import WorkerSettings
+from pdkv.daemons.model_settings import config_of, layout_of
 from pdkv.daemons.sizing import choose_num_pages, memory_available_bytes
 from pdkv.errors import PdkvError, TransportError
 from pdkv.schema import LocalMemory, ReadBatch
@@ -224,12 +225,13 @@ def _port(port: int) -> Check:
 def _model(settings: WorkerSettings) -> Iterator[Check]:
     from pdkv.daemons.tokenization import TextCodec  # noqa: PLC0415 - only where a model is looked at
     from pdkv.m3.checkpoint import weight_files  # noqa: PLC0415
-    from pdkv.m3.config import BLOCK_SIZE, load_config  # noqa: PLC0415
+    from pdkv.m3.config import BLOCK_SIZE  # noqa: PLC0415
 
     folder = Path(settings.model_dir)
-    config = load_config(folder)
-    sparse = sum(config.sparse_layers)
-    told = f"{config.num_layers} layers, {sparse} sparse, top {config.topk_blocks} blocks, {config.dtype}"
+    config = config_of(settings)
+    sparse, reusing = sum(config.sparse_layers), len(config.reusing_layers)
+    schedule = f" ({reusing} of them reuse a selection)" if reusing else ""
+    told = f"{config.num_layers} layers, {sparse} sparse{schedule}, top {config.topk_blocks} blocks, {config.dtype}"
     yield Check("model", Verdict.OK, told)
     same = config.block_size == BLOCK_SIZE
     told = f"sparse blocks of {config.block_size} tokens, pages of {BLOCK_SIZE}"
@@ -243,12 +245,9 @@ def _model(settings: WorkerSettings) -> Iterator[Check]:
 
 
 def _arena(settings: WorkerSettings) -> Iterator[Check]:
-    from pdkv.m3.config import kv_layout, load_config  # noqa: PLC0415
     from pdkv.memory.row import RowLayout  # noqa: PLC0415
 
-    config = load_config(Path(settings.model_dir))
-    dtype = config.dtype if settings.dtype == "auto" else settings.dtype
-    layout = RowLayout.of(kv_layout(config, dtype, dtype))
+    layout = RowLayout.of(layout_of(settings, config_of(settings)))
     pages = choose_num_pages(settings, layout)
     size, available = pages * layout.pitch / 2**30, memory_available_bytes() / 2**30
     told = f"{pages:,} pages of {layout.pitch:,} bytes = {size:.2f} GiB of {available:.1f} GiB available"
