@@ -121,7 +121,7 @@ class DecodeRole(Role):
         self._jobs[transfer] = _Job(message, at)
         request = DecodeRequest(
             id=RequestId(transfer),
-            num_prompt_tokens=message.num_prompt_tokens,
+            prompt=tuple(message.prompt),
             max_tokens=message.max_tokens,
             sampling=sampling_params(message.sampling),
             ignore_eos=message.ignore_eos,

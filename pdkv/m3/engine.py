@@ -10,7 +10,8 @@ from pdkv.m3.requests import (
     RequestId,
     RequestRefused,
 )
-from pdkv.m3.scheduler import Scheduler, TokenBounds
+from pdkv.m3.run import TokenBounds
+from pdkv.m3.scheduler import Scheduler
 from pdkv.m3.step import Runner
 from pdkv.memory.pages import PagePool
 
@@ -59,6 +60,10 @@ class Engine:
         """
         self._scheduler.release(request_id)
 
+    def empty_cache(self) -> None:
+        """Let no later request use what earlier ones computed, and keep no page of those that run."""
+        self._scheduler.empty_cache()
+
     @property
     def has_work(self) -> bool:
         """``step`` would do something now. False with requests queued means: until a release makes room."""
@@ -89,4 +94,5 @@ class Engine:
         refused = {event.id for event in scored.values() if isinstance(event, RequestRefused)}
         for request_id in refused:
             self._scheduler.release(request_id)
+            self._scheduler.empty_cache()
         return [event for event in events if event.id not in refused or event is scored[event.id]]

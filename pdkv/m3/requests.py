@@ -22,11 +22,17 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Decodes computed in one step."""
     max_queued: int = 4096
     """Requests that may wait for pages; one more is refused for now."""
+    prefix_seed: bytes | None = None
+    """What names of cached pages hang on besides tokens (``prefix_cache.seed_of``). None: nothing is cached."""
+    speculative_tokens: int = 0
+    """Most tokens that are proposed by prompt lookup and verified in one step; 0: decode one by one."""
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "prefill_chunk", "max_batch", "max_queued"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.speculative_tokens < 0:
+            raise ValueError(f"speculative_tokens cannot be negative, as {self.speculative_tokens} is")
 
 
 class PrefillRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,7 +51,7 @@ class DecodeRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Hold pages for a prompt computed elsewhere; starts when ``resume`` says that its state is resident."""
 
     id: RequestId
-    num_prompt_tokens: int
+    prompt: tuple[int, ...]
     max_tokens: int
     sampling: SamplingParams
     ignore_eos: bool = False
@@ -75,10 +81,15 @@ class FinishReason(StrEnum):
 
 
 class PagesReserved(msgspec.Struct, frozen=True):
-    """The request left the queue; ``pages`` in block order hold its whole need."""
+    """The request left the queue; ``pages`` in block order hold its whole need.
+
+    The state of the first ``cached_tokens`` prompt tokens, which fill their pages, is there already. Others may read
+    those pages too; nobody may write to them.
+    """
 
     id: RequestId
     pages: tuple[int, ...]
+    cached_tokens: int = 0
 
 
 class PrefillProgress(msgspec.Struct, frozen=True):
@@ -146,4 +157,11 @@ class EngineStatistics(msgspec.Struct, frozen=True):
     """Including those beyond ``max_batch`` that wait for a slot."""
     num_pages_usable: int
     num_pages_free: int
+    """Including those that are only kept in the prefix cache."""
     num_steps: int
+    num_blocks_found: int = 0
+    """Of admitted prompts, blocks that could have been in the prefix cache and were, since the start."""
+    num_blocks_missed: int = 0
+    num_drafts: int = 0
+    """Tokens that were proposed and verified, since the start."""
+    num_drafts_accepted: int = 0

@@ -1,20 +1,19 @@
 """The scheduler: who holds pages and who runs in the next step; numbers only, never a tensor."""
 
 from collections import deque
-from enum import Enum
+from collections.abc import Sequence as SequenceOf
 from itertools import islice
 
-import msgspec
-
 from pdkv.errors import RequestError
+from pdkv.m3.chunks import share_chunk
 from pdkv.m3.logprobs import NO_TOP, TopLogprobs
+from pdkv.m3.prefix_cache import BlockNames
 from pdkv.m3.requests import (
     DecodeRequest,
     EngineEvent,
     EngineRequest,
     EngineSettings,
     EngineStatistics,
-    FinishReason,
     PagesReserved,
     PrefillFinished,
     PrefillProgress,
@@ -24,134 +23,52 @@ from pdkv.m3.requests import (
     RequestRefused,
     TokenGenerated,
 )
-from pdkv.m3.sampling import Sample, SamplingParams
+from pdkv.m3.run import NOT_FINITE, Run, TokenBounds
+from pdkv.m3.sampling import Sample
+from pdkv.m3.sequence import Sequence, Stage
 from pdkv.memory.pages import PagePool
 
-NOT_FINITE = "the model's output is not finite: the checkpoint, or the state that the request attends to, is damaged"
-
-
-class TokenBounds(msgspec.Struct, frozen=True, kw_only=True):
-    """What the scheduler must know of the model."""
-
-    block_size: int
-    vocab_size: int
-    eos_tokens: frozenset[int]
-
-
-class Run(msgspec.Struct, frozen=True, kw_only=True):
-    """Part of one step: compute ``tokens`` of one request at positions ``start``, ``start + 1``, ..."""
-
-    id: RequestId
-    tokens: tuple[int, ...]
-    start: int
-    pages: tuple[int, ...]
-    """Pages of the blocks up to and with the last of ``tokens``."""
-    sampling: SamplingParams | None
-    """How to choose the token after the last one; ``None`` when none is wanted yet."""
-    num_top: int = 0
-    """Likeliest tokens to tell with the chosen one."""
-    targets: tuple[int, ...] = ()
-    """Prompt tokens to score: they follow the first ``len(targets)`` of ``tokens``."""
-    prompt_top: int = 0
-    """Likeliest tokens to tell with each of ``targets``."""
-
-    @property
-    def end(self) -> int:
-        return self.start + len(self.tokens)
-
-    @property
-    def wanted_rows(self) -> tuple[int, ...]:
-        """Which of ``tokens`` the model's output is wanted for: those to score, then the last if a token is chosen."""
-        return (*range(len(self.targets)), *([len(self.tokens) - 1] if self.sampling is not None else []))
-
-
-class _Stage(Enum):
-    QUEUED = "queued"
-    PREFILLING = "prefilling"
-    HOLDING = "holding"
-    WAITING_FOR_STATE = "waiting_for_state"
-    DECODING = "decoding"
-
-
-class _Sequence:
-    """One request that is not over. Owned by the scheduler."""
-
-    __slots__ = ("last_token", "num_computed", "num_generated", "pages", "request", "stage")
-
-    def __init__(self, request: EngineRequest) -> None:
-        self.request = request
-        self.stage = _Stage.QUEUED
-        self.pages: tuple[int, ...] = ()
-        self.num_computed = 0
-        self.num_generated = 0
-        self.last_token = -1
-
-    def next_run(self, budget: int, block_size: int) -> Run:
-        """The last generated token, or up to ``budget`` tokens of a prompt that is not computed yet."""
-        request = self.request
-        tokens: tuple[int, ...]
-        targets: tuple[int, ...] = ()
-        prompt_top = 0
-        if self.stage is _Stage.DECODING or isinstance(request, DecodeRequest):
-            tokens, wants_sample = (self.last_token,), True
-        else:
-            tokens = request.prompt[self.num_computed : self.num_computed + budget]
-            wants_sample = self.num_computed + len(tokens) == len(request.prompt)
-            if request.prompt_top is not None:
-                targets = request.prompt[self.num_computed + 1 : self.num_computed + len(tokens) + 1]
-                prompt_top = request.prompt_top
-        num_blocks = -(-(self.num_computed + len(tokens)) // block_size)
-        return Run(
-            id=request.id,
-            tokens=tokens,
-            start=self.num_computed,
-            pages=self.pages[:num_blocks],
-            sampling=request.sampling if wants_sample else None,
-            num_top=request.num_top if wants_sample else 0,
-            targets=targets,
-            prompt_top=prompt_top,
-        )
-
-    def finish_reason(self, eos_tokens: frozenset[int]) -> FinishReason | None:
-        request = self.request
-        assert not isinstance(request, PrefillRequest)
-        if self.last_token in eos_tokens and not request.ignore_eos:
-            return FinishReason.STOP
-        return FinishReason.LENGTH if self.num_generated >= request.max_tokens else None
+__all__ = ["NOT_FINITE", "Run", "Scheduler", "TokenBounds"]
 
 
 class Scheduler:
     """Continuous batching without preemption. Owned by the engine thread, as is the pool.
 
-    Pages for a request's whole need are reserved before anything of it runs, strictly in order of arrival: while the
-    oldest queued request does not fit, younger ones wait behind it, so a big one is never starved. What runs
-    therefore always can finish, and what can never fit is refused on arrival.
+    Pages for a request's whole need are held before anything of it runs, strictly in order of arrival: while the oldest
+    queued request does not fit, younger ones wait behind it, so a big one is never starved. What runs therefore always
+    can finish, and what can never fit is refused on arrival. On a decode worker that need includes the pages that a
+    transfer in flight writes to.
+
+    Full pages of computed tokens are kept in the pool under the names of what is in them, and taken from there by
+    requests that begin with the same tokens; nobody writes to them again.
     """
 
     def __init__(self, pool: PagePool, settings: EngineSettings, bounds: TokenBounds) -> None:
         self._pool = pool
         self._settings = settings
         self._bounds = bounds
-        self._sequences: dict[RequestId, _Sequence] = {}
+        self._sequences: dict[RequestId, Sequence] = {}
         # Insertion order is order of arrival in that stage.
         self._queue: deque[RequestId] = deque()
-        self._prefilling: dict[RequestId, _Sequence] = {}
-        self._decoding: dict[RequestId, _Sequence] = {}
+        self._prefilling: dict[RequestId, Sequence] = {}
+        self._decoding: dict[RequestId, Sequence] = {}
+        self._num_blocks_found = self._num_blocks_missed = 0
+        self._num_drafts = self._num_drafts_accepted = 0
 
     def submit(self, request: EngineRequest) -> list[EngineEvent]:
         """Queue a request, or refuse it. Raises ``RequestError`` for an id that is in use."""
         if request.id in self._sequences:
             raise RequestError(f"request id {request.id.hex()} is in use", param="id", status=409)
+        seed, block_size = self._settings.prefix_seed, self._bounds.block_size
+        sequence = Sequence(request, None if seed is None else BlockNames(seed, block_size), block_size)
         problem = _refusal(request, self._settings.max_model_len, self._bounds.vocab_size)
-        if not problem and self._num_pages(request) > self._pool.num_usable:
-            problem = (
-                f"{self._num_pages(request)} pages needed, the arena has {self._pool.num_usable}; give it more pages"
-            )
+        if not problem and sequence.num_blocks > self._pool.num_usable:
+            problem = f"{sequence.num_blocks} pages needed, the arena has {self._pool.num_usable}; give it more pages"
         if problem:
             return [RequestRefused(request.id, problem, never=True)]
         if len(self._queue) >= self._settings.max_queued:
             return [RequestRefused(request.id, f"{len(self._queue)} requests are waiting for pages", never=False)]
-        self._sequences[request.id] = _Sequence(request)
+        self._sequences[request.id] = sequence
         self._queue.append(request.id)
         return self.admit()
 
@@ -160,14 +77,13 @@ class Scheduler:
         events: list[EngineEvent] = []
         while self.can_admit:
             sequence = self._sequences[self._queue.popleft()]
-            request = sequence.request
-            sequence.pages = self._pool.reserve(self._num_pages(request))
-            if isinstance(request, DecodeRequest):
-                sequence.stage = _Stage.WAITING_FOR_STATE
+            self._take_pages(sequence)
+            if isinstance(sequence.request, DecodeRequest):
+                sequence.stage = Stage.WAITING_FOR_STATE
             else:
-                sequence.stage = _Stage.PREFILLING
-                self._prefilling[request.id] = sequence
-            events.append(PagesReserved(request.id, sequence.pages))
+                sequence.stage = Stage.PREFILLING
+                self._prefilling[sequence.request.id] = sequence
+            events.append(PagesReserved(sequence.request.id, sequence.pages, sequence.num_computed))
         return events
 
     def resume(self, request_id: RequestId, token: int, logprob: float, top: TopLogprobs = NO_TOP) -> list[EngineEvent]:
@@ -177,59 +93,72 @@ class Scheduler:
             return []
         request = sequence.request
         assert isinstance(request, DecodeRequest), f"resume of a {type(request).__name__}"
-        assert sequence.stage is _Stage.WAITING_FOR_STATE, f"resume of a request that is {sequence.stage.value}"
+        assert sequence.stage is Stage.WAITING_FOR_STATE, f"resume of a request that is {sequence.stage.value}"
         if not 0 <= token < self._bounds.vocab_size:
             self.release(request_id)
             message = f"first token {token} is outside the vocabulary of {self._bounds.vocab_size}"
             return [RequestRefused(request_id, message, never=True), *self.admit()]
-        sequence.num_computed = request.num_prompt_tokens
+        sequence.num_computed = len(request.prompt)
         events = self._accept(sequence, Sample(token, logprob, top))
         return events + self.admit()
 
     def release(self, request_id: RequestId) -> None:
-        """Forget a request at whatever stage and free its pages. Idempotent; never called during a step."""
+        """Forget a request at whatever stage and let go of its pages. Idempotent; never called during a step."""
         sequence = self._sequences.pop(request_id, None)
         if sequence is None:
             return
-        if sequence.stage is _Stage.QUEUED:
+        if sequence.stage is Stage.QUEUED:
             self._queue.remove(request_id)
         self._prefilling.pop(request_id, None)
         self._decoding.pop(request_id, None)
-        if sequence.pages:
-            self._pool.free(sequence.pages)
+        self._pool.free(sequence.held)
+
+    def empty_cache(self) -> None:
+        """Keep nothing for later requests: neither what is kept now nor what running requests hold."""
+        self._pool.keep_nothing()
+        for sequence in self._sequences.values():
+            sequence.keep_nothing()
 
     def schedule(self) -> list[Run]:
-        """The next step: every decode that has a slot, then one chunk budget of prompt tokens. Changes nothing."""
-        block_size = self._bounds.block_size
-        decoding = islice(self._decoding.values(), self._settings.max_batch)
-        runs = [sequence.next_run(1, block_size) for sequence in decoding]
-        budget = self._settings.prefill_chunk
-        for sequence in self._prefilling.values():
-            if budget == 0:
-                break
-            run = sequence.next_run(budget, block_size)
-            budget -= len(run.tokens)
-            runs.append(run)
+        """The next step: every decode that has a slot, then one chunk of prompt tokens. Changes nothing."""
+        most_drafts = self._settings.speculative_tokens
+        runs = [s.decode_run(most_drafts) for s in islice(self._decoding.values(), self._settings.max_batch)]
+        prompts = list(self._prefilling.values())
+        shares = share_chunk([prompt.num_prompt_left for prompt in prompts], self._settings.prefill_chunk)
+        runs += [prompt.prompt_run(share) for prompt, share in zip(prompts, shares, strict=True) if share]
+        for run in runs:
+            written = self._sequences[run.id].pages_written(run)
+            assert all(self._pool.is_writable(page) for page in written), f"{written} are shared, or kept"
         return runs
 
-    def complete(self, runs: list[Run], samples: list[Sample | None]) -> list[EngineEvent]:
-        """Account for a step: ``samples`` of the runs that wanted one, in order; ``None`` ends the request."""
+    def complete(self, runs: SequenceOf[Run], samples: SequenceOf[Sample | None]) -> list[EngineEvent]:
+        """Account for a step: ``samples`` are ``num_choices`` of each run, in order; ``None`` is what cannot be chosen
+        because the model's output is not finite, and ends the request."""
         events: list[EngineEvent] = []
         chosen = iter(samples)
         for run in runs:
             sequence = self._sequences[run.id]
-            sequence.num_computed = run.end
-            if sequence.stage is _Stage.PREFILLING:
+            mine = [next(chosen) for _ in range(run.num_choices)]
+            if sequence.stage is Stage.PREFILLING:
+                sequence.num_computed = run.end
                 events.append(PrefillProgress(run.id, run.end))
-            if run.sampling is not None:
-                events.extend(self._accept(sequence, next(chosen)))
+                if mine:
+                    events.extend(self._accept(sequence, mine[0]))
+            else:
+                events.extend(self._verify(sequence, run, mine))
         assert not list(chosen), "more samples than runs that wanted one"
         return events + self.admit()
 
     @property
     def can_admit(self) -> bool:
         """The oldest queued request fits now."""
-        return bool(self._queue) and self._pool.can_reserve(self._num_pages(self._sequences[self._queue[0]].request))
+        if not self._queue:
+            return False
+        sequence = self._sequences[self._queue[0]]
+        if self._pool.can_reserve(sequence.num_blocks):
+            return True
+        found = self._pool.find(sequence.reusable())
+        return self._pool.can_reserve(sequence.num_blocks - len(found), beside=found)
 
     @property
     def can_run(self) -> bool:
@@ -240,33 +169,73 @@ class Scheduler:
         return EngineStatistics(
             num_queued=len(self._queue),
             num_prefilling=len(self._prefilling),
-            num_holding=stages.count(_Stage.HOLDING),
-            num_waiting_for_state=stages.count(_Stage.WAITING_FOR_STATE),
+            num_holding=stages.count(Stage.HOLDING),
+            num_waiting_for_state=stages.count(Stage.WAITING_FOR_STATE),
             num_decoding=len(self._decoding),
             num_pages_usable=self._pool.num_usable,
             num_pages_free=self._pool.num_free,
             num_steps=num_steps,
+            num_blocks_found=self._num_blocks_found,
+            num_blocks_missed=self._num_blocks_missed,
+            num_drafts=self._num_drafts,
+            num_drafts_accepted=self._num_drafts_accepted,
         )
 
-    def _num_pages(self, request: EngineRequest) -> int:
-        return -(-_num_cached_tokens(request) // self._bounds.block_size)
+    def _take_pages(self, sequence: Sequence) -> None:
+        """Become a holder of what the cache has of the request, and reserve the rest."""
+        names = sequence.reusable()
+        found = self._pool.find(names)
+        self._pool.share(found)
+        sequence.pages = found + self._pool.reserve(sequence.num_blocks - len(found))
+        sequence.num_kept = len(found)
+        sequence.num_computed = len(found) * self._bounds.block_size
+        self._num_blocks_found += len(found)
+        self._num_blocks_missed += len(names) - len(found)
 
-    def _accept(self, sequence: _Sequence, sample: Sample | None) -> list[EngineEvent]:
+    def _keep(self, sequence: Sequence) -> None:
+        """Keep the pages that have become full. A page that was computed twice is kept once; its twin is held as long
+        as ours, so that whoever holds a block holds all before it, and is let go in the right order."""
+        for block, name in sequence.newly_complete():
+            kept = self._pool.keep(sequence.pages[block], name)
+            if kept != sequence.pages[block]:
+                self._pool.share([kept])
+                sequence.twins[block] = kept
+            sequence.num_kept = block + 1
+
+    def _verify(self, sequence: Sequence, run: Run, samples: list[Sample | None]) -> list[EngineEvent]:
+        """Accept tokens up to the first that differs from what was proposed in its place.
+
+        A sample hangs on seed and position alone, so each is the token that decoding one by one would have chosen.
+        What the step stored for the proposals behind it lies beyond the computed tokens, and is overwritten.
+        """
+        drafts = run.tokens[len(run.tokens) - run.num_drafts :]
+        self._num_drafts += len(drafts)
+        events: list[EngineEvent] = []
+        for i, sample in enumerate(samples):
+            sequence.num_computed = run.start + i + 1
+            events += self._accept(sequence, sample)
+            if run.id not in self._sequences or i == len(drafts) or sequence.tokens[-1] != drafts[i]:
+                break
+            self._num_drafts_accepted += 1
+        return events
+
+    def _accept(self, sequence: Sequence, sample: Sample | None) -> list[EngineEvent]:
         """Take a generated token: tell it, then go on, hold or finish."""
         request = sequence.request
         if sample is None:
             self.release(request.id)
+            self.empty_cache()  # whatever the damage is, it may lie in pages that others would take
             return [RequestRefused(request.id, NOT_FINITE, never=False)]
-        sequence.last_token = sample.token
-        sequence.num_generated += 1
+        self._keep(sequence)
+        sequence.tokens.append(sample.token)
         self._prefilling.pop(request.id, None)
         if isinstance(request, PrefillRequest):
-            sequence.stage = _Stage.HOLDING
+            sequence.stage = Stage.HOLDING
             return [PrefillFinished(request.id, sample.token, sample.logprob, sample.top)]
         event = TokenGenerated(request.id, sample.token, sample.logprob, sample.top)
         reason = sequence.finish_reason(self._bounds.eos_tokens)
         if reason is None:
-            sequence.stage = _Stage.DECODING
+            sequence.stage = Stage.DECODING
             self._decoding[request.id] = sequence
             return [event]
         self.release(request.id)
@@ -275,13 +244,10 @@ class Scheduler:
 
 def _refusal(request: EngineRequest, max_model_len: int, vocab_size: int) -> str:
     """Why the request can never be served whatever the pool, or the empty string."""
-    if isinstance(request, DecodeRequest):
-        num_prompt = request.num_prompt_tokens
-    else:
-        num_prompt = len(request.prompt)
-        bad = next((token for token in request.prompt if not 0 <= token < vocab_size), None)
-        if bad is not None:
-            return f"prompt token {bad} is outside the vocabulary of {vocab_size}"
+    bad = next((token for token in request.prompt if not 0 <= token < vocab_size), None)
+    if bad is not None:
+        return f"prompt token {bad} is outside the vocabulary of {vocab_size}"
+    num_prompt = len(request.prompt)
     num_generated = 1 if isinstance(request, PrefillRequest) else request.max_tokens
     if num_prompt < 1:
         return "the prompt is empty"
@@ -290,11 +256,3 @@ def _refusal(request: EngineRequest, max_model_len: int, vocab_size: int) -> str
     if num_prompt + num_generated > max_model_len:
         return f"{num_prompt} prompt tokens and {num_generated} to generate exceed the context of {max_model_len}"
     return ""
-
-
-def _num_cached_tokens(request: EngineRequest) -> int:
-    """Tokens whose state the request may ever hold."""
-    if isinstance(request, PrefillRequest):
-        return len(request.prompt)
-    num_prompt = request.num_prompt_tokens if isinstance(request, DecodeRequest) else len(request.prompt)
-    return num_prompt + request.max_tokens

@@ -8,14 +8,19 @@ import torch
 from pdkv.m3.config import M3Config
 from pdkv.m3.model import KvViews, M3Model, StepBatch
 from pdkv.m3.requests import PromptScored, RequestId, RequestRefused
-from pdkv.m3.sampling import Sample, sample
-from pdkv.m3.scheduler import NOT_FINITE, Run
+from pdkv.m3.run import NOT_FINITE, Run
+from pdkv.m3.sampling import Sample, SamplingParams, sample
 from pdkv.m3.scoring import score
+
+_ROWS_AT_ONCE = 64
+"""With a vocabulary of 200,000 these are 51 MB of float32, and twice as much while they are looked at."""
 
 
 class StepOutput(NamedTuple):
+    """Of rank 0; other ranks make the same collective calls and come out with nothing."""
+
     samples: list[Sample | None]
-    """What was chosen, one entry a run that wanted a token; ``None`` where the logits are not finite."""
+    """What was chosen, ``num_choices`` entries a run; ``None`` where the logits are not finite."""
     scored: dict[RequestId, PromptScored | RequestRefused]
     """What was scored, by request."""
 
@@ -27,8 +32,17 @@ class Runner(Protocol):
     def config(self) -> M3Config: ...
 
     def run(self, runs: Sequence[Run]) -> StepOutput:
-        """Compute one step. When it returns, all ranks' kernels that write into the cache have ended."""
+        """Compute one step: collective, every rank runs the same. When it returns, all ranks' kernels that write into the cache have ended."""
         ...
+
+
+class _Choice(NamedTuple):
+    """A token to choose."""
+
+    sampling: SamplingParams
+    position: int
+    """Where it will stand."""
+    num_top: int
 
 
 class StepRunner:
@@ -47,19 +61,30 @@ class StepRunner:
         device = self._model.device
         hidden = self._model.hidden(step_batch(runs, device), self._cache)  # [num_rows, hidden]
         rows = torch.split(hidden, [len(run.wanted_rows) for run in runs])
-        choosing = [run for run in runs if run.sampling is not None]
-        last = [rows[i][-1:] for i, run in enumerate(runs) if run.sampling is not None]
-        samples = _choose(self._model.logits(torch.cat(last)), choosing) if choosing else []
+        choices = [choice for run in runs for choice in _choices(run)]
+        behind = [mine[len(mine) - run.num_choices :] for run, mine in zip(runs, rows, strict=True)]
+        samples = self._choose(torch.cat(behind), choices)
         scored: dict[RequestId, PromptScored | RequestRefused] = {}
         for run, mine in zip(runs, rows, strict=True):
             if run.targets:
                 found = score(self._model, mine[: len(run.targets)], run.targets, run.prompt_top)
+                if self._model.group.rank > 0:
+                    continue
                 refused = RequestRefused(run.id, NOT_FINITE, never=False)
                 scored[run.id] = PromptScored(run.id, found) if found is not None else refused
         if device.type != "cpu":
             # Whoever is told of progress may read the pages: the kernels that wrote them must have ended.
             torch.accelerator.current_stream(device).synchronize()
         return StepOutput(samples, scored)
+
+    def _choose(self, hidden: torch.Tensor, choices: Sequence[_Choice]) -> list[Sample | None]:
+        """hidden: [num_choices, hidden], as lm_head takes it; a limited number of rows becomes logits at a time."""
+        samples: list[Sample | None] = []  # stay empty on every rank but the first
+        for begin in range(0, len(choices), _ROWS_AT_ONCE):
+            few = slice(begin, begin + _ROWS_AT_ONCE)
+            logits = self._model.logits(hidden[few])
+            samples += [] if logits is None else _choose(logits, choices[few])
+        return samples
 
 
 def step_batch(runs: Sequence[Run], device: torch.device) -> StepBatch:
@@ -84,12 +109,18 @@ def step_batch(runs: Sequence[Run], device: torch.device) -> StepBatch:
     )
 
 
-def _choose(logits: torch.Tensor, runs: list[Run]) -> list[Sample | None]:  # logits: float32 [num_runs, vocab]
-    """The next token of each run; ``None`` where the logits are not finite, so that one damaged request harms only
-    itself."""
+def _choices(run: Run) -> list[_Choice]:
+    """In the order of the run's rows."""
+    if run.sampling is None:
+        return []
+    return [_Choice(run.sampling, run.end - i, run.num_top) for i in reversed(range(run.num_choices))]
+
+
+def _choose(logits: torch.Tensor, choices: Sequence[_Choice]) -> list[Sample | None]:
+    """The token after each row of ``logits``, float32 [num_choices, vocab]; ``None`` where the logits are not finite,
+    so that one damaged request harms only itself."""
     is_finite: list[bool] = logits.isfinite().all(dim=1).tolist()
     sound = [row for row, finite in enumerate(is_finite) if finite]
-    params = [run.sampling for run in runs if run.sampling is not None]
-    ends, num_top = [runs[row].end for row in sound], [runs[row].num_top for row in sound]
-    chosen = iter(sample(logits[sound], [params[row] for row in sound], ends, num_top))
+    params, positions = [choices[row].sampling for row in sound], [choices[row].position for row in sound]
+    chosen = iter(sample(logits[sound], params, positions, [choices[row].num_top for row in sound]))
     return [next(chosen) if finite else None for finite in is_finite]

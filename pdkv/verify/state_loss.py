@@ -27,7 +27,7 @@ class PrefilledPrompt(msgspec.Struct, frozen=True):
 
     arena: Arena
     pages: tuple[int, ...]
-    num_tokens: int
+    tokens: tuple[int, ...]
     token: int
     """The first generated one."""
     logprob: float
@@ -45,7 +45,7 @@ def prefill(model: M3Model, prompt: Sequence[int], prefill_chunk: int = 512) -> 
     return PrefilledPrompt(
         arena=worker.arena,
         pages=reserved.pages,
-        num_tokens=len(prompt),
+        tokens=tuple(prompt),
         token=finished.token,
         logprob=finished.logprob,
     )
@@ -79,7 +79,7 @@ def first_wrong_steps(
 
     All decodes run in one engine, ``concurrency`` at a time; one that has gone wrong makes room for the next.
     """
-    num_tokens = source.num_tokens + len(expected)
+    num_tokens = len(source.tokens) + len(expected)
     num_pages = concurrency * -(-num_tokens // model.config.block_size)
     worker = local_worker(model, num_pages, EngineSettings(max_model_len=num_tokens, max_batch=concurrency))
     engine = worker.engine
@@ -106,7 +106,7 @@ def first_wrong_steps(
 def _decode(request_id: RequestId, source: PrefilledPrompt, max_tokens: int) -> DecodeRequest:
     return DecodeRequest(
         id=request_id,
-        num_prompt_tokens=source.num_tokens,
+        prompt=source.tokens,
         max_tokens=max_tokens,
         sampling=SamplingParams(),
         ignore_eos=True,

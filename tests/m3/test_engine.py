@@ -25,7 +25,7 @@ from pdkv.m3.requests import (
     TokenGenerated,
 )
 from pdkv.m3.sampling import SamplingParams
-from pdkv.m3.scheduler import Run
+from pdkv.m3.run import Run
 from pdkv.m3.step import StepRunner, step_batch
 from pdkv.memory.pages import PagePool
 from pdkv.verify.link_chasing import make_prompt
@@ -93,9 +93,7 @@ def test_prefill_here_and_decode_there_answer_as_one(model: M3Model, num_tokens:
     assert isinstance(first, PrefillFinished)
     assert (first.token, first.logprob) == pytest.approx((whole.token_ids[0], whole.logprobs[0]), abs=1e-4)
     prefilled = prefill(model, prompt)
-    (reserved,) = there.engine.submit(
-        DecodeRequest(id=rid(1), num_prompt_tokens=num_tokens, max_tokens=20, sampling=sampling)
-    )
+    (reserved,) = there.engine.submit(DecodeRequest(id=rid(1), prompt=prompt, max_tokens=20, sampling=sampling))
     assert isinstance(reserved, PagesReserved)
     assert not there.engine.has_work
     copy_state(prefilled, there.arena, reserved.pages)
@@ -167,7 +165,7 @@ def _complete_pages(made: LocalWorker, pages: tuple[int, ...], tokens_done: int)
 
 def test_a_queued_request_waits_without_work_and_is_told_at_once(model: M3Model) -> None:
     engine = worker(model, 4).engine
-    first = DecodeRequest(id=rid(1), num_prompt_tokens=300, max_tokens=10, sampling=HOT)
+    first = DecodeRequest(id=rid(1), prompt=(5,) * 300, max_tokens=10, sampling=HOT)
     assert engine.submit(first) == [PagesReserved(rid(1), (0, 1, 2))]
     assert engine.submit(undivided(2, 200, 10)) == []
     assert not engine.has_work
@@ -198,7 +196,7 @@ def test_what_cannot_be_served_is_refused(model: M3Model, request_: EngineReques
 
 def test_damaged_state_ends_the_one_request_that_attends_to_it(model: M3Model) -> None:
     made = worker(model, 8)
-    damaged = DecodeRequest(id=rid(1), num_prompt_tokens=200, max_tokens=10, sampling=HOT)
+    damaged = DecodeRequest(id=rid(1), prompt=(5,) * 200, max_tokens=10, sampling=HOT)
     sound = undivided(2, 100, 6)
     events = made.engine.submit(damaged) + made.engine.submit(sound)
     events += made.engine.resume(rid(1), 64, 0.0)  # nobody filled its pages

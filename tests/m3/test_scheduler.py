@@ -22,8 +22,9 @@ from pdkv.m3.requests import (
     RequestRefused,
     TokenGenerated,
 )
-from pdkv.m3.sampling import SamplingParams
-from pdkv.m3.scheduler import Run, Sample, Scheduler, TokenBounds
+from pdkv.m3.run import Run, TokenBounds
+from pdkv.m3.sampling import Sample, SamplingParams
+from pdkv.m3.scheduler import Scheduler
 from pdkv.memory.pages import PagePool
 
 BLOCK = 4
@@ -49,7 +50,7 @@ def prefill(number: int, num_tokens: int) -> PrefillRequest:
 
 def decode(number: int, num_prompt: int, max_tokens: int = 4, *, ignore_eos: bool = False) -> DecodeRequest:
     return DecodeRequest(
-        id=rid(number), num_prompt_tokens=num_prompt, max_tokens=max_tokens, sampling=GREEDY, ignore_eos=ignore_eos
+        id=rid(number), prompt=(1,) * num_prompt, max_tokens=max_tokens, sampling=GREEDY, ignore_eos=ignore_eos
     )
 
 
@@ -247,9 +248,9 @@ def test_one_chunk_budget_serves_several_prompts() -> None:
     for number in (1, 2, 3):
         scheduler.submit(prefill(number, 4))
     runs, _ = step(scheduler)
-    assert [(run.id, run.start, run.end) for run in runs] == [(rid(1), 0, 4), (rid(2), 0, 2)]
+    assert [(run.id, run.start, run.end) for run in runs] == [(rid(1), 0, 3), (rid(2), 0, 3)]
     runs, _ = step(scheduler)
-    assert [(run.id, run.start, run.end) for run in runs] == [(rid(2), 2, 4), (rid(3), 0, 4)]
+    assert [(run.id, run.start, run.end) for run in runs] == [(rid(1), 3, 4), (rid(2), 3, 4), (rid(3), 0, 4)]
 
 
 class SchedulerHistories(RuleBasedStateMachine):
@@ -270,7 +271,7 @@ class SchedulerHistories(RuleBasedStateMachine):
         self.requests[request.id] = request
         self.queue.append(request.id)
         self.generated[request.id] = []
-        self.computed[request.id] = request.num_prompt_tokens if isinstance(request, DecodeRequest) else 0
+        self.computed[request.id] = len(request.prompt) if isinstance(request, DecodeRequest) else 0
         self.take(self.scheduler.submit(request))
 
     def next_id(self) -> int:

@@ -1,0 +1,51 @@
+"""What one step computes of one request, as plain numbers: small enough to be sent to every rank."""
+
+import msgspec
+
+from pdkv.m3.requests import RequestId
+from pdkv.m3.sampling import SamplingParams
+
+NOT_FINITE = "the model's output is not finite: the checkpoint, or the state that the request attends to, is damaged"
+
+
+class TokenBounds(msgspec.Struct, frozen=True, kw_only=True):
+    """What the scheduler must know of the model."""
+
+    block_size: int
+    vocab_size: int
+    eos_tokens: frozenset[int]
+
+
+class Run(msgspec.Struct, frozen=True, kw_only=True):
+    """Part of one step: compute ``tokens`` of one request at positions ``start``, ``start + 1``, ..."""
+
+    id: RequestId
+    tokens: tuple[int, ...]
+    start: int
+    pages: tuple[int, ...]
+    """Pages of the blocks up to and with the last of ``tokens``."""
+    sampling: SamplingParams | None
+    """How to choose the token after the last one; ``None`` when none is wanted yet."""
+    num_drafts: int = 0
+    """So many of ``tokens``, the last ones, are proposals: a token is also chosen in the place of each."""
+    num_top: int = 0
+    """Likeliest tokens to tell with each chosen one."""
+    targets: tuple[int, ...] = ()
+    """Prompt tokens to score: they follow the first ``len(targets)`` of ``tokens``."""
+    prompt_top: int = 0
+    """Likeliest tokens to tell with each of ``targets``."""
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.tokens)
+
+    @property
+    def num_choices(self) -> int:
+        """Tokens to choose: one after each draft, and one before the first."""
+        return 1 + self.num_drafts if self.sampling is not None else 0
+
+    @property
+    def wanted_rows(self) -> tuple[int, ...]:
+        """Which of ``tokens`` the model's output is wanted for: those to score, then those to choose a token after."""
+        last = len(self.tokens)
+        return (*range(len(self.targets)), *range(last - self.num_choices, last))

@@ -1,0 +1,133 @@
+"""One request that the scheduler holds: its tokens, its pages, how far it has got."""
+
+from enum import Enum
+
+from pdkv.m3.prefix_cache import BlockNames
+from pdkv.m3.requests import DecodeRequest, EngineRequest, FinishReason, PrefillRequest
+from pdkv.m3.run import Run
+from pdkv.m3.speculation import PromptLookup
+
+
+class Stage(Enum):
+    QUEUED = "queued"
+    PREFILLING = "prefilling"
+    HOLDING = "holding"
+    WAITING_FOR_STATE = "waiting_for_state"
+    DECODING = "decoding"
+
+
+class Sequence:
+    """One request that is not over. Owned by the scheduler."""
+
+    def __init__(self, request: EngineRequest, names: BlockNames | None, block_size: int) -> None:
+        self.request = request
+        self.stage = Stage.QUEUED
+        self.tokens: list[int] = list(request.prompt)
+        """The prompt, then what was generated."""
+        self.pages: tuple[int, ...] = ()
+        """In block order, for all that the request may ever need."""
+        self.twins: dict[int, int] = {}
+        """By block: the page that another request computed first, and that is kept instead of ours."""
+        self.num_computed = 0
+        """Leading tokens whose state is in the pages."""
+        self.num_kept = 0
+        """Leading blocks whose pages are kept in the prefix cache."""
+        self._names = names
+        self._lookup = PromptLookup()
+        self._block_size = block_size
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def num_prompt_left(self) -> int:
+        """Prompt tokens that are still to be computed."""
+        return len(self.request.prompt) - self.num_computed
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of all that the request may ever hold."""
+        request = self.request
+        num_tokens = len(request.prompt) + (0 if isinstance(request, PrefillRequest) else request.max_tokens)
+        return -(-num_tokens // self._block_size)
+
+    @property
+    def held(self) -> list[int]:
+        """Every page of which the request is a holder, in block order."""
+        held = list(self.pages)
+        for block in sorted(self.twins, reverse=True):
+            held.insert(block + 1, self.twins[block])
+        return held
+
+    def reusable(self) -> list[bytes]:
+        """Names of the leading blocks whose state it would take from the cache.
+
+        The last prompt token is always computed, and so is all of a prompt that is to be scored: that needs the
+        model's output for every token, not only the state it leaves.
+        """
+        request = self.request
+        if self._names is None or (not isinstance(request, DecodeRequest) and request.prompt_top is not None):
+            return []
+        return self._names.first((len(request.prompt) - 1) // self._block_size, self.tokens)
+
+    def newly_complete(self) -> list[tuple[int, bytes]]:
+        """Blocks whose pages are computed to their end, of accepted tokens only, and not kept yet; with their names."""
+        num_complete = self.num_computed // self._block_size
+        if self._names is None or num_complete <= self.num_kept:
+            return []
+        return list(enumerate(self._names.first(num_complete, self.tokens)))[self.num_kept :]
+
+    def keep_nothing(self) -> None:
+        """From now on it neither takes pages from the cache nor gives any."""
+        self._names = None
+
+    def prompt_run(self, budget: int) -> Run:
+        """Up to ``budget`` tokens of the prompt that are not computed yet."""
+        request, start = self.request, self.num_computed
+        assert not isinstance(request, DecodeRequest), "a decode's prompt is computed elsewhere"
+        tokens = request.prompt[start : start + budget]
+        end = start + len(tokens)
+        scores = request.prompt_top is not None
+        is_last = end == len(request.prompt)
+        return Run(
+            id=request.id,
+            tokens=tokens,
+            start=start,
+            pages=self._pages_up_to(end),
+            sampling=request.sampling if is_last else None,
+            num_top=request.num_top if is_last else 0,
+            targets=request.prompt[start + 1 : end + 1] if scores else (),
+            prompt_top=request.prompt_top or 0,
+        )
+
+    def decode_run(self, most_drafts: int) -> Run:
+        """The last generated token, and what may follow it: never more than may still be generated."""
+        request = self.request
+        assert not isinstance(request, PrefillRequest), "a prefill generates nothing but its first token"
+        room = request.max_tokens - self.num_generated - 1
+        drafts = self._lookup.propose(self.tokens, min(most_drafts, room)) if most_drafts else ()
+        tokens = (self.tokens[-1], *drafts)
+        return Run(
+            id=request.id,
+            tokens=tokens,
+            start=self.num_computed,
+            pages=self._pages_up_to(self.num_computed + len(tokens)),
+            sampling=request.sampling,
+            num_drafts=len(drafts),
+            num_top=request.num_top,
+        )
+
+    def pages_written(self, run: Run) -> tuple[int, ...]:
+        """Pages that a run writes to."""
+        return run.pages[run.start // self._block_size :]
+
+    def finish_reason(self, eos_tokens: frozenset[int]) -> FinishReason | None:
+        request = self.request
+        assert not isinstance(request, PrefillRequest)
+        if self.tokens[-1] in eos_tokens and not request.ignore_eos:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if self.num_generated >= request.max_tokens else None
+
+    def _pages_up_to(self, end: int) -> tuple[int, ...]:
+        return self.pages[: -(-end // self._block_size)]
