@@ -23,15 +23,25 @@ class WeightFiles:
     """The safetensors files of a checkpoint, whole or in shards."""
 
     paths: tuple[Path, ...]
-    """Sorted by name; all exist."""
+    """Sorted by name; those that exist."""
     index: Path | None
     """The file that says which shard holds a tensor, where there are shards."""
     shard_of: dict[str, str]
     """What it says: tensor name to file name. Empty without it."""
+    absent: tuple[str, ...] = ()
+    """Names of files that it names and that are not there."""
 
 
 def weight_files(model_dir: Path) -> WeightFiles:
-    """Find the weights. Raises ``CheckpointError``, also for every file that the index names and that is not there."""
+    """Find all weights. Raises ``CheckpointError``, also for every file that the index names and that is not there."""
+    found = find_weight_files(model_dir)
+    if found.absent:
+        raise CheckpointError(f"{found.index} names files that are not there: {', '.join(found.absent)}")
+    return found
+
+
+def find_weight_files(model_dir: Path) -> WeightFiles:
+    """Find what there is of the weights. Raises ``CheckpointError`` where nothing says what there should be."""
     model_dir = Path(model_dir)
     index = model_dir / _INDEX
     if (model_dir / _SINGLE).is_file() and not index.is_file():
@@ -46,10 +56,9 @@ def weight_files(model_dir: Path) -> WeightFiles:
     strange = [name for name in names if Path(name).name != name]
     if strange:
         raise CheckpointError(f"{index} names files outside its directory: {', '.join(strange)}")
-    absent = [name for name in names if not (model_dir / name).is_file()]
-    if absent:
-        raise CheckpointError(f"{index} names files that are not there: {', '.join(absent)}")
-    return WeightFiles(tuple(model_dir / name for name in names), index, shard_of)
+    absent = tuple(name for name in names if not (model_dir / name).is_file())
+    there = tuple(model_dir / name for name in names if name not in absent)
+    return WeightFiles(there, index, shard_of, absent)
 
 
 def digest_weights(model_dir: Path, digest: "hashlib._Hash") -> None:

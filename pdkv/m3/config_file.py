@@ -8,6 +8,7 @@ from pdkv.m3.config_fields import Fields, agreed, read_json_object
 from pdkv.m3.config_support import speaks_transformers, unsupported
 from pdkv.m3.index_schedule import IndexScheduleOverride, reusing_layers
 from pdkv.m3.model_config import M3Config
+from pdkv.m3.quantisation import quantisation
 
 _ATTENTION_KINDS = {"full_attention": False, "minimax_m3_sparse": True}
 _MLP_KINDS = {"dense": False, "sparse": True}
@@ -94,6 +95,7 @@ def _parse(
         eos_token_ids=_eos_ids(text, wrapper, generation),
         tie_word_embeddings=_tied(text, wrapper),
         dtype=_dtype(text, wrapper),
+        quantisation=quantisation(text, wrapper),
     )
 
 

@@ -32,7 +32,6 @@ _FIXED: dict[str, tuple[object, ...]] = {
     "n_shared_experts": (1,),
     "qk_norm_type": ("per_head",),
     "quantization": (),
-    "quantization_config": (),
     "rope_scaling": (),
     "scoring_func": ("sigmoid",),
     "sliding_window": (),
@@ -52,9 +51,9 @@ _TRANSFORMERS_ONLY = _names(
 _READ = _names("""
     architectures bos_token_id dense_intermediate_size dtype eos_token_id head_dim hidden_size intermediate_size
     max_position_embeddings model_type moe_layer_freq num_attention_heads num_experts_per_tok num_hidden_layers
-    num_key_value_heads num_local_experts partial_rotary_factor rms_norm_eps rope_parameters rope_theta rotary_dim
-    routed_scaling_factor shared_intermediate_size sparse_attention_config swiglu_alpha swiglu_beta swiglu_limit
-    tie_word_embeddings torch_dtype vocab_size
+    num_key_value_heads num_local_experts partial_rotary_factor quantization_config rms_norm_eps rope_parameters
+    rope_theta rotary_dim routed_scaling_factor shared_intermediate_size sparse_attention_config swiglu_alpha
+    swiglu_beta swiglu_limit tie_word_embeddings torch_dtype vocab_size
 """)
 
 _READ_SPARSE = _names("""
@@ -70,7 +69,7 @@ _WITHOUT_EFFECT = _names("""
 """)
 """Fields of training, of drafting, of tokenizers and of transformers itself: they do not change a forward pass."""
 
-_SHARED = _names("bos_token_id dtype eos_token_id tie_word_embeddings torch_dtype")
+_SHARED = _names("bos_token_id dtype eos_token_id quantization_config tie_word_embeddings torch_dtype")
 """Fields that are read from beside ``text_config`` too."""
 
 _VISION_PREFIXES = ("image_", "img_", "multimodal_projector", "process_image", "projector_", "video_", "vision_")

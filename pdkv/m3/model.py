@@ -13,9 +13,13 @@ from pdkv.errors import ModelError
 from pdkv.m3.attention import KvViews, attend, attention_step, select, store
 from pdkv.m3.config import IndexScheduleOverride, M3Config, load_config
 from pdkv.m3.layers import feed_forward, norm
+from pdkv.m3.parallel import SOLO, Group
+from pdkv.m3.sharding import model_share
 from pdkv.m3.weights import M3Weights, load_weights
 
 __all__ = ["KvViews", "M3Model", "StepBatch", "load_model"]
+
+_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -35,39 +39,50 @@ class StepBatch:
 
 
 class M3Model:
-    """The weights on one device. Holds no state between steps, so one model may serve any number of caches.
+    """The weights of one rank on one device. Holds no state between steps, so one model may serve any number of caches.
 
+    ``forward``, ``hidden`` and ``logits`` are collective: every rank of ``group`` calls them in the same order with
+    equal arguments, each with its own cache, and they raise ``RankLostError`` when another rank does not answer.
     Not for two threads at once only because torch's own threads would be shared.
     """
 
-    def __init__(self, config: M3Config, weights: M3Weights, device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self, config: M3Config, weights: M3Weights, device: str | torch.device = "cpu", group: Group = SOLO
+    ) -> None:
         self.config = config
+        self.group = group
         self.device = torch.device(device)
         self.dtype: torch.dtype = getattr(torch, config.dtype)
         """What K/V and index keys are stored in unless told otherwise; maths on a CPU is float32 all the same."""
         self._weights = weights
 
     @torch.no_grad()
-    def forward(self, batch: StepBatch, cache: KvViews) -> Tensor:
-        """One step: float32 logits [num_logits, vocab]. ``logits`` of ``hidden``."""
+    def forward(self, batch: StepBatch, cache: KvViews) -> Tensor | None:
+        """One step: float32 logits [num_logits, vocab]. ``logits`` of ``hidden``. Collective."""
         return self.logits(self.hidden(batch, cache))
 
     @torch.no_grad()
-    def logits(self, hidden: Tensor) -> Tensor:  # [num_rows, hidden] -> float32 [num_rows, vocab]
-        """What lm_head says of rows of ``hidden``; apart, because a row of logits is much larger than its source."""
-        return functional.linear(hidden, self._weights.lm_head).float()
+    def logits(self, hidden: Tensor) -> Tensor | None:  # [num_rows, hidden] -> float32 [num_rows, vocab]
+        """What lm_head says of rows of ``hidden``; apart, because a row of logits is much larger than its source.
+
+        Collective: every rank computes its part of the vocabulary, rank 0 gets all of it and the others ``None``.
+        """
+        mine = functional.linear(hidden, self._weights.lm_head).float()  # [num_rows, vocab_rows]
+        whole = self.group.gather_columns(mine)
+        return None if whole is None else whole[:, : self.config.vocab_size]
 
     @torch.no_grad()
     def hidden(self, batch: StepBatch, cache: KvViews) -> Tensor:
-        """One step: the wanted rows as lm_head takes them, [num_logits, hidden].
+        """One step: the wanted rows as lm_head takes them, [num_logits, hidden], the same bits on every rank.
 
+        Collective: two sums a layer and one of embeddings.
         Writes k, v and index_k of the batch's tokens into their pages of ``cache``, then attends to them and to all
         that the pages held for earlier positions. Bytes of later positions are never looked at.
         """
         config, weights = self.config, self._weights
         queries = RaggedQueries(batch.query_starts, batch.context_lens, batch.page_table)
         step = attention_step(queries, batch.positions, config)
-        x = functional.embedding(batch.token_ids, weights.embed)  # [num_tokens, hidden]
+        x = self._embedded(batch.token_ids)  # [num_tokens, hidden]
         last = config.num_layers - 1
         blocks = None  # of the last sparse layer of this step, for those that reuse a selection
         for number, layer in enumerate(weights.layers):
@@ -77,27 +92,48 @@ class M3Model:
             sparse = config.sparse_layers[number]
             if sparse:
                 blocks = select(asked, number, step, cache, config, blocks)
-            x = x + attend(asked, blocks if sparse else None, number, layer.attention, step, cache)
-            x = x + feed_forward(self._normed(x, layer.post_attention_norm), layer.mlp, config)
+            x = x + self.group.sum(attend(asked, blocks if sparse else None, number, layer.attention, step, cache))
+            x = x + self.group.sum(feed_forward(self._normed(x, layer.post_attention_norm), layer.mlp, config))
         return self._normed(x[batch.logits_rows], weights.norm)
+
+    def _embedded(self, token_ids: Tensor) -> Tensor:
+        """Each token's row comes from the one rank that has it; the others add zeros."""
+        vocab, embed = self._weights.vocab, self._weights.embed
+        if self.group.size == 1:
+            return functional.embedding(token_ids, embed)
+        local = token_ids - vocab.start
+        elsewhere = (local < 0) | (local >= len(vocab))
+        rows = functional.embedding(local.masked_fill(elsewhere, 0), embed)
+        return self.group.sum(rows.masked_fill(elsewhere[:, None], 0))
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
         return norm(x, weight, self.config.rms_norm_eps)
 
 
 def load_model(
-    model_dir: Path, device: str = "cpu", dtype: str = "auto", schedule: IndexScheduleOverride | None = None
+    model_dir: Path,
+    device: str = "cpu",
+    dtype: str = "auto",
+    schedule: IndexScheduleOverride | None = None,
+    *,
+    config: M3Config | None = None,
+    group: Group = SOLO,
+    expert_parallel: bool = False,
 ) -> M3Model:
-    """Load a checkpoint directory. ``dtype``: float32, bfloat16, or auto for the checkpoint's own. ``schedule`` goes
-    before the checkpoint's.
+    """Load one rank's share of a checkpoint directory: all of it without a group.
 
-    Weights are rounded to that dtype, and ``model.dtype`` is it.
-    On a CPU they are then held, and all maths is done, in float32: faster there, and never less exact.
+    ``dtype``: float32, bfloat16, float16, or auto for the checkpoint's own; weights are rounded to it, and
+    ``model.dtype`` is it. On a CPU they are then held, and all maths is done, in float32: faster there, and never less
+    exact; a bfloat16 checkpoint takes twice its size. ``config`` goes before the checkpoint's own, and ``schedule``
+    before that one's. ``expert_parallel``: ranks hold whole experts instead of columns of all.
+
+    Loading is no collective. Raises ``ModelError`` for a number of ranks that does not divide the model.
     """
-    config = load_config(model_dir, schedule)
+    config = load_config(model_dir, schedule) if config is None else config
+    share = model_share(config, group.rank, group.size, expert_parallel)
     if dtype != "auto":
-        if dtype not in ("float32", "bfloat16"):
-            raise ModelError(f"dtype {dtype!r} is not one of auto, float32, bfloat16")
+        if dtype not in _DTYPES:
+            raise ModelError(f"dtype {dtype!r} is not one of auto, {', '.join(_DTYPES)}")
         config = msgspec.structs.replace(config, dtype=dtype)
     held = torch.float32 if torch.device(device).type == "cpu" else getattr(torch, config.dtype)
-    return M3Model(config, load_weights(model_dir, config, device, held), device)
+    return M3Model(config, load_weights(model_dir, config, device, held, share), device, group)

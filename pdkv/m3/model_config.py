@@ -5,7 +5,8 @@ import msgspec
 from pdkv.errors import ModelError
 from pdkv.m3.config_support import BLOCK_SIZE
 
-_DTYPES = ("float32", "bfloat16")
+_DTYPES = ("float32", "bfloat16", "float16")
+_QUANTISATIONS = ("none", "mxfp8")
 
 
 class M3Config(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,6 +53,8 @@ class M3Config(msgspec.Struct, frozen=True, kw_only=True):
     tie_word_embeddings: bool = False
     dtype: str = "float32"
     """What the checkpoint's weights are stored in, and K/V and index keys unless told otherwise."""
+    quantisation: str = "none"
+    """mxfp8: of the weights, those stored as e4m3 have a power of two for each 32 elements beside them."""
 
     @property
     def selecting_layers(self) -> tuple[bool, ...]:
@@ -84,6 +87,10 @@ def _rules(c: M3Config) -> list[tuple[bool, str]]:
             f"layers {c.reusing_layers} are to reuse a selection; not all of them are sparse",
         ),
         (c.dtype not in _DTYPES, f"dtype {c.dtype} is not one of {', '.join(_DTYPES)}"),
+        (
+            c.quantisation not in _QUANTISATIONS,
+            f"quantisation {c.quantisation} is not one of {', '.join(_QUANTISATIONS)}",
+        ),
     ]
     if any(c.moe_layers):
         rules.append(

@@ -14,20 +14,25 @@ _ROWS_AT_ONCE = 64
 
 
 def score(model: M3Model, hidden: Tensor, targets: Sequence[int], num_top: int) -> PromptLogprobs | None:
-    """How likely each target was after its row of ``hidden`` [num_targets, hidden]; None when that is not finite.
+    """How likely each target was after its row of ``hidden`` [num_targets, hidden].
 
-    Natural logarithms under the plain softmax, in float32, as OpenAI's ``logprobs`` are.
+    Natural logarithms under the plain softmax, in float32, as OpenAI's ``logprobs`` are. None where one is not finite,
+    and on every rank but the first. Collective: all make the same calls, also behind a row that is not finite.
     """
     num_top = min(num_top, model.config.vocab_size)
     own, top_ids, top = [], [], []
+    sound = model.group.rank == 0
     for begin in range(0, len(targets), _ROWS_AT_ONCE):
         chosen = torch.tensor(targets[begin : begin + _ROWS_AT_ONCE], device=hidden.device)
         logits = model.logits(hidden[begin : begin + _ROWS_AT_ONCE])  # float32 [num_rows, vocab]
+        if logits is None or not sound:
+            continue
         logprobs = logits.log_softmax(dim=-1)
         own.append(logprobs.gather(1, chosen[:, None])[:, 0].cpu().numpy())
         values, ids = logprobs.topk(num_top, dim=-1)
         top_ids.append(ids.cpu().numpy())
         top.append(values.cpu().numpy())
-        if not bool(logits.isfinite().all()):
-            return None
+        sound = bool(logits.isfinite().all())
+    if not sound:
+        return None
     return PromptLogprobs.pack(np.concatenate(own), np.concatenate(top_ids), np.concatenate(top))

@@ -32,7 +32,7 @@ class Runner(Protocol):
     def config(self) -> M3Config: ...
 
     def run(self, runs: Sequence[Run]) -> StepOutput:
-        """Compute one step: collective, every rank runs the same. When it returns, all ranks' kernels that write into the cache have ended."""
+        """Compute one step. When it returns, all ranks' kernels that write into the cache have ended."""
         ...
 
 
@@ -46,7 +46,7 @@ class _Choice(NamedTuple):
 
 
 class StepRunner:
-    """Steps of one model over one cache, on the model's device."""
+    """Steps of one rank's model over its cache, on the model's device. Collective: every rank runs the same steps."""
 
     def __init__(self, model: M3Model, cache: KvViews) -> None:
         self._model = model

@@ -1,26 +1,24 @@
-"""The open safetensors files of a checkpoint: what they hold, checked against the index and against what is wanted."""
+"""The safetensors files of a checkpoint: what they hold by their headers, and pieces of it as they are wanted."""
 
-import logging
-from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pdkv.errors import CheckpointError
-from pdkv.m3.checkpoint import weight_files
-from pdkv.m3.tensor_names import Naming, Shape, unused
+from pdkv.m3.checkpoint import WeightFiles
+from pdkv.m3.mxfp8 import dequantise
+from pdkv.m3.quantisation import SCALE_SUFFIX, scale_columns
+from pdkv.m3.tensor_names import Part, Shape, unused
 
-_LOG = logging.getLogger("pdkv.m3")
-
-_FLOATS = {"F32", "BF16", "F16"}
-"""Names that safetensors gives to the dtypes that weights may be stored in."""
-
-_ITEMSIZE = {
+ITEMSIZE = {
     "F64": 8,
     "F32": 4,
     "BF16": 2,
@@ -33,100 +31,152 @@ _ITEMSIZE = {
     "U8": 1,
     "I8": 1,
 }
+"""Bytes of one element, by the names that safetensors gives to dtypes."""
+
+QUANTISED = "F8_E4M3"
+
+_CHUNK_BYTES = 16 << 20
+"""At most so much of a tensor is looked at at once."""
+_MAPPED_BYTES = 64 << 20
+"""After so much, files are let go: pages of a mapped file count as memory of whoever has touched them."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    file: str
+    dtype: str
+    """As safetensors calls it."""
+    shape: Shape
+
+    @property
+    def num_bytes(self) -> int:
+        return prod(self.shape) * ITEMSIZE.get(self.dtype, 0)
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """What the headers of a checkpoint's files say. No weight has been read for it."""
+
+    model_dir: Path
+    found: WeightFiles
+    tensors: dict[str, StoredTensor]
+    problems: tuple[str, ...]
+    """Where the files and their index contradict one another, one entry each."""
+    damaged: tuple[str, ...]
+    """Files that cannot be read, and why."""
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Tensors of the text model; not those of the vision tower and of drafting."""
+        return frozenset(name for name in self.tensors if unused(name) is None)
+
+    def hint(self, name: str) -> str:
+        """Where the index believes a tensor that is missing."""
+        shard = self.found.shard_of.get(name)
+        if shard is None:
+            return ""
+        reason = "is not there" if shard in self.found.absent else "does not hold it"
+        return f" (the index says it is in {shard}, which {reason})"
+
+
+def read_catalogue(model_dir: Path, found: WeightFiles) -> Catalogue:
+    """Look into every file that is there."""
+    tensors: dict[str, StoredTensor] = {}
+    problems: list[str] = []
+    damaged: list[str] = []
+    for path in found.paths:
+        try:
+            held = dict(_header(path))
+        except (OSError, SafetensorError) as error:
+            damaged.append(f"{path} cannot be read as safetensors, is it cut short? {error}")
+            continue
+        twice = sorted(held.keys() & tensors.keys())
+        problems += [f"twice: {name} is in {tensors[name].file} and in {path.name}" for name in twice]
+        tensors |= held
+    catalogue = Catalogue(Path(model_dir), found, tensors, tuple(problems), tuple(damaged))
+    problems += _against_index(catalogue)
+    return Catalogue(catalogue.model_dir, found, tensors, tuple(problems), tuple(damaged))
+
+
+def _header(path: Path) -> Iterator[tuple[str, StoredTensor]]:
+    with safe_open(path, framework="pt", device="cpu") as file:
+        for name in file.keys():  # noqa: SIM118  not a mapping
+            piece = file.get_slice(name)
+            yield name, StoredTensor(path.name, piece.get_dtype(), tuple(piece.get_shape()))
+
+
+def _against_index(catalogue: Catalogue) -> Iterator[str]:
+    """An index that does not fit its shards belongs to other files; text tensors that lack are named elsewhere."""
+    found, tensors = catalogue.found, catalogue.tensors
+    if found.index is None:
+        return
+    for name, shard in found.shard_of.items():
+        if name in tensors and tensors[name].file != shard:
+            yield f"misplaced: {name} is in {tensors[name].file}, the index says {shard}"
+        elif name not in tensors and unused(name) is not None:
+            yield f"missing: {name}{catalogue.hint(name)}"
+    for name in sorted(tensors.keys() - found.shard_of.keys()):
+        yield f"unlisted: {name} is in {tensors[name].file}, not in the index"
 
 
 class TensorFiles:
-    """All files of one checkpoint, mapped, not read. The caller's ``stack`` owns them; use it from one thread.
-
-    ``names``: the tensors of the text model. Those of the vision tower and of drafting are passed over, and said so in
-    the log. Raises ``CheckpointError`` that names every file that is absent or cannot be read.
+    """Reads pieces of tensors. Files are mapped when first asked and let go soon, so that memory stays near what the
+    caller keeps. Used by one thread, as a context.
     """
 
-    def __init__(self, model_dir: Path, stack: ExitStack) -> None:
-        self._model_dir = Path(model_dir)
-        self._found = weight_files(model_dir)
-        self._files: dict[str, Any] = {}  # tensor name to the open file that holds it
-        self._shard_of: dict[str, str] = {}
-        self._problems: list[str] = []
-        damaged = []
-        for path in self._found.paths:
-            try:
-                file = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
-            except (OSError, SafetensorError) as error:
-                damaged.append(f"{path} cannot be read as safetensors, is it cut short? {error}")
-                continue
-            for name in file.keys():  # noqa: SIM118  not a mapping
-                self._add(name, path.name, file)
-        if damaged:
-            raise CheckpointError("; ".join(damaged))
-        self._compare_with_index()
-        self.names = frozenset(name for name in self._files if unused(name) is None)
+    def __init__(self, catalogue: Catalogue) -> None:
+        self._catalogue = catalogue
+        self._open: dict[str, Any] = {}
+        self._stack = ExitStack()
+        self._touched_bytes = 0
 
-    def check(self, naming: Naming, wanted: Mapping[str, Shape]) -> None:
-        """Raise one ``CheckpointError`` that lists whatever is missing, extra, mis-shaped or mis-typed; else log once
-        what was found."""
-        problems = [
-            f"missing: {name} {list(shape)}" + self._hint(name)
-            for name, shape in wanted.items()
-            if name not in self.names
-        ]
-        problems += [f"extra: {name}" for name in sorted(self.names - wanted.keys())]
-        for name in sorted(wanted.keys() & self.names):
-            shape, dtype = self._shape(name), self._files[name].get_slice(name).get_dtype()
-            if shape != wanted[name]:
-                problems.append(f"mis-shaped: {name} is {list(shape)}, the config asks for {list(wanted[name])}")
-            if dtype not in _FLOATS:
-                problems.append(f"mis-typed: {name} is {dtype}, served are {', '.join(sorted(_FLOATS))}")
-        problems += self._problems
-        if problems:
-            listed = "\n  ".join(problems)
-            raise CheckpointError(
-                f"the tensors in {self._model_dir} do not fit its config.json, {len(problems)} problems "
-                f"(expected are the names of {naming.title}):\n  {listed}"
-            )
-        self._log(naming)
+    def __enter__(self) -> Self:
+        return self
 
-    def tensor(self, name: str) -> Tensor:
-        try:
-            tensor: Tensor = self._files[name].get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            shard = self._model_dir / self._shard_of[name]
-            raise CheckpointError(f"{name} in {shard} cannot be read: {error}") from error
-        return tensor
+    def is_quantised(self, name: str) -> bool:
+        return self._catalogue.tensors[name].dtype == QUANTISED
 
-    def _add(self, name: str, shard: str, file: Any) -> None:
-        if name in self._files:
-            self._problems.append(f"twice: {name} is in {self._shard_of[name]} and in {shard}")
-        self._files[name], self._shard_of[name] = file, shard
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._let_go()
 
-    def _compare_with_index(self) -> None:
-        """An index that does not fit its shards belongs to other files; text tensors that lack are named later."""
-        if self._found.index is None:
+    def read(self, part: Part) -> Iterator[Tensor]:
+        """The piece, some rows at a time, without anything that is not in it: each [rows, columns], or [elements] of a
+        vector, as stored; MXFP8 as exact float32.
+
+        Each is a view of a file: copy it before asking for the next. Raises ``CheckpointError``.
+        """
+        if len(part.shape) == 1:
+            yield self._slice(part.name, part.taken)
             return
-        for name, shard in self._found.shard_of.items():
-            if name in self._files and self._shard_of[name] != shard:
-                self._problems.append(f"misplaced: {name} is in {self._shard_of[name]}, the index says {shard}")
-            elif name not in self._files and unused(name) is not None:
-                self._problems.append(f"missing: {name}{self._hint(name)}")
-        unlisted = sorted(self._files.keys() - self._found.shard_of.keys())
-        self._problems += [f"unlisted: {name} is in {self._shard_of[name]}, not in the index" for name in unlisted]
+        stored = self._catalogue.tensors[part.name]
+        *outer, rows, columns = part.taken
+        at_once = max(1, _CHUNK_BYTES // (part.shape[-1] * ITEMSIZE[stored.dtype]))
+        for begin in range(rows.start, rows.stop, at_once):
+            some = (*outer, range(begin, min(begin + at_once, rows.stop)))
+            chunk = self._slice(part.name, (*some, columns)).flatten(0, -2)
+            if stored.dtype == QUANTISED:
+                scales = self._slice(part.name + SCALE_SUFFIX, (*some, scale_columns(columns))).flatten(0, -2)
+                chunk = dequantise(part.name, chunk, scales, columns.start)
+            yield chunk
 
-    def _hint(self, name: str) -> str:
-        shard = self._found.shard_of.get(name)
-        return f" (the index says it is in {shard}, which does not hold it)" if shard else ""
+    def _slice(self, name: str, taken: tuple[range, ...]) -> Tensor:
+        stored = self._catalogue.tensors[name]
+        # Pages are mapped whole and some ahead, so a run of columns costs as much as the rows that it is cut from.
+        self._touched_bytes += prod(map(len, taken[:-1])) * stored.shape[-1] * ITEMSIZE[stored.dtype]
+        if self._touched_bytes > _MAPPED_BYTES:
+            self._let_go()
+        path = self._catalogue.model_dir / stored.file
+        try:
+            if stored.file not in self._open:
+                self._open[stored.file] = self._stack.enter_context(safe_open(path, framework="pt", device="cpu"))
+            view: Tensor = self._open[stored.file].get_slice(name)[tuple(slice(r.start, r.stop) for r in taken)]
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{name} in {path} cannot be read: {error}") from error
+        return view.view(torch.uint8) if stored.dtype == "F8_E8M0" else view
 
-    def _shape(self, name: str) -> Shape:
-        return tuple(self._files[name].get_slice(name).get_shape())
-
-    def _log(self, naming: Naming) -> None:
-        _LOG.info("%d tensors in %d files, in the names of %s", len(self.names), len(self._found.paths), naming.title)
-        counts: dict[str, int] = defaultdict(int)
-        sizes: dict[str, int] = defaultdict(int)
-        for name in self._files.keys() - self.names:
-            purpose = unused(name)
-            assert purpose is not None, "all others are the text model's"
-            itemsize = _ITEMSIZE.get(self._files[name].get_slice(name).get_dtype(), 0)
-            counts[purpose] += 1
-            sizes[purpose] += prod(self._shape(name)) * itemsize
-        for purpose in sorted(counts):
-            _LOG.info("skipped %d tensors of %s, %d bytes", counts[purpose], purpose, sizes[purpose])
+    def _let_go(self) -> None:
+        self._stack.close()
+        self._open.clear()
+        self._touched_bytes = 0

@@ -1,32 +1,45 @@
 """Which tensors of a checkpoint make up the model's weights, in each of the namings that checkpoints come in."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from math import prod
 
 from pdkv.m3.model_config import M3Config
+from pdkv.m3.sharding import ModelShare, model_share
 
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Part:
-    """One tensor of a checkpoint."""
+    """One tensor of a checkpoint, and the piece of it that a rank takes."""
 
     name: str
     shape: Shape
+    """Of the whole tensor."""
+    taken: tuple[range, ...]
+    """Of each of its dimensions."""
+    exact: bool = False
+    """Stays float32 in every dtype, and is never stored quantised."""
+
+    @property
+    def num_elements(self) -> int:
+        return prod(map(len, self.taken))
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One weight of ours: ``parts`` joined along their first dimension and seen in ``shape``.
+    """One weight of ours: pieces joined along their rows and seen in ``shape``, a rank's.
 
-    ``exact`` ones stay float32 in every dtype.
+    Where they do not fill it the rest is zeros.
     """
 
     parts: tuple[Part, ...]
     shape: Shape
-    exact: bool = False
+
+    @property
+    def exact(self) -> bool:
+        return any(part.exact for part in self.parts)
 
 
 Slots = dict[str, Slot]
@@ -92,15 +105,17 @@ def choose_naming(held: Collection[str], config: M3Config) -> Naming:
     return max(NAMINGS, key=lambda naming: len(names & all_parts(naming, config).keys()))
 
 
-def model_slots(naming: Naming, config: M3Config) -> Slots:
+def model_slots(naming: Naming, config: M3Config, share: ModelShare) -> Slots:
     """Fields of ``M3Weights`` that belong to no layer."""
-    slots = {
-        "embed": _one(naming.prefix + "embed_tokens.weight", config.vocab_size, config.hidden_size),
-        "norm": _one(naming.prefix + "norm.weight", config.hidden_size, exact=True),
-    }
+    vocab, hidden = config.vocab_size, config.hidden_size
+    by_token = {"embed": naming.prefix + "embed_tokens.weight"}
     if not config.tie_word_embeddings:
-        slots["lm_head"] = _one(naming.lm_head, config.vocab_size, config.hidden_size)
-    return slots
+        by_token["lm_head"] = naming.lm_head
+    slots = {
+        field: Slot((_piece(name, (vocab, hidden), share.vocab),), (share.vocab_rows, hidden))
+        for field, name in by_token.items()
+    }
+    return slots | {"norm": _whole(naming.prefix + "norm.weight", hidden)}
 
 
 def layer_slots(naming: Naming, config: M3Config, layer: int) -> Slots:
@@ -108,85 +123,126 @@ def layer_slots(naming: Naming, config: M3Config, layer: int) -> Slots:
     prefix = _layer(naming, layer)
     hidden = config.hidden_size
     return {
-        "input_norm": _one(prefix + "input_layernorm.weight", hidden, exact=True),
-        "post_attention_norm": _one(prefix + "post_attention_layernorm.weight", hidden, exact=True),
+        "input_norm": _whole(prefix + "input_layernorm.weight", hidden),
+        "post_attention_norm": _whole(prefix + "post_attention_layernorm.weight", hidden),
     }
 
 
-def attention_slots(naming: Naming, config: M3Config, layer: int) -> Slots:
-    """Fields of ``AttentionWeights``; index fields only on sparse layers."""
+def attention_slots(naming: Naming, config: M3Config, layer: int, share: ModelShare) -> Slots:
+    """Tensor fields of ``AttentionWeights``; index fields only on sparse layers."""
     prefix = _layer(naming, layer) + "self_attn."
     hidden, dim = config.hidden_size, config.head_dim
     inputs = {
-        "q_proj": config.num_heads * dim,
-        "k_proj": config.num_kv_heads * dim,
-        "v_proj": config.num_kv_heads * dim,
+        "q_proj": (config.num_heads, share.q_heads),
+        "k_proj": (config.num_kv_heads, share.kv_heads),
+        "v_proj": (config.num_kv_heads, share.kv_heads),
     }
     norms = {"q_norm": "q_norm", "k_norm": "k_norm"}
     if config.sparse_layers[layer]:
         index = naming.indexer
-        inputs |= {f"{index}q_proj": config.num_index_heads * config.index_dim, f"{index}k_proj": config.index_dim}
+        inputs |= {f"{index}q_proj": (config.num_index_heads, share.kv_heads), f"{index}k_proj": (1, range(1))}
         norms |= {"index_q_norm": f"{index}q_norm", "index_k_norm": f"{index}k_norm"}
-    slots = {field: _one(f"{prefix}{name}.weight", dim, exact=True) for field, name in norms.items()}
-    parts = tuple(Part(f"{prefix}{name}.weight", (rows, hidden)) for name, rows in inputs.items())
-    slots["inputs"] = Slot(parts, (sum(inputs.values()), hidden))
-    slots["output"] = _one(prefix + "o_proj.weight", hidden, config.num_heads * dim)
-    return slots
+    slots = {field: _whole(f"{prefix}{name}.weight", dim) for field, name in norms.items()}
+    parts = tuple(
+        _piece(f"{prefix}{name}.weight", (heads * dim, hidden), _scaled(held, dim))
+        for name, (heads, held) in inputs.items()
+    )
+    slots["inputs"] = _joined(parts, (sum(len(part.taken[0]) for part in parts), hidden))
+    columns = _scaled(share.q_heads, dim)
+    output = Part(f"{prefix}o_proj.weight", (hidden, config.num_heads * dim), (range(hidden), columns))
+    return slots | {"output": _joined((output,), (hidden, len(columns)))}
 
 
-def dense_mlp_slots(naming: Naming, config: M3Config, layer: int) -> Slots:
-    return _mlp_slots(naming, _layer(naming, layer) + "mlp.", config.dense_intermediate_size, config.hidden_size)
+def dense_mlp_slots(naming: Naming, config: M3Config, layer: int, share: ModelShare) -> Slots:
+    prefix = _layer(naming, layer) + "mlp."
+    return _mlp_slots(naming, prefix, (config.dense_intermediate_size, config.hidden_size), share.dense_columns)
 
 
-def shared_expert_slots(naming: Naming, config: M3Config, layer: int) -> Slots:
+def shared_expert_slots(naming: Naming, config: M3Config, layer: int, share: ModelShare) -> Slots:
     prefix = f"{_layer(naming, layer)}{naming.moe}shared_experts."
-    return _mlp_slots(naming, prefix, config.shared_intermediate_size, config.hidden_size)
+    return _mlp_slots(naming, prefix, (config.shared_intermediate_size, config.hidden_size), share.shared_columns)
 
 
-def routed_expert_slots(naming: Naming, config: M3Config, layer: int) -> Slots:
-    """Fields of ``MoeWeights`` but the shared expert."""
+def routed_expert_slots(naming: Naming, config: M3Config, layer: int, share: ModelShare) -> Slots:
+    """Tensor fields of ``MoeWeights`` but the shared expert."""
     prefix = _layer(naming, layer) + naming.moe
     experts, size, hidden = config.num_experts, config.expert_intermediate_size, config.hidden_size
-    slots = {
-        "router": _one(prefix + "gate.weight", experts, hidden, exact=True),
-        "router_bias": _one(prefix + naming.router_bias, experts, exact=True),
-        "gate_up": _one(prefix + "experts.gate_up_proj", experts, 2 * size, hidden),
-        "down": _one(prefix + "experts.down_proj", experts, hidden, size),
+    columns, held = share.expert_columns, share.experts
+    gate_up: list[Part] = []
+    down: list[Part] = []
+    for expert in held:
+        if naming.released:  # w1 is the gate, w3 up, w2 down
+            each = f"{prefix}experts.{expert}."
+            gate_up += [_piece(f"{each}{half}.weight", (size, hidden), columns) for half in ("w1", "w3")]
+            down.append(Part(f"{each}w2.weight", (hidden, size), (range(hidden), columns)))
+            continue
+        one, fused = range(expert, expert + 1), (experts, 2 * size, hidden)
+        for half in (columns, _moved(columns, size)):
+            gate_up.append(Part(prefix + "experts.gate_up_proj", fused, (one, half, range(hidden))))
+        down.append(Part(prefix + "experts.down_proj", (experts, hidden, size), (one, range(hidden), columns)))
+    return {
+        "router": _whole(prefix + "gate.weight", experts, hidden),
+        "router_bias": _whole(prefix + naming.router_bias, experts),
+        "gate_up": _joined(tuple(gate_up), (len(held), 2 * len(columns), hidden)),
+        "down": _joined(tuple(down), (len(held), hidden, len(columns))),
     }
-    if naming.released:  # w1 is the gate, w3 up, w2 down
-        each = [f"{prefix}experts.{expert}." for expert in range(experts)]
-        halves = tuple(Part(f"{expert}{half}.weight", (size, hidden)) for expert in each for half in ("w1", "w3"))
-        downs = tuple(Part(f"{expert}w2.weight", (hidden, size)) for expert in each)
-        slots["gate_up"] = Slot(halves, slots["gate_up"].shape)
-        slots["down"] = Slot(downs, slots["down"].shape)
-    return slots
 
 
-def all_parts(naming: Naming, config: M3Config) -> dict[str, Shape]:
-    """Every tensor that the checkpoint must hold, and no other, by name."""
-    groups = [model_slots(naming, config)]
+def all_slots(naming: Naming, config: M3Config, share: ModelShare) -> Iterator[Slot]:
+    """Every weight of one rank."""
+    groups = [model_slots(naming, config, share)]
     for layer, moe in enumerate(config.moe_layers):
-        groups += [layer_slots(naming, config, layer), attention_slots(naming, config, layer)]
+        groups += [layer_slots(naming, config, layer), attention_slots(naming, config, layer, share)]
         if moe:
-            groups += [shared_expert_slots(naming, config, layer), routed_expert_slots(naming, config, layer)]
+            groups.append(shared_expert_slots(naming, config, layer, share))
+            groups.append(routed_expert_slots(naming, config, layer, share))
         else:
-            groups.append(dense_mlp_slots(naming, config, layer))
-    slots = [slot for group in groups for slot in group.values()]
-    assert all(sum(prod(part.shape) for part in slot.parts) == prod(slot.shape) for slot in slots), "parts fill slots"
-    return {part.name: part.shape for slot in slots for part in slot.parts}
+            groups.append(dense_mlp_slots(naming, config, layer, share))
+    return (slot for group in groups for slot in group.values())
+
+
+def all_parts(naming: Naming, config: M3Config) -> dict[str, Part]:
+    """Every tensor that the checkpoint must hold, and no other, by name."""
+    return {part.name: part for slot in all_slots(naming, config, model_share(config)) for part in slot.parts}
 
 
 def _layer(naming: Naming, layer: int) -> str:
     return f"{naming.prefix}layers.{layer}."
 
 
-def _mlp_slots(naming: Naming, prefix: str, size: int, hidden: int) -> Slots:
-    gate_up = _one(prefix + "gate_up_proj.weight", 2 * size, hidden)
+def _mlp_slots(naming: Naming, prefix: str, sizes: tuple[int, int], columns: range) -> Slots:
+    """Sizes: intermediate, hidden."""
+    size, hidden = sizes
     if naming.released:
-        halves = tuple(Part(f"{prefix}{half}_proj.weight", (size, hidden)) for half in ("gate", "up"))
-        gate_up = Slot(halves, gate_up.shape)
-    return {"gate_up": gate_up, "down": _one(prefix + "down_proj.weight", hidden, size)}
+        halves = tuple(_piece(f"{prefix}{half}_proj.weight", (size, hidden), columns) for half in ("gate", "up"))
+    else:
+        fused = (prefix + "gate_up_proj.weight", (2 * size, hidden))
+        halves = tuple(_piece(*fused, rows) for rows in (columns, _moved(columns, size)))
+    down = Part(prefix + "down_proj.weight", (hidden, size), (range(hidden), columns))
+    return {
+        "gate_up": _joined(halves, (2 * len(columns), hidden)),
+        "down": _joined((down,), (hidden, len(columns))),
+    }
 
 
-def _one(name: str, *shape: int, exact: bool = False) -> Slot:
-    return Slot((Part(name, shape),), shape, exact)
+def _whole(name: str, *shape: int) -> Slot:
+    """What every rank has, in float32: norms and the router."""
+    return Slot((Part(name, shape, tuple(map(range, shape)), exact=True),), shape)
+
+
+def _piece(name: str, shape: tuple[int, int], rows: range) -> Part:
+    return Part(name, shape, (rows, range(shape[1])))
+
+
+def _joined(parts: tuple[Part, ...], shape: Shape) -> Slot:
+    assert sum(part.num_elements for part in parts) == prod(shape), f"{parts[:1]} do not fill {shape}"
+    return Slot(parts, shape)
+
+
+def _scaled(heads: range, dim: int) -> range:
+    """The dims of a run of heads."""
+    return range(heads.start * dim, heads.stop * dim)
+
+
+def _moved(run: range, by: int) -> range:
+    return range(run.start + by, run.stop + by)

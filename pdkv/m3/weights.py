@@ -1,42 +1,47 @@
 """The model's weights as its layers use them, read from safetensors files and checked against the config."""
 
-from contextlib import ExitStack
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from pdkv.m3 import tensor_names
+from pdkv.m3.checkpoint import weight_files
 from pdkv.m3.model_config import M3Config
-from pdkv.m3.tensor_files import TensorFiles
+from pdkv.m3.sharding import ModelShare, model_share
+from pdkv.m3.tensor_check import check
+from pdkv.m3.tensor_files import TensorFiles, read_catalogue
 from pdkv.m3.tensor_names import Naming, Slot, Slots
 
 
 @dataclass(frozen=True)
 class MlpWeights:
+    """Of one rank's columns of the intermediate size: what ``down`` gives is its part of a sum."""
+
     gate_up: Tensor  # [2 * size, hidden], all gates before all ups
     down: Tensor  # [hidden, size]
 
 
 @dataclass(frozen=True)
 class MoeWeights:
+    """The router is whole on every rank; of the experts a rank has some, or some columns of all."""
+
     router: Tensor  # float32 [num_experts, hidden]
     router_bias: Tensor  # float32 [num_experts], for the choice only
-    gate_up: Tensor  # [num_experts, 2 * size, hidden]
-    down: Tensor  # [num_experts, hidden, size]
+    gate_up: Tensor  # [held experts, 2 * size, hidden]
+    down: Tensor  # [held experts, hidden, size]
+    experts: range  # which of all these are
     shared: MlpWeights
 
 
 @dataclass(frozen=True)
 class AttentionWeights:
-    """Those of one rank; its heads are neighbours."""
+    """Of one rank's heads, which are neighbours; there is one index head for each kv head, and one index key."""
 
-    num_heads: int
-    num_kv_heads: int
-    num_index_heads: int  # 0 on dense layers
     inputs: Tensor  # [q | k | v, on sparse layers also index_q | index_k, hidden], dims of all heads of each
-    output: Tensor  # [hidden, num_heads * head_dim]
+    output: Tensor  # [hidden, num_heads * head_dim]; what it gives is a part of a sum
     q_norm: Tensor  # float32 [head_dim], as all norms
     k_norm: Tensor
     index_q_norm: Tensor | None = None
@@ -53,47 +58,59 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class M3Weights:
-    """Everything on one device; matrices in one dtype, norms and router in float32."""
+    """One rank's share on one device; matrices in one dtype, norms and router in float32.
 
-    embed: Tensor  # [vocab, hidden]
+    Every rank has as many rows of ``embed`` and ``lm_head``; those behind its last token are zeros.
+    """
+
+    embed: Tensor  # [vocab_rows, hidden]
     layers: tuple[LayerWeights, ...]
     norm: Tensor  # float32 [hidden]
-    lm_head: Tensor  # [vocab, hidden]
+    lm_head: Tensor  # [vocab_rows, hidden]
+    vocab: range  # tokens of the leading rows
 
 
-def load_weights(model_dir: Path, config: M3Config, device: str, dtype: torch.dtype) -> M3Weights:
-    """Read all weights. ``config.dtype`` is what matrices are rounded to, ``dtype`` what they are held in.
+def load_weights(
+    model_dir: Path, config: M3Config, device: str, dtype: torch.dtype, share: ModelShare | None = None
+) -> M3Weights:
+    """Read the weights of one rank, and nothing else; all of them without a share.
+
+    ``config.dtype`` is what matrices are rounded to, ``dtype`` what they are held in. MXFP8 weights are not rounded
+    but to what they are held in: float32 and bfloat16 hold them exactly. Memory stays near the share: parts are copied
+    a few rows at a time.
 
     Takes the names of the release and those of transformers. Raises one ``CheckpointError`` that lists every missing,
-    extra, mis-shaped or mis-typed tensor.
+    extra, mis-shaped or mis-typed tensor of the whole checkpoint, whichever rank asks.
     """
-    with ExitStack() as stack:
-        files = TensorFiles(model_dir, stack)
-        naming = tensor_names.choose_naming(files.names, config)
-        files.check(naming, tensor_names.all_parts(naming, config))
-        return _assemble(_Reader(files, device, getattr(torch, config.dtype), dtype), naming, config)
+    catalogue = read_catalogue(model_dir, weight_files(model_dir))
+    naming = check(catalogue, config)
+    with TensorFiles(catalogue) as files:
+        reader = _Reader(files, device, getattr(torch, config.dtype), dtype)
+        return _assemble(reader, naming, config, share or model_share(config))
 
 
-def _assemble(reader: "_Reader", naming: Naming, config: M3Config) -> M3Weights:
-    top = reader.read(tensor_names.model_slots(naming, config))
+def weight_bytes(config: M3Config, share: ModelShare, itemsize: int) -> int:
+    """Memory of one rank's weights when a matrix element takes ``itemsize`` bytes; norms and routers take 4."""
+    slots = tensor_names.all_slots(tensor_names.NAMINGS[0], config, share)
+    return sum(prod(slot.shape) * (4 if slot.exact else itemsize) for slot in slots)
+
+
+def _assemble(reader: "_Reader", naming: Naming, config: M3Config, share: ModelShare) -> M3Weights:
+    top = reader.read(tensor_names.model_slots(naming, config, share))
     layers = []
     for layer, moe in enumerate(config.moe_layers):
         mlp: MlpWeights | MoeWeights
         if moe:
-            shared = MlpWeights(**reader.read(tensor_names.shared_expert_slots(naming, config, layer)))
-            mlp = MoeWeights(**reader.read(tensor_names.routed_expert_slots(naming, config, layer)), shared=shared)
+            shared = MlpWeights(**reader.read(tensor_names.shared_expert_slots(naming, config, layer, share)))
+            routed = reader.read(tensor_names.routed_expert_slots(naming, config, layer, share))
+            mlp = MoeWeights(**routed, experts=share.experts, shared=shared)
         else:
-            mlp = MlpWeights(**reader.read(tensor_names.dense_mlp_slots(naming, config, layer)))
-        attention = AttentionWeights(
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            num_index_heads=config.num_index_heads if config.sparse_layers[layer] else 0,
-            **reader.read(tensor_names.attention_slots(naming, config, layer)),
-        )
+            mlp = MlpWeights(**reader.read(tensor_names.dense_mlp_slots(naming, config, layer, share)))
+        attention = AttentionWeights(**reader.read(tensor_names.attention_slots(naming, config, layer, share)))
         norms = reader.read(tensor_names.layer_slots(naming, config, layer))
         layers.append(LayerWeights(**norms, attention=attention, mlp=mlp))
     lm_head = top["embed"] if config.tie_word_embeddings else top["lm_head"]
-    return M3Weights(embed=top["embed"], layers=tuple(layers), norm=top["norm"], lm_head=lm_head)
+    return M3Weights(embed=top["embed"], layers=tuple(layers), norm=top["norm"], lm_head=lm_head, vocab=share.vocab)
 
 
 @dataclass(frozen=True)
@@ -106,17 +123,19 @@ class _Reader:
     held: torch.dtype
 
     def read(self, slots: Slots) -> dict[str, Tensor]:
-        return {field: self._whole(slot) for field, slot in slots.items()}
+        return {field: self._joined(slot) for field, slot in slots.items()}
 
-    def _whole(self, slot: Slot) -> Tensor:
-        """Part by part into place, so that nothing but one part is ever in memory twice."""
-        rounded, held = (torch.float32, torch.float32) if slot.exact else (self.rounded, self.held)
+    def _joined(self, slot: Slot) -> Tensor:
+        """Part by part into place, so that nothing but some rows of one part is ever in memory twice."""
+        held = torch.float32 if slot.exact else self.held
         whole = torch.empty(slot.shape, dtype=held, device=self.device)
-        rows = whole.view(-1, *slot.parts[0].shape[1:])  # the parts' first dimensions, one after the other
+        rows = whole.view(-1, slot.shape[-1]) if len(slot.shape) > 1 else whole
         begin = 0
         for part in slot.parts:
-            end = begin + part.shape[0]
-            rows[begin:end] = self.files.tensor(part.name).to(rounded)
-            begin = end
-        assert begin == len(rows), f"{slot.parts[0].name}: parts of {begin} rows in a weight of {len(rows)}"
+            as_it_is = slot.exact or self.files.is_quantised(part.name)
+            for chunk in self.files.read(part):
+                end = begin + len(chunk)
+                rows[begin:end] = chunk if as_it_is else chunk.to(self.rounded)
+                begin = end
+        rows[begin:] = 0
         return whole
