@@ -24,8 +24,8 @@ from pdkv.m3.requests import (
     RequestRefused,
     TokenGenerated,
 )
-from pdkv.m3.sampling import SamplingParams
 from pdkv.m3.run import Run
+from pdkv.m3.sampling import SamplingParams
 from pdkv.m3.step import StepRunner, step_batch
 from pdkv.memory.pages import PagePool
 from pdkv.verify.link_chasing import make_prompt
