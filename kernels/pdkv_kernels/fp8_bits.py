@@ -1,0 +1,70 @@
+"""8-bit floats inside Triton kernels, in whichever format, on whichever hardware.
+
+Where the hardware has the format, Triton reads it as its own type. Where it has not (the fnuz formats on NVIDIA, any
+before Ada), the bytes are read as integers, and a few integer operations make float16 of them, which holds every value
+of every one of these formats exactly.
+"""
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+PLAIN = 0
+"""Not an 8-bit float, or one that is multiplied as it is."""
+CONVERT = 1
+"""An 8-bit float that Triton itself converts to float16."""
+BITS_E4M3 = 2
+BITS_E4M3_FNUZ = 3
+BITS_E5M2 = 4
+BITS_E5M2_FNUZ = 5
+
+_BITS = {
+    torch.float8_e4m3fn: BITS_E4M3,
+    torch.float8_e4m3fnuz: BITS_E4M3_FNUZ,
+    torch.float8_e5m2: BITS_E5M2,
+    torch.float8_e5m2fnuz: BITS_E5M2_FNUZ,
+}
+
+
+def fp8_code(data: Tensor, beside: torch.dtype | None = None) -> tuple[int, Tensor]:
+    """How a kernel must read data, and what to hand to it: itself, or its bytes as uint8.
+
+    ``beside`` is the dtype of the other operand of a product: two equal native formats are multiplied as they are.
+    """
+    if data.dtype not in _BITS:
+        return PLAIN, data
+    if not _native(data.dtype, data.device):
+        return _BITS[data.dtype], data.view(torch.uint8)
+    return (PLAIN if beside == data.dtype else CONVERT), data
+
+
+@cache
+def _native(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the device's matrix units and conversions know the format."""
+    if device.type != "cuda" or dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
+        return False
+    return not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+@triton.jit
+def half_of_bits(x, CODE: tl.constexpr):
+    """Values as float16, exactly; with PLAIN the values as they are."""
+    if CODE == 0:
+        return x
+    if CODE == 1:
+        return x.to(tl.float16)
+    bits = x.to(tl.int16)
+    sign = (bits & 0x80) << 8
+    if CODE == 2 or CODE == 3:
+        # The same bits as float16 mean 2^-8 of the value (exponents are biased by 15, not 7), or 2^-7 for fnuz (8).
+        scaled = (sign | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
+        if CODE == 2:
+            return tl.where((bits & 0x7F) == 0x7F, float("nan"), scaled * 256.0).to(tl.float16)
+        return tl.where(bits == 0x80, float("nan"), scaled * 128.0).to(tl.float16)
+    scaled = (sign | ((bits & 0x7F) << 8)).to(tl.float16, bitcast=True)
+    if CODE == 4:
+        return scaled
+    return tl.where(bits == 0x80, float("nan"), scaled * 0.5).to(tl.float16)

@@ -1,0 +1,282 @@
+"""The lightning indexer in decode: a scan of all index keys at the memory's speed, then a small selection.
+
+Two launches. The scan gives every program some blocks of one sequence; all query rows and index heads of the sequence
+share each tile of keys, and what is kept of a block is one integer for each of them, which orders as the score does.
+The selection has one program for each row and head. Among groups of blocks, the best 16 blocks lie in those 16 groups
+whose best blocks are best: so it ranks groups first, and then the members of the winners.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pdkv_kernels.decode_batch import DecodeBatch, uniform_batch
+from pdkv_kernels.fp8_bits import fp8_code, half_of_bits
+from pdkv_kernels.launch import chained, launch_options
+from pdkv_kernels.paged import BLOCK, RaggedQueries
+
+_HIDDEN = tl.constexpr(-0x80000000)
+_NAN = tl.constexpr(-0x7FFFFFFF)
+_LOCAL = tl.constexpr(0x7FFFFFFE)
+_INIT = tl.constexpr(0x7FFFFFFF)
+"""Keys around those of real scores: -inf is -0x7F800000 and +inf is 0x7F800000."""
+
+
+@dataclass(frozen=True)
+class SelectionRule:
+    """How many blocks are chosen, and which are chosen whatever they score; those use up places."""
+
+    topk: int
+    init_blocks: int
+    local_blocks: int
+
+
+@dataclass(frozen=True)
+class ScanPlan:
+    """How the scan is cut up, by shapes alone."""
+
+    splits: int  # programs that share one sequence
+    num_warps: int
+    num_stages: int
+
+
+class IndexWorkspace:
+    """Scores between the two launches, for batches of up to this many rows, heads and blocks.
+
+    One workspace serves all layers, one after another on one stream. It never needs clearing.
+    """
+
+    def __init__(self, num_rows: int, num_heads: int, max_blocks: int, device: torch.device | str) -> None:
+        self.keys = torch.empty(num_rows * num_heads, -(-max_blocks // 16) * 16, dtype=torch.int32, device=device)
+
+
+def index_topk_decode(
+    index_q: Tensor, index_k: Tensor, queries: RaggedQueries, topk: int, init_blocks: int, local_blocks: int
+) -> Tensor:
+    """``index_topk_ref`` for sequences that all have equally many query rows; allocates what it needs."""
+    batch = uniform_batch(queries, index_q.shape[0])
+    rule = SelectionRule(topk, init_blocks, local_blocks)
+    out = torch.empty(*index_q.shape[:2], topk, dtype=torch.int32, device=index_q.device)
+    workspace = IndexWorkspace(index_q.shape[0], index_q.shape[1], batch.page_table.shape[1], index_q.device)
+    index_topk_decode_into(out, index_q, index_k, batch, rule, workspace)
+    return out
+
+
+def index_topk_decode_into(
+    out: Tensor,
+    index_q: Tensor,
+    index_k: Tensor,
+    batch: DecodeBatch,
+    rule: SelectionRule,
+    workspace: IndexWorkspace,
+    plan: ScanPlan | None = None,
+) -> None:
+    """Write the blocks of every row and head to out: int32 [num_rows, heads, topk], any strides.
+
+    index_q: [num_rows, heads, dim]; index_k: [num_pages, BLOCK, dim], any strides but 1 in the last dimension, in the
+    same dtype or in another float. Equal fp8 dtypes are multiplied as they are. Neither allocates nor waits, and
+    launches by shapes alone; a plan measured for M3 is used where none is given.
+    """
+    num_rows, heads, dim = index_q.shape
+    assert num_rows == batch.num_seqs * batch.query_len, (index_q.shape, batch.num_seqs, batch.query_len)
+    assert index_k.shape[1:] == (BLOCK, dim), index_k.shape
+    assert index_k.stride(2) == 1, index_k.stride()
+    assert index_q.stride(2) == 1, index_q.stride()
+    assert batch.page_table.stride(1) == 1, batch.page_table.stride()
+    assert out.shape == (num_rows, heads, rule.topk), out.shape
+    keys = workspace.keys
+    assert keys.shape[0] >= num_rows * heads, (keys.shape, index_q.shape)
+    assert keys.shape[1] >= batch.page_table.shape[1], (keys.shape, batch.page_table.shape)
+    if num_rows == 0:
+        return
+    plan = plan or scan_plan(batch.num_seqs, index_k.element_size(), index_k.device)
+    key_code, key_data = fp8_code(index_k, beside=index_q.dtype)
+    query_code, query_data = fp8_code(index_q, beside=index_k.dtype)
+    early = chained(index_k.device)
+    _scan_kernel[(batch.num_seqs, plan.splits)](
+        query_data,
+        key_data,
+        keys,
+        batch.page_table,
+        batch.seq_lens,
+        plan.splits,
+        batch.query_len,
+        rule.init_blocks,
+        rule.local_blocks,
+        query_data.stride(0),
+        query_data.stride(1),
+        key_data.stride(0),
+        key_data.stride(1),
+        keys.stride(0),
+        batch.page_table.stride(0),
+        HEADS=heads,
+        HEAD_TILE=triton.next_power_of_2(heads),
+        QUERY_TILE=triton.next_power_of_2(batch.query_len),
+        DIM=dim,
+        TOKENS=BLOCK,
+        KEY_CODE=key_code,
+        QUERY_CODE=query_code,
+        EARLY=early,
+        **launch_options(early, plan.num_warps, plan.num_stages),
+    )
+    chunk = min(max(triton.next_power_of_2(keys.shape[1]), 64), 4096)
+    places = max(triton.next_power_of_2(rule.topk), 2)
+    chunk = max(chunk, places)
+    group = 16 if chunk >= 1024 else 8 if chunk >= 256 else 1
+    if chunk // group < places:
+        group = 1
+    _select_kernel[(num_rows, heads)](
+        keys,
+        out,
+        batch.seq_lens,
+        batch.query_len,
+        keys.stride(0),
+        out.stride(0),
+        out.stride(1),
+        out.stride(2),
+        HEADS=heads,
+        TOKENS=BLOCK,
+        TOPK=rule.topk,
+        PLACES=places,
+        GROUPS=chunk // group,
+        GROUP=group,
+        EARLY=early,
+        **launch_options(early, 4, 1),
+    )
+
+
+def scan_plan(num_seqs: int, key_bytes: int, device: torch.device) -> ScanPlan:
+    """Splits, warps and stages for this many sequences and bytes of a key's element; measured on an H200."""
+    target = max(1, min(256, 4096 // num_seqs))
+    return ScanPlan(1 << (target.bit_length() - 1), 4, 3)
+
+
+@triton.jit(do_not_specialize=["splits", "query_len", "init_blocks", "local_blocks"])
+def _scan_kernel(
+    q_ptr,  # [num_rows, heads, DIM]
+    k_ptr,  # [num_pages, TOKENS, DIM]
+    keys_ptr,  # int32 [num_rows * heads, max_blocks], out
+    page_table_ptr,  # int32 [num_seqs, max_blocks]
+    seq_lens_ptr,  # int32 [num_seqs]
+    splits,
+    query_len,
+    init_blocks,
+    local_blocks,
+    q_row_stride,
+    q_head_stride,
+    k_page_stride,
+    k_token_stride,
+    keys_stride,
+    table_stride,
+    HEADS: tl.constexpr,
+    HEAD_TILE: tl.constexpr,
+    QUERY_TILE: tl.constexpr,
+    DIM: tl.constexpr,
+    TOKENS: tl.constexpr,
+    KEY_CODE: tl.constexpr,
+    QUERY_CODE: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    seq = tl.program_id(0)
+    split = tl.program_id(1)
+    column = tl.arange(0, HEAD_TILE * QUERY_TILE)  # [columns], a head and a query row each
+    head = column // QUERY_TILE
+    row = column % QUERY_TILE
+    real = (head < HEADS) & (row < query_len)
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    seq_len = tl.load(seq_lens_ptr + seq)
+    visible = tl.maximum(seq_len - query_len + row + 1, 0)  # [columns], keys that the column sees
+    visible_blocks = (visible + TOKENS - 1) // TOKENS
+    num_blocks = (seq_len + TOKENS - 1) // TOKENS
+    dims = tl.arange(0, DIM)
+    token = tl.arange(0, TOKENS)
+    flat_row = (seq * query_len + row).to(tl.int64)
+    q_at = q_ptr + flat_row[:, None] * q_row_stride + head[:, None] * q_head_stride + dims[None, :]
+    q = tl.trans(half_of_bits(tl.load(q_at, mask=real[:, None], other=0), QUERY_CODE))  # [DIM, columns]
+    keys_at = keys_ptr + (flat_row * HEADS + head) * keys_stride
+    k_offsets = token[:, None] * k_token_stride + dims[None, :]
+    table_row = page_table_ptr + seq.to(tl.int64) * table_stride
+    for block in tl.range(split, num_blocks, splits):
+        page = tl.load(table_row + block).to(tl.int64)
+        k = half_of_bits(tl.load(k_ptr + page * k_page_stride + k_offsets), KEY_CODE)  # [TOKENS, DIM]
+        dots = tl.dot(k, q.to(k.dtype), input_precision="ieee")  # float32 [TOKENS, columns]
+        bits = dots.to(tl.int32, bitcast=True)
+        ordered = tl.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
+        # NaN must win inside its block, so that it is noticed, and lose among blocks.
+        ordered = tl.where(dots != dots, _INIT, ordered)
+        ordered = tl.where((block * TOKENS + token)[:, None] < visible[None, :], ordered, _HIDDEN)
+        key = tl.max(ordered, axis=0)  # [columns]
+        key = tl.where(key == _INIT, _NAN, key)
+        key = tl.where(block >= visible_blocks - local_blocks, _LOCAL, key)
+        key = tl.where(block < init_blocks, _INIT, key)
+        tl.store(keys_at + block, key, mask=real & (block < visible_blocks))
+
+
+@triton.jit(do_not_specialize=["query_len"])
+def _select_kernel(
+    keys_ptr,  # int32 [num_rows * heads, max_blocks]
+    out_ptr,  # int32 [num_rows, heads, TOPK]
+    seq_lens_ptr,  # int32 [num_seqs]
+    query_len,
+    keys_stride,
+    out_row_stride,
+    out_head_stride,
+    out_place_stride,
+    HEADS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    TOPK: tl.constexpr,
+    PLACES: tl.constexpr,  # TOPK rounded up to a power of two
+    GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    row = tl.program_id(0)
+    head = tl.program_id(1)
+    seq = row // query_len
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    visible = tl.load(seq_lens_ptr + seq) - query_len + row % query_len + 1
+    num_blocks = (tl.maximum(visible, 0) + TOKENS - 1) // TOKENS
+    keys_at = keys_ptr + (row.to(tl.int64) * HEADS + head) * keys_stride
+    best = tl.full((PLACES,), -0x8000000000000000, tl.int64)
+    for begin in tl.range(0, num_blocks, GROUPS * GROUP):
+        found = _best_of_chunk(keys_at, begin, num_blocks, PLACES, GROUPS, GROUP)
+        if begin == 0:
+            best = found
+        else:
+            best = tl.topk(tl.reshape(tl.join(best, found), (2 * PLACES,)), PLACES)
+    # A key holds the ordered score above and the complement of the block below.
+    block = 0x7FFFFFFF - (best & 0x7FFFFFFF).to(tl.int32)
+    place = tl.arange(0, PLACES)
+    block = tl.where(place < num_blocks, block, -1)
+    out_at = out_ptr + row.to(tl.int64) * out_row_stride + head * out_head_stride
+    tl.store(out_at + place * out_place_stride, block, mask=place < TOPK)
+
+
+@triton.jit
+def _best_of_chunk(keys_at, begin, num_blocks, PLACES: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr):
+    """The best PLACES keys of GROUPS * GROUP blocks from ``begin`` on, best first: int64 [PLACES]."""
+    group = tl.arange(0, GROUPS)
+    if GROUP == 1:
+        return tl.topk(_wide_keys(keys_at, begin + group, num_blocks), PLACES)
+    member = tl.arange(0, GROUP)
+    blocks = begin + group[:, None] * GROUP + member[None, :]
+    keys = _wide_keys(keys_at, blocks, num_blocks)  # [GROUPS, GROUP]
+    leaders = tl.topk(tl.max(keys, axis=1), PLACES)  # best block of each of the best groups
+    winners = (0x7FFFFFFF - (leaders & 0x7FFFFFFF).to(tl.int32) - begin) // GROUP
+    blocks = begin + winners[:, None] * GROUP + member[None, :]
+    candidates = _wide_keys(keys_at, blocks, num_blocks)  # [PLACES, GROUP]
+    return tl.topk(tl.reshape(candidates, (PLACES * GROUP,)), PLACES)
+
+
+@triton.jit
+def _wide_keys(keys_at, blocks, num_blocks):
+    """Keys that all differ: the ordered score above, and below it the complement of the block, so that low ids win."""
+    scores = tl.load(keys_at + blocks, mask=blocks < num_blocks, other=_HIDDEN)
+    return (scores.to(tl.int64) << 32) | (0x7FFFFFFF - blocks).to(tl.int64)

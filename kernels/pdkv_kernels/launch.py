@@ -1,0 +1,23 @@
+"""How kernels are launched one behind another."""
+
+from functools import cache
+
+import torch
+
+
+@cache
+def chained(device: torch.device) -> bool:
+    """Whether kernels may be launched before the one in front of them has ended, and wait inside.
+
+    On NVIDIA from Hopper on. It hides most of a launch where launches follow each other in a few microseconds; every
+    kernel so launched waits for its predecessor before it touches memory.
+    """
+    if device.type != "cuda" or torch.version.hip:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def launch_options(early: bool, num_warps: int, num_stages: int) -> dict[str, int]:
+    """Keyword arguments of a Triton launch. Other back ends refuse ``launch_pdl``, even when it is false."""
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    return {**options, "launch_pdl": True} if early else options

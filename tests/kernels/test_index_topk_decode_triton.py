@@ -1,0 +1,210 @@
+"""The indexer's decode kernels: scores against the reference, and the choice exactly as the scores order it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from pdkv_kernels.index_topk_decode import (
+    IndexWorkspace,
+    ScanPlan,
+    SelectionRule,
+    index_topk_decode,
+    index_topk_decode_into,
+)
+from pdkv_kernels.index_topk_ref import block_scores_ref, index_topk_ref, select_blocks_ref
+from pdkv_kernels.paged import BLOCK
+from torch import Tensor
+
+from tests.kernels.decode_case import DecodeCase, make_decode, on
+
+CPU = on("cpu", torch.float32)
+CUDA = [on("cuda", torch.bfloat16), on("cuda", torch.float8_e4m3fn)]
+SOFT = [on("cpu", torch.float8_e4m3fn), on("cpu", torch.float8_e4m3fnuz), on("cpu", torch.float8_e5m2)]
+HARD = [on("cuda", torch.float8_e4m3fnuz), on("cuda", torch.float8_e5m2)]
+ANY = [CPU, *CUDA]
+
+SHORT = [1, 127, 128, 129, 0, 257]
+LENGTHS = [*SHORT, 700, 2047, 2048, 2049]
+LONG = [2176, 2177, 4095, 4097, 0, 65_537, 131_072]
+
+
+def choose(case: DecodeCase, rule: SelectionRule, splits: int | None = None) -> tuple[Tensor, Tensor]:
+    """Run the kernels over poisoned outputs: the choice, and the keys between the launches."""
+    rows, heads, _ = case.index_q.shape
+    device = case.index_q.device
+    workspace = IndexWorkspace(rows, heads, case.batch.page_table.shape[1], device)
+    workspace.keys.fill_(0x7FFFFFF0)
+    out = torch.full((rows, heads, rule.topk), 123456789, dtype=torch.int32, device=device)
+    plan = ScanPlan(splits, 4, 2) if splits else None
+    index_topk_decode_into(out, case.index_q, case.index_k, case.batch, rule, workspace, plan)
+    return out.cpu(), workspace.keys.cpu()
+
+
+def floats(keys: Tensor) -> Tensor:
+    """What the ordered integers stand for; forced blocks come out as NaN."""
+    bits = torch.where(keys < 0, -keys.long() | 0x80000000, keys.long())
+    return torch.where(bits > 0x7FFFFFFF, bits - (1 << 32), bits).int().view(torch.float32)
+
+
+def check(case: DecodeCase, rule: SelectionRule, splits: int | None = None, tolerance: float = 1e-4) -> None:
+    out, keys = choose(case, rule, splits)
+    rows, heads, _ = case.index_q.shape
+    assert out.shape == (rows, heads, rule.topk)
+    scores = floats(keys).view(-1, heads, keys.shape[1])
+    live = case.live_rows()
+    index_k, index_q, table = case.index_k.cpu(), case.index_q.cpu().float(), case.batch.page_table.cpu()
+    for row, seq, position in live:
+        blocks = position // BLOCK + 1
+        mine = scores[row, :, :blocks]
+        pages = table[seq, :blocks].long()
+        expected = block_scores_ref(index_q[row : row + 1], index_k, pages, torch.tensor([position]))[0]
+        free = slice(min(rule.init_blocks, blocks), max(blocks - rule.local_blocks, 0))
+        torch.testing.assert_close(mine[:, free], expected[:, free], atol=tolerance, rtol=tolerance, equal_nan=True)
+        visible = torch.full((heads,), blocks)
+        chosen = select_blocks_ref(mine, visible, rule.topk, rule.init_blocks, rule.local_blocks)
+        assert out[row].tolist() == chosen.tolist(), (row, seq, position)
+    padded = sorted(set(range(rows)) - {row for row, _, _ in live})
+    assert (out[padded] == -1).all()
+
+
+@pytest.mark.parametrize(("device", "dtype"), ANY)
+@pytest.mark.parametrize("query_len", [1, 2, 4])
+def test_lengths_around_every_border(device: str, dtype: torch.dtype, query_len: int):
+    lengths = [n for n in (SHORT if query_len > 1 else [2047, 2048, 2049]) if n == 0 or n >= query_len]
+    check(make_decode(device, dtype, lengths, query_len=query_len, dim=16), SelectionRule(2, 0, 1), splits=2)
+
+
+@pytest.mark.parametrize(("device", "dtype"), [*CUDA, *HARD])
+@pytest.mark.parametrize("heads", [1, 2, 4])
+@pytest.mark.parametrize("query_len", [1, 3, 4, 8])
+def test_real_dimensions(device: str, dtype: torch.dtype, heads: int, query_len: int):
+    lengths = [n for n in LENGTHS + LONG if n == 0 or n >= query_len]
+    case = make_decode(device, dtype, lengths, query_len=query_len, heads=(heads, heads), dim=128)
+    check(case, SelectionRule(16, 0, 1), tolerance=2e-3)
+
+
+@pytest.mark.parametrize(("device", "dtype"), [*SOFT, *HARD])
+def test_formats_that_the_hardware_has_not(device: str, dtype: torch.dtype):
+    check(make_decode(device, dtype, [129, 640, 0], dim=32), SelectionRule(4, 0, 1), splits=2, tolerance=2e-3)
+
+
+@pytest.mark.parametrize(("device", "dtype"), ANY)
+@pytest.mark.parametrize("init", [0, 1, 2])
+@pytest.mark.parametrize("local", [0, 1, 2])
+def test_forced_blocks(device: str, dtype: torch.dtype, init: int, local: int):
+    check(make_decode(device, dtype, [1200, 200, 0], query_len=2, dim=32), SelectionRule(4, init, local), splits=1)
+
+
+@pytest.mark.parametrize(("device", "dtype"), ANY)
+def test_three_heads_and_places_that_are_no_power_of_two(device: str, dtype: torch.dtype):
+    check(make_decode(device, dtype, [1400, 300], query_len=3, heads=(6, 3), dim=32), SelectionRule(5, 1, 1))
+
+
+@pytest.mark.parametrize(("device", "dtype"), ANY)
+def test_more_places_than_blocks(device: str, dtype: torch.dtype):
+    check(make_decode(device, dtype, [300, 1], dim=32, spare_blocks=0), SelectionRule(64, 0, 1))
+
+
+@pytest.mark.parametrize(("device", "dtype"), ANY)
+def test_ties_go_to_the_lowest_blocks(device: str, dtype: torch.dtype):
+    case = make_decode(device, dtype, [20 * BLOCK + 5], dim=32)
+    case.index_k[case.batch.page_table[0, :21].long()] = torch.zeros((), device=device).to(dtype)
+    out, _ = choose(case, SelectionRule(5, 0, 1))
+    assert (out == torch.tensor([20, 0, 1, 2, 3])).all()
+
+
+@pytest.mark.parametrize(("device", "dtype"), ANY)
+def test_each_head_finds_its_own_needle(device: str, dtype: torch.dtype):
+    case = make_decode(device, dtype, [30 * BLOCK], dim=32)
+    unit = torch.eye(32, device=device)[:4]
+    pages = case.batch.page_table[0, :30].long()
+    case.index_k[pages] = torch.zeros((), device=device).to(dtype)
+    for head, block in enumerate([5, 28, 17, 0]):
+        case.index_k[pages[block], 17 + head] = (unit[head] * 3).to(dtype)
+    out, _ = choose(replace(case, index_q=unit[None].to(case.index_q.dtype)), SelectionRule(2, 0, 1))
+    assert out[0].tolist() == [[29, 5], [29, 28], [29, 17], [29, 0]]
+
+
+@pytest.mark.parametrize(("device", "dtype"), ANY)
+def test_nan_keys_come_last_but_count(device: str, dtype: torch.dtype):
+    case = make_decode(device, dtype, [6 * BLOCK + 1], dim=32)
+    case.index_k[case.batch.page_table[0, 2].long(), 5] = torch.full((32,), torch.nan, device=device).to(dtype)
+    out, _ = choose(case, SelectionRule(8, 0, 1))
+    assert (out[0, :, 6] == 2).all()
+    assert (out[0, :, 7] == -1).all()
+    assert (choose(case, SelectionRule(6, 0, 1))[0] != 2).all()
+
+
+@pytest.mark.parametrize(("device", "dtype"), [CPU, on("cuda", torch.bfloat16)])
+def test_infinities_keep_their_order(device: str, dtype: torch.dtype):
+    case = make_decode(device, dtype, [8 * BLOCK], dim=32)
+    pages = case.batch.page_table[0, :8].long()
+    case.index_k[pages] = 0.0
+    first = torch.zeros_like(case.index_q)
+    first[..., 0] = 1.0
+    case.index_k[pages[1], :, 0] = -torch.inf
+    case.index_k[pages[4], 9, 0] = torch.inf
+    case.index_k[pages[6], 3, 0] = 3e38
+    case.index_k[pages[3], :, 0] = -3e38
+    case.index_k[pages[0], :, 0] = -0.0
+    out, _ = choose(replace(case, index_q=first), SelectionRule(8, 0, 0))
+    assert (out[0] == torch.tensor([4, 6, 0, 2, 5, 7, 3, 1])).all()
+
+
+@pytest.mark.parametrize(("device", "dtype"), ANY)
+def test_shared_pages_give_the_same_choice(device: str, dtype: torch.dtype):
+    case = make_decode(device, dtype, [900, 900], dim=32)
+    table = case.batch.page_table.clone()
+    table[1] = table[0]
+    shared = replace(case, batch=replace(case.batch, page_table=table), index_q=case.index_q[:1].expand(2, -1, -1))
+    out, _ = choose(shared, SelectionRule(3, 0, 1))
+    assert torch.equal(out[0], out[1])
+
+
+@pytest.mark.parametrize(("device", "dtype"), ANY)
+def test_ragged_queries_as_the_reference_takes_them(device: str, dtype: torch.dtype):
+    case = make_decode(device, dtype, [1500, 1000], query_len=2, dim=32)
+    ragged = case.ragged()
+    there = replace(ragged, **{name: getattr(ragged, name).to(device) for name in ragged.__dataclass_fields__})
+    chosen = index_topk_decode(case.index_q, case.index_k, there, 6, 0, 1).cpu()
+    expected = index_topk_ref(case.index_q.cpu().float(), case.index_k.cpu(), ragged, 6, 0, 1)
+    same = (chosen.sort().values == expected.sort().values).all(-1).float().mean()
+    assert same == 1.0 if device == "cpu" else same > 0.9
+
+
+@pytest.mark.parametrize(("device", "dtype"), [CPU])
+def test_many_blocks_in_several_chunks(device: str, dtype: torch.dtype):
+    """More blocks than one chunk of the selection holds; nearly all of the table's blocks share one page."""
+    case = make_decode(device, dtype, [BLOCK * 3], heads=(1, 1), dim=16)
+    table = case.batch.page_table[:, :1].repeat(1, 4200)
+    table[0, 4150], table[0, 17] = case.batch.page_table[0, 1], case.batch.page_table[0, 2]
+    lens = torch.tensor([4200 * BLOCK], dtype=torch.int32, device=device)
+    check(replace(case, batch=replace(case.batch, page_table=table, seq_lens=lens)), SelectionRule(16, 0, 1), splits=1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_a_graph_replayed_after_the_lengths_have_changed(dtype: torch.dtype):
+    case = make_decode("cuda", dtype, [6000, 3000, 131_072, 5], query_len=4, dim=128)
+    rule = SelectionRule(16, 0, 1)
+    workspace = IndexWorkspace(16, 4, case.batch.page_table.shape[1], "cuda")
+    out = torch.empty(16, 4, 16, dtype=torch.int32, device="cuda")
+
+    def run() -> None:
+        index_topk_decode_into(out, case.index_q, case.index_k, case.batch, rule, workspace)
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    for lengths in ([6000, 3000, 131_072, 5], [5999, 0, 4, 5], [0, 0, 0, 0], [2049, 2999, 70_000, 4]):
+        case.batch.seq_lens.copy_(torch.tensor(lengths, dtype=torch.int32))
+        out.fill_(123456789)
+        graph.replay()
+        replayed = out.clone()
+        out.fill_(123456789)
+        run()
+        assert torch.equal(replayed, out)
+        check(case, rule, tolerance=2e-3)
