@@ -23,7 +23,7 @@ from pdkv.daemons.rank_link import ArenaWanted, RankReady, RankSetup, ShareLoade
 from pdkv.daemons.rank_share import ArenaOrder, RankMemory, RankShare, cache_layout, furnish, load_share
 from pdkv.daemons.ranked_runner import RankedRunner
 from pdkv.daemons.sizing import choose_num_pages
-from pdkv.errors import ConfigError
+from pdkv.errors import ConfigError, RankLostError
 from pdkv.m3.config import M3Config, model_fingerprint
 from pdkv.m3.engine import Engine
 from pdkv.m3.requests import EngineSettings
@@ -83,7 +83,11 @@ def assemble(settings: WorkerSettings, emit: Emit, others: OtherRanks, transport
         links = PeerLinks(identity, channel, ranks, PathRequirement(settings.require_transport))
         agent = DecodeAgent(identity, channel, ranks, links, emit)
     bounds = EngineSettings(
-        max_model_len=settings.max_model_len, prefill_chunk=settings.prefill_chunk, max_batch=settings.max_batch
+        max_model_len=settings.max_model_len,
+        prefill_chunk=settings.prefill_chunk,
+        max_batch=settings.max_batch,
+        prefix_seed=seed_of(identity.manifest.model_fingerprint, share.layout.kv) if settings.prefix_cache else None,
+        speculative_tokens=settings.speculative_tokens,
     )
     return Assembly(
         engine=Engine(RankedRunner(StepRunner(share.model, arena), others), pool, bounds),
@@ -102,7 +106,11 @@ def _load_all(settings: WorkerSettings, others: OtherRanks) -> RankShare:
     """Every rank loads its share at the same time; returns rank 0's when all have."""
     port = others.meeting.open()
     others.tell(lambda rank: RankSetup(settings, rank, port))
-    share = load_share(settings, others.meeting.join(settings.device))
+    try:
+        group = others.meeting.join(settings.device)
+    except RankLostError as exc:
+        raise others.loss() or exc from exc
+    share = load_share(settings, group)
     others.gather(ShareLoaded)
     return share
 

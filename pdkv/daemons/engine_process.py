@@ -1,7 +1,8 @@
 """The engine process of a worker: its engine side, fed by the link to the front, for as long as the front lives.
 
 Three threads: the main one owns the engine, the agent thread owns channel and transport, a third reads the link. They
-meet only at queues. The process ends when the front goes, when the agent dies, or when it cannot start.
+meet only at queues. Where the worker has several ranks this process is rank 0 and the parent of the others. It ends
+when the front goes, when the agent dies, when a rank is lost, or when it cannot start.
 """
 
 import argparse
@@ -17,7 +18,8 @@ import msgspec
 from pdkv.daemons.engine_side import EngineSide
 from pdkv.daemons.link import BeatQuery, BlockingLink, EngineFatal, ToEngine, WorkerSettings
 from pdkv.daemons.logs import configure_logging
-from pdkv.errors import PdkvError
+from pdkv.daemons.rank_process import fork_ranks
+from pdkv.errors import PdkvError, RankLostError
 
 _LOG = logging.getLogger("pdkv.engine")
 _LONGEST_WAIT_S = 0.5
@@ -26,7 +28,13 @@ _LONGEST_WAIT_S = 0.5
 
 def serve(settings: WorkerSettings, link: BlockingLink) -> None:
     """Run a worker's engine side until the front closes the link."""
-    side = EngineSide(settings, link.send)
+
+    def end(error: RankLostError) -> None:
+        link.send(EngineFatal(message=str(error), exit_code=error.exit_code))
+        os._exit(error.exit_code)
+
+    others = fork_ranks(settings, link, at_worst=end)
+    side = EngineSide(settings, link.send, others=others)
     front_gone = threading.Event()
 
     def read_front() -> None:
@@ -41,9 +49,11 @@ def serve(settings: WorkerSettings, link: BlockingLink) -> None:
 
     threading.Thread(target=read_front, name="pdkv-front-link", daemon=True).start()
     link.send(side.ready())
-    while not front_gone.is_set():
-        side.turn(_LONGEST_WAIT_S)
-    side.close()
+    try:
+        while not front_gone.is_set():
+            side.turn(_LONGEST_WAIT_S)
+    finally:
+        side.close()
 
 
 def main() -> int:

@@ -116,9 +116,9 @@ class EngineSide:
         return Beat(query, now - self._turned_at, agent_age_s)
 
     def close(self) -> None:
-        """End the agent thread, and with it channel and transport; let the other ranks end."""
-        self._parts.loop.stop()
+        """Let the other ranks end; end the agent thread, and with it channel and transport."""
         self._others.close()
+        self._parts.loop.stop()
 
     def ready(self) -> EngineReady:
         """Who this worker is, for the front."""

@@ -26,7 +26,10 @@ from pdkv.m3.parallel import SOLO, Group
 
 _SETTLE_S = 0.2
 """A rank that dies takes others with it, in any order: so long their ends are collected before one is blamed."""
-_BLAME_S = 5.0
+_END_S = 3.0
+_GRACE_S = 3.0
+_BLAME_S = 2.0
+"""Less than the grace: whoever waits for the blame is not stuck."""
 _BEAT_EVERY_S = 1.0
 
 Answer = TypeVar("Answer", ShareLoaded, RankReady, StepEnded)
@@ -76,11 +79,20 @@ class OtherRanks:
     """Ranks 1 to n - 1 of a worker; ``members[i]`` is rank i + 1. Made before the worker's threads, started by
     ``listen``, which makes one thread a rank that does nothing but read its link.
 
-    ``tell``, ``order`` and ``beat_age_s`` may be called from any thread; ``gather`` belongs to the engine thread.
+    ``tell``, ``beat_age_s`` and what ``carriers`` returns may be called from any thread; ``gather`` belongs to the
+    engine thread.
     """
 
-    def __init__(self, members: Sequence[Member] = (), meeting: Meeting | None = None) -> None:
+    def __init__(
+        self,
+        members: Sequence[Member] = (),
+        meeting: Meeting | None = None,
+        at_worst: OnLost = lambda _error: None,
+    ) -> None:
+        """``at_worst`` is called when a rank was lost and nobody has called ``close`` some seconds later: the engine
+        thread then waits for something that will never come, for instance in a collective."""
         self.meeting = meeting or _Alone()
+        self._at_worst = at_worst
         self._members = tuple(members)
         self._answers: tuple[queue.SimpleQueue[RankAnswer | None], ...] = tuple(queue.SimpleQueue() for _ in members)
         self._on_report: OnReport | None = None
@@ -90,6 +102,7 @@ class OtherRanks:
         self._losses: list[tuple[int, RankEnd]] = []
         """In the order in which they were noticed. Guarded by ``_lock``, as is the start of the blaming."""
         self._lock = threading.Lock()
+        self._threads: list[threading.Thread] = []
         self._closing = threading.Event()
         self._blamed = threading.Event()
         self._error: RankLostError | None = None
@@ -105,9 +118,11 @@ class OtherRanks:
         self._on_report, self._on_lost = on_report, on_lost
         for index, member in enumerate(self._members):
             name = f"pdkv-rank-{index + 1}-link"
-            threading.Thread(target=self._read, args=(index, member), name=name, daemon=True).start()
+            self._threads.append(threading.Thread(target=self._read, args=(index, member), name=name, daemon=True))
         if self._members:
-            threading.Thread(target=self._beat, name="pdkv-rank-beats", daemon=True).start()
+            self._threads.append(threading.Thread(target=self._beat, name="pdkv-rank-beats", daemon=True))
+        for thread in self._threads:
+            thread.start()
 
     def tell(self, message: Callable[[int], ToRank] | ToRank) -> None:
         """Send all ranks the same message, or each what ``message`` makes for its number."""
@@ -139,10 +154,12 @@ class OtherRanks:
         return time.monotonic() - min(self._heard_at) if self._heard_at else 0.0
 
     def close(self) -> None:
-        """Let all ranks end; their own ends are no loss from here on. Idempotent."""
+        """Let all ranks end, and wait until they have, within reason; that is no loss any more. Idempotent."""
         self._closing.set()
         for member in self._members:
             member.link.end()
+        for thread in self._threads:
+            thread.join(_END_S)
 
     def _read(self, index: int, member: Member) -> None:
         decoder = msgspec.msgpack.Decoder(FromRank)
@@ -158,8 +175,9 @@ class OtherRanks:
                     pass
                 case answer:
                     self._answers[index].put(answer)
+        end = member.ended()
         if not self._closing.is_set():
-            self._on_end(index, member.ended())
+            self._on_end(index, end)
         member.link.release()
 
     def _beat(self) -> None:
@@ -179,6 +197,8 @@ class OtherRanks:
             answers.put(None)
         assert self._on_lost is not None, "listen() comes first"
         self._on_lost(self._error)
+        if not self._closing.wait(_GRACE_S):
+            self._at_worst(self._error)
 
     def _blame(self) -> RankLostError:
         """The rank that was killed; else the first to say why it ends, for the others' collectives fail after it."""

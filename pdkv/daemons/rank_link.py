@@ -17,7 +17,7 @@ from pdkv.agent.rank_reads import (
 )
 from pdkv.daemons.link import WorkerSettings
 from pdkv.daemons.rank_share import ArenaOrder
-from pdkv.m3.scheduler import Run
+from pdkv.m3.run import Run
 from pdkv.wire.messages import RankOffer
 
 

@@ -10,7 +10,7 @@ from pdkv.daemons import lifeline
 from pdkv.daemons.assembly import make_transport
 from pdkv.daemons.link import BlockingLink, WorkerSettings
 from pdkv.daemons.logs import configure_logging
-from pdkv.daemons.other_ranks import OtherRanks, RankEnd
+from pdkv.daemons.other_ranks import OnLost, OtherRanks, RankEnd
 from pdkv.daemons.rank_link import RankSetup
 from pdkv.daemons.rank_side import RankSide
 from pdkv.m3.parallel import LOOPBACK, DistributedGroup, Group, find_store, join_group, open_store
@@ -21,16 +21,16 @@ _REAP_S = 2.0
 _REAP_EVERY_S = 0.01
 
 
-def fork_ranks(settings: WorkerSettings, *inherited: BlockingLink) -> OtherRanks:
+def fork_ranks(settings: WorkerSettings, front: BlockingLink, at_worst: OnLost) -> OtherRanks:
     """Make the processes of ranks 1 to tp_size - 1. The caller is rank 0.
 
     Call it from the main thread while that is the only one, and before CUDA is touched: a fork copies no other thread.
-    ``inherited``: links of the caller that its children must not hold open.
+    ``front``: the caller's link, which its children must not hold open. ``at_worst``: see ``OtherRanks``.
     """
     members: list[_Child] = []
     for rank in range(1, settings.tp_size):
-        members.append(_fork(settings, rank, [*inherited, *(member.link for member in members)]))
-    return OtherRanks(members, _StoreMeeting(settings.tp_size) if members else None)
+        members.append(_fork(settings, rank, [front, *(member.link for member in members)]))
+    return OtherRanks(members, _StoreMeeting(settings.tp_size) if members else None, at_worst)
 
 
 def _fork(settings: WorkerSettings, rank: int, inherited: list[BlockingLink]) -> "_Child":

@@ -50,8 +50,14 @@ def load_share(settings: WorkerSettings, group: Group) -> RankShare:
     Raises whatever ``PdkvError`` keeps the model from being served so.
     """
     torch.set_num_threads(threads_per_rank(settings))
-    schedule = schedule_of(settings)
-    model = load_model(Path(settings.model_dir), device=settings.device, dtype=settings.dtype, schedule=schedule)
+    model = load_model(
+        Path(settings.model_dir),
+        device=settings.device,
+        dtype=settings.dtype,
+        schedule=schedule_of(settings),
+        group=group,
+        expert_parallel=settings.expert_parallel,
+    )
     return RankShare(model, RowLayout.of(cache_layout(settings, model.config), group.rank, group.size))
 
 

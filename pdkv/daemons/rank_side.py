@@ -9,7 +9,6 @@ import queue
 import select
 import threading
 from collections import deque
-from collections.abc import Callable
 from typing import Protocol, TypeVar
 
 import msgspec
@@ -181,18 +180,3 @@ class _ReadsThread:
                 self._link.send(report)
         for report in reads.on_completions(self.transport.poll()):
             self._link.send(report)
-
-
-def as_thread(
-    link: BlockingLink, surroundings: RankSurroundings, name: str, on_end: Callable[[int], None]
-) -> threading.Thread:
-    """A rank in a thread of this process, started; ``on_end`` gets what a process would have exited with."""
-
-    def run() -> None:
-        code = RankSide(link, surroundings).serve()
-        on_end(code)
-        link.end()
-
-    thread = threading.Thread(target=run, name=name, daemon=True)
-    thread.start()
-    return thread

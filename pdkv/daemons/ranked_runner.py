@@ -6,7 +6,7 @@ from pdkv.daemons.other_ranks import OtherRanks
 from pdkv.daemons.rank_link import StepEnded, StepRuns
 from pdkv.errors import RankLostError
 from pdkv.m3.config import M3Config
-from pdkv.m3.scheduler import Run
+from pdkv.m3.run import Run
 from pdkv.m3.step import Runner, StepOutput
 
 

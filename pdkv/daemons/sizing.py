@@ -27,10 +27,11 @@ def choose_num_pages(settings: WorkerSettings, layout: RowLayout) -> int:
             )
         return settings.num_pages
     available = memory_available_bytes()
-    affordable = int(available * _SHARE_OF_AVAILABLE) // layout.pitch
+    page_bytes = layout.pitch * settings.tp_size  # the ranks of a worker share one machine's memory
+    affordable = int(available * _SHARE_OF_AVAILABLE) // page_bytes
     if affordable < one + PROBE_PAGES:
         raise CapacityError(
-            f"one request of --max-model-len {settings.max_model_len} needs {(one + PROBE_PAGES) * layout.pitch:,} "
+            f"one request of --max-model-len {settings.max_model_len} needs {(one + PROBE_PAGES) * page_bytes:,} "
             f"bytes of pages; {_SHARE_OF_AVAILABLE:.0%} of {available:,} available are not enough. Lower "
             "--max-model-len, or set --num-pages to take more"
         )

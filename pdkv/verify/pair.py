@@ -19,6 +19,7 @@ from pdkv.daemons.link import (
     TransferReport,
     WorkerSettings,
 )
+from pdkv.daemons.rank_threads import thread_ranks
 from pdkv.errors import FailureCode, TransferError
 from pdkv.memory.arena import Arena
 from pdkv.transport.inproc import InprocTransport
@@ -36,18 +37,37 @@ class DividedAnswer(msgspec.Struct, frozen=True):
 
 class DividedPair:
     """One P and one D with room for a single request each, so that the next request gets the same pages. Everything
-    runs in the calling thread but the two agents. Use as a context."""
+    runs in the calling thread but the two agents, and ranks other than 0. Use as a context."""
 
-    def __init__(self, model_dir: Path, max_model_len: int, *, block_size: int = 128, prefill_chunk: int = 512) -> None:
+    def __init__(
+        self,
+        model_dir: Path,
+        max_model_len: int,
+        *,
+        block_size: int = 128,
+        prefill_chunk: int = 512,
+        prefill_tp: int = 1,
+        decode_tp: int = 1,
+        **settings: object,
+    ) -> None:
+        """``settings``: fields of ``WorkerSettings`` of both workers, to be other than they usually are here.
+
+        The arenas and the witness are those of the ranks 0.
+        """
         num_pages = -(-max_model_len // block_size) + PROBE_PAGES
         self._heard: list[ToFront] = []
         self._number = 0
         self.witness = WitnessTransport(InprocTransport())
         prefill, decode = (
-            _settings(role, model_dir, max_model_len, num_pages, prefill_chunk) for role in ("prefill", "decode")
+            msgspec.structs.replace(
+                _settings(role, model_dir, max_model_len, num_pages, prefill_chunk), tp_size=tp_size, **settings
+            )
+            for role, tp_size in (("prefill", prefill_tp), ("decode", decode_tp))
         )
-        self._prefill = EngineSide(prefill, self._heard.append, InprocTransport())
-        self._decode = EngineSide(decode, self._heard.append, self.witness)
+        others = thread_ranks(prefill_tp, InprocTransport)
+        self._prefill = EngineSide(prefill, self._heard.append, InprocTransport(), others)
+        others = thread_ranks(decode_tp, InprocTransport)
+        self._decode = EngineSide(decode, self._heard.append, self.witness, others)
         self.witness.attach(self._decode.arena)
 
     def __enter__(self) -> Self:
