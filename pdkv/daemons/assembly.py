@@ -26,6 +26,7 @@ from pdkv.daemons.sizing import choose_num_pages
 from pdkv.errors import ConfigError, RankLostError
 from pdkv.m3.config import M3Config, model_fingerprint
 from pdkv.m3.engine import Engine
+from pdkv.m3.prefix_cache import seed_of
 from pdkv.m3.requests import EngineSettings
 from pdkv.m3.step import StepRunner
 from pdkv.memory.arena import Arena

@@ -77,7 +77,11 @@ class EngineSide:
         self._inbox: queue.SimpleQueue[msgspec.Struct] = queue.SimpleQueue()
         self._others = others or OtherRanks()
         self._others.listen(self._hear_rank, lambda error: self._inbox.put(_RankLost(error)))
-        self._parts = assemble(settings, lambda event: self._inbox.put(_AgentSaid(event)), self._others, transport)
+        try:
+            self._parts = assemble(settings, lambda event: self._inbox.put(_AgentSaid(event)), self._others, transport)
+        except BaseException:
+            self._others.close()
+            raise
         self._parts.start_agent(lambda exc: self._inbox.put(_AgentDied(repr(exc))))
         self._engine = self._parts.engine
         post = self._journal.posting(self._parts.loop.post)
