@@ -108,6 +108,12 @@ PREFILL_SECONDS = _histogram(
 )
 PROMPT_TOKENS = _counter("pdkv_prompt_tokens_total", "Prompt tokens of accepted requests.", WORKERS)
 GENERATION_TOKENS = _counter("pdkv_generation_tokens_total", "Tokens generated.", (DECODE,))
+DRAFT_TOKENS = _counter(
+    "pdkv_draft_tokens_total",
+    "Tokens that prompt lookup proposed and a step verified, by how that ended.",
+    (DECODE,),
+    Label("result", ("accepted", "rejected")),
+)
 
 # ---- transfers
 
@@ -141,8 +147,20 @@ READS_OUTSTANDING = _gauge("pdkv_kv_reads_outstanding", "Batches of reads that h
 # ---- memory
 
 BLOCKS_TOTAL = _gauge("pdkv_kv_blocks_total", "Pages for blocks of requests.", WORKERS)
-BLOCKS_USED = _gauge("pdkv_kv_blocks_used", "Pages in use.", WORKERS)
+BLOCKS_USED = _gauge("pdkv_kv_blocks_used", "Pages in use; those that are only kept for later are not.", WORKERS)
 CACHE_USAGE = _gauge("pdkv_kv_cache_usage_ratio", "Pages in use / pages.", WORKERS)
+PREFIX_BLOCKS = _counter(
+    "pdkv_prefix_cache_blocks_total",
+    "Full blocks of prompts that got their pages, by whether their state was here already.",
+    WORKERS,
+    Label("result", ("hit", "miss")),
+)
+PREFIX_PAGES = _gauge(
+    "pdkv_prefix_cache_pages", "Pages that requests which begin alike can share, in use or not.", WORKERS
+)
+PREFIX_EVICTIONS = _counter(
+    "pdkv_prefix_cache_evictions_total", "Pages that were kept and were given up to make room.", WORKERS
+)
 
 # ---- peers
 

@@ -111,7 +111,8 @@ class CompletionAnswer:
 
     def _usage(self) -> Usage:
         num_prompt_tokens = sum(len(prompt.token_ids) for prompt in self._prompts)
-        return Usage.of(num_prompt_tokens, sum(writer.num_tokens for writer in self._writers))
+        num_cached = sum(report.cached_tokens for report in self._reports if report is not None)
+        return Usage.of(num_prompt_tokens, sum(writer.num_tokens for writer in self._writers), num_cached)
 
     def _debug_block(self) -> DebugBlock | msgspec.UnsetType:
         if self._debug is None:

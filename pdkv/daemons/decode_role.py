@@ -5,8 +5,9 @@ QUEUED --pages--> FETCHING --state arrived--> DECODING --last token--> gone
                   ABANDONED --pages returned--> gone
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from enum import Enum
+from itertools import groupby
 
 import msgspec
 
@@ -92,13 +93,14 @@ class DecodeRole(Role):
                 raise AssertionError(f"a decode agent tells no {type(event).__name__}")
 
     def on_engine(self, events: Sequence[EngineEvent]) -> None:
-        for event in events:
-            transfer = TransferId(event.id)
+        for transfer, tokens, event in _told(events):
+            if tokens:
+                self._send_tokens(transfer, tokens)
             match event:
-                case PagesReserved(pages=pages):
-                    self._fetch(transfer, pages)
-                case TokenGenerated():
-                    self._send_token(event)
+                case None:
+                    pass
+                case PagesReserved():
+                    self._fetch(transfer, event)
                 case RequestFinished(reason=reason):
                     job = self._jobs.pop(transfer)
                     self._parts.send(JobFinished(transfer, reason.value, job.report))
@@ -129,7 +131,8 @@ class DecodeRole(Role):
         )
         self.on_engine(self._parts.engine.submit(request))
 
-    def _fetch(self, transfer: TransferId, pages: tuple[int, ...]) -> None:
+    def _fetch(self, transfer: TransferId, reserved: PagesReserved) -> None:
+        """Ask for what the prefix cache lacks. The pages that it has are held already, so they stay."""
         job = self._jobs[transfer]
         job.stage = Stage.FETCHING
         num_tokens = job.job.num_prompt_tokens
@@ -138,9 +141,10 @@ class DecodeRole(Role):
                 transfer=transfer,
                 control=job.job.prefill_control,
                 incarnation=Incarnation(job.job.prefill_incarnation),
-                pages=pages[: -(-num_tokens // self._block_size)],
+                pages=reserved.pages[: -(-num_tokens // self._block_size)],
                 num_tokens=num_tokens,
                 deadline_s=max(0.0, job.deadline - self._now),
+                resident_blocks=reserved.cached_tokens // self._block_size,
             )
         )
 
@@ -161,11 +165,13 @@ class DecodeRole(Role):
         first = RequestId(event.transfer), event.token, event.logprob, extras.top
         self.on_engine(self._parts.engine.resume(*first))
 
-    def _send_token(self, event: TokenGenerated) -> None:
-        job = self._jobs[TransferId(event.id)]
+    def _send_tokens(self, transfer: TransferId, tokens: Sequence[TokenGenerated]) -> None:
+        """Those of one step together."""
+        job = self._jobs[transfer]
         prompt, job.prompt_logprobs = job.prompt_logprobs, None
-        top = [event.top] if job.job.num_top else []
-        self._parts.send(TokensOut(event.id, [event.token], [event.logprob], top, prompt))
+        top = [token.top for token in tokens] if job.job.num_top else []
+        ids, logprobs = [token.token for token in tokens], [token.logprob for token in tokens]
+        self._parts.send(TokensOut(transfer, ids, logprobs, top, prompt))
 
     def _finish(self, transfer: TransferId) -> None:
         """The front needs no more tokens; the job may have ended by itself meanwhile."""
@@ -196,6 +202,22 @@ class DecodeRole(Role):
     def _forget(self, transfer: TransferId) -> None:
         if self._jobs.pop(transfer, None) is not None:
             self._parts.engine.release(RequestId(transfer))
+
+
+def _told(
+    events: Sequence[EngineEvent],
+) -> Iterator[tuple[TransferId, list[TokenGenerated], EngineEvent | None]]:
+    """Events in order, by request: tokens that follow one another as one entry, each other event as one."""
+    for request, mine in groupby(events, key=lambda event: event.id):
+        transfer, tokens = TransferId(request), list[TokenGenerated]()
+        for event in mine:
+            if isinstance(event, TokenGenerated):
+                tokens.append(event)
+                continue
+            yield transfer, tokens, event
+            tokens = []
+        if tokens:
+            yield transfer, tokens, None
 
 
 def _report(facts: TransferFacts) -> TransferReport:

@@ -7,11 +7,15 @@ from pdkv.metric_table import (
     BLOCKS_TOTAL,
     BLOCKS_USED,
     CACHE_USAGE,
+    DRAFT_TOKENS,
     LEASES_ACTIVE,
     MESSAGES_DROPPED,
     PATHS,
     PEERS,
     PREFILL,
+    PREFIX_BLOCKS,
+    PREFIX_EVICTIONS,
+    PREFIX_PAGES,
     READS_OUTSTANDING,
     TRANSPORT_SELECTED,
     WAITING,
@@ -28,6 +32,10 @@ def engine_gauges(
     meter.set(BLOCKS_TOTAL, to=pool.num_usable)
     meter.set(BLOCKS_USED, to=used)
     meter.set(CACHE_USAGE, to=used / pool.num_usable)
+    meter.set(PREFIX_PAGES, to=pool.num_kept)
+    meter.set(PREFIX_EVICTIONS, to=pool.num_evictions)
+    meter.set(PREFIX_BLOCKS, "hit", to=engine.num_blocks_found)
+    meter.set(PREFIX_BLOCKS, "miss", to=engine.num_blocks_missed)
     meter.set(WAITING, "queued", to=engine.num_queued)
     meter.set(WAITING, "prefill", to=engine.num_prefilling)
     meter.set(WAITING, "transfer", to=engine.num_holding + engine.num_waiting_for_state)
@@ -38,6 +46,8 @@ def engine_gauges(
     if role == PREFILL:
         meter.set(LEASES_ACTIVE, to=agent.leases_active)
         return meter.series()
+    meter.set(DRAFT_TOKENS, "accepted", to=engine.num_drafts_accepted)
+    meter.set(DRAFT_TOKENS, "rejected", to=engine.num_drafts - engine.num_drafts_accepted)
     meter.set(READS_OUTSTANDING, to=agent.reads_outstanding)
     for path in PATHS:
         meter.set(TRANSPORT_SELECTED, path, to=sum(peer.path == path for peer in ready))

@@ -71,8 +71,8 @@ class PrefillRole(Role):
         for event in events:
             transfer = TransferId(event.id)
             match event:
-                case PagesReserved(pages=pages):
-                    self._parts.post(GrantPages(transfer, pages, 0))
+                case PagesReserved(pages=pages, cached_tokens=cached):
+                    self._parts.post(GrantPages(transfer, pages, cached))
                 case PrefillProgress() if event.id in finished:
                     pass  # Done says as much, and all that is left is read in one go
                 case PrefillProgress(tokens_done=tokens):

@@ -72,8 +72,12 @@ class TransferJournal:
 
         def followed(command: object) -> None:
             match command:
-                case GrantPages(transfer=transfer, pages=pages) | StartTransfer(transfer=transfer, pages=pages):
-                    self._got_pages(transfer, len(pages))
+                case GrantPages(transfer=transfer, pages=pages, cached_tokens=cached):
+                    self._got_pages(transfer)
+                    _log("pages reserved", transfer, pages=len(pages), cached_tokens=cached)
+                case StartTransfer(transfer=transfer, pages=pages, resident_blocks=resident):
+                    self._got_pages(transfer)
+                    _log("pages reserved", transfer, pages=len(pages), resident_pages=resident)
                 case FinishPrefill(transfer=transfer):
                     if (times := self._jobs.get(transfer)) is not None:
                         self.meter.observe(PREFILL_SECONDS, value=time.monotonic() - times.since)
@@ -96,13 +100,12 @@ class TransferJournal:
 
         return followed
 
-    def _got_pages(self, transfer: bytes, num_pages: int) -> None:
+    def _got_pages(self, transfer: bytes) -> None:
         times = self._jobs.get(transfer)
         if times is not None and not times.has_pages:
             now = time.monotonic()
             self.meter.observe(QUEUE_SECONDS, value=now - times.since)
             times.since, times.has_pages = now, True
-        _log("pages reserved", transfer, pages=num_pages)
 
 
 def _log(state: str, transfer: bytes, **more: object) -> None:

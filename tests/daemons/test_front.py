@@ -80,7 +80,8 @@ def test_a_whole_answer(decode: Daemon) -> None:
             "token_ids": [FIRST_NODE + i for i in range(5)],
         }
     ]
-    assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
+    counts = {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
+    assert body["usage"] == {**counts, "prompt_tokens_details": {"cached_tokens": 2}}
     assert body["pdkv"]["transfer"]["bytes_by_region"] == {"k": 64, "v": 64}
     assert body["pdkv"]["request_id"] == "mine"
     plain = _complete(decode, _body()).json()
