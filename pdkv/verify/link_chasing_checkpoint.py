@@ -4,6 +4,9 @@ The residual stream has one dim a fact: Q_n "which node follows n?", S_n "a link
 answer is n", F "filler". Each layer's query head asks for its own two nodes with a one-hot code in the dims that
 are not rotated, finds the link whose key carries that code, and copies its target to O, which only lm_head reads. A
 head that does not serve the node attends to a *sink* whose values are zero. Index keys carry the same codes.
+
+With an index schedule, a layer that selects for others finds their nodes too: each layer that it serves has index codes
+of its own.
 """
 
 import json
@@ -14,6 +17,8 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save_file
 
+from pdkv.m3.config_fields import Fields
+from pdkv.m3.index_schedule import IndexScheduleOverride, reusing_layers
 from pdkv.verify.link_chasing import (
     BLOCK_SIZE,
     BOS,
@@ -44,22 +49,38 @@ NUM_DENSE_LAYERS = 1
 _Q, _S, _T, _O = (NUM_NODES * part for part in range(4))
 _F = NUM_NODES * 4
 
+_SPARSE = tuple(layer >= NUM_DENSE_LAYERS for layer in range(NUM_LAYERS))
 _FIRST_CODE = int(HEAD_DIM * ROTARY_FACTOR)
 _SINK = HEAD_DIM - 1
 
 
-def write_checkpoint(directory: Path) -> None:
-    """Write config.json, model.safetensors and tokenizer.json; the same bytes every time. Creates the directory."""
+def write_checkpoint(directory: Path, index_topk_freq: int = 1) -> None:
+    """Write config.json, model.safetensors and tokenizer.json; the same bytes every time. Creates the directory.
+
+    ``index_topk_freq``: every so many-th sparse layer selects blocks, for those up to the next one too.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(weights(), directory / "model.safetensors", metadata={"format": "pt"})
-    _write_json(directory / "config.json", config())
+    save_file(weights(index_topk_freq), directory / "model.safetensors", metadata={"format": "pt"})
+    _write_json(directory / "config.json", config(index_topk_freq))
     _write_json(directory / "tokenizer.json", _tokenizer())
 
 
-def config() -> dict[str, object]:
+def served_layers(index_topk_freq: int = 1) -> dict[int, tuple[int, ...]]:
+    """For each layer that selects: the layers whose nodes its selection must find, itself the first."""
+    schedule = IndexScheduleOverride(topk_freq=index_topk_freq)
+    reusing = reusing_layers(Fields({}), _SPARSE, schedule)
+    served: dict[int, tuple[int, ...]] = {}
+    for layer in (layer for layer, sparse in enumerate(_SPARSE) if sparse):
+        last = max(served, default=layer) if layer in reusing else layer
+        served[last] = (*served.get(last, ()), layer)
+    return served
+
+
+def config(index_topk_freq: int = 1) -> dict[str, object]:
     """What ``MiniMaxM3VLTextConfig.save_pretrained`` writes for this model."""
-    sparse = [layer >= NUM_DENSE_LAYERS for layer in range(NUM_LAYERS)]
+    schedule = {"index_topk_freq": index_topk_freq, "use_index_cache": True} if index_topk_freq > 1 else {}
     return {
+        **schedule,
         "architectures": ["MiniMaxM3VLForCausalLM"],
         "bos_token_id": BOS,
         "dense_intermediate_size": INTERMEDIATE_SIZE,
@@ -74,9 +95,9 @@ def config() -> dict[str, object]:
         "index_n_heads": NUM_KV_HEADS,
         "index_topk_blocks": TOPK_BLOCKS,
         "intermediate_size": INTERMEDIATE_SIZE,
-        "layer_types": ["minimax_m3_sparse" if it else "full_attention" for it in sparse],
+        "layer_types": ["minimax_m3_sparse" if it else "full_attention" for it in _SPARSE],
         "max_position_embeddings": MAX_POSITIONS,
-        "mlp_layer_types": ["sparse" if it else "dense" for it in sparse],
+        "mlp_layer_types": ["sparse" if it else "dense" for it in _SPARSE],
         "model_type": "minimax_m3_vl_text",
         "num_attention_heads": NUM_HEADS,
         "num_experts_per_tok": 2,
@@ -95,8 +116,9 @@ def config() -> dict[str, object]:
     }
 
 
-def weights() -> Weights:
+def weights(index_topk_freq: int = 1) -> Weights:
     """All tensors by transformers' names, float32."""
+    served = served_layers(index_topk_freq)
     tensors: Weights = {
         "model.embed_tokens.weight": _embedding(),
         "model.norm.weight": _zeros(HIDDEN_SIZE),
@@ -105,7 +127,7 @@ def weights() -> Weights:
     for layer in range(NUM_LAYERS):
         named = {**_attention(layer), **(_moe() if layer >= NUM_DENSE_LAYERS else _mlp("mlp"))}
         if layer >= NUM_DENSE_LAYERS:
-            named.update(_indexer(layer))
+            named.update(_indexer(served.get(layer, (layer,))))
         named["input_layernorm.weight"] = _zeros(HIDDEN_SIZE)
         named["post_attention_layernorm.weight"] = _zeros(HIDDEN_SIZE)
         tensors.update({f"model.layers.{layer}.{name}": tensor for name, tensor in named.items()})
@@ -163,12 +185,15 @@ def _attention(layer: int) -> Weights:
     }
 
 
-def _indexer(layer: int) -> Weights:
+def _indexer(served: tuple[int, ...]) -> Weights:
+    """Of a layer that selects for these layers. One that reuses has what would serve itself, and nobody looks."""
     q = _zeros(NUM_KV_HEADS, HEAD_DIM, HIDDEN_SIZE)
     k = _zeros(HEAD_DIM, HIDDEN_SIZE)
-    for node in _nodes_of(layer):
-        q[home(node).kv_head, _code(node), _Q + node] = 1
-        k[_code(node), _S + node] = 1
+    for number, layer in enumerate(served):
+        for node in _nodes_of(layer):
+            code = _code(node) + number * NUM_NODES // NUM_LAYERS
+            q[home(node).kv_head, code, _Q + node] = 1
+            k[code, _S + node] = 1
     return {
         "self_attn.indexer.q_proj.weight": q.reshape(-1, HIDDEN_SIZE),
         "self_attn.indexer.k_proj.weight": k,

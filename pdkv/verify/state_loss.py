@@ -33,10 +33,13 @@ class PrefilledPrompt(msgspec.Struct, frozen=True):
     logprob: float
 
 
-def prefill(model: M3Model, prompt: Sequence[int], prefill_chunk: int = 512) -> PrefilledPrompt:
-    """Compute a prompt in an engine with an arena of its own, greedily, and keep its state."""
+def prefill(
+    model: M3Model, prompt: Sequence[int], prefill_chunk: int = 512, stored: tuple[str, str] = ("auto", "auto")
+) -> PrefilledPrompt:
+    """Compute a prompt in an engine with an arena of its own, greedily, and keep its state. ``stored``: dtypes of K/V
+    and of index keys."""
     settings = EngineSettings(max_model_len=len(prompt) + 1, prefill_chunk=prefill_chunk)
-    worker = local_worker(model, -(-len(prompt) // model.config.block_size), settings)
+    worker = local_worker(model, -(-len(prompt) // model.config.block_size), settings, *stored)
     events = worker.engine.submit(PrefillRequest(id=_PREFILL, prompt=tuple(prompt), sampling=SamplingParams()))
     while worker.engine.has_work:
         events += worker.engine.step()
@@ -74,6 +77,7 @@ def first_wrong_steps(
     losses: Sequence[RegionKey | None],
     *,
     concurrency: int = 8,
+    stored: tuple[str, str] = ("auto", "auto"),
 ) -> dict[RegionKey | None, int | None]:
     """For each loss the first generated token that differs from ``expected``, or ``None`` if none does.
 
@@ -81,7 +85,8 @@ def first_wrong_steps(
     """
     num_tokens = len(source.tokens) + len(expected)
     num_pages = concurrency * -(-num_tokens // model.config.block_size)
-    worker = local_worker(model, num_pages, EngineSettings(max_model_len=num_tokens, max_batch=concurrency))
+    settings = EngineSettings(max_model_len=num_tokens, max_batch=concurrency)
+    worker = local_worker(model, num_pages, settings, *stored)
     engine = worker.engine
     loss_of = {RequestId(b"%d" % number): loss for number, loss in enumerate(losses)}
     num_right = dict.fromkeys(loss_of, 0)

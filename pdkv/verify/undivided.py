@@ -63,9 +63,10 @@ def complete(
     ignore_eos: bool = False,
     device: str = "cpu",
     dtype: str = "auto",
-    cache: CacheOptions = CacheOptions(),
+    cache: CacheOptions | None = None,
 ) -> Answer:
     """Load a checkpoint and answer one prompt with it. Raises ``RequestError`` for a request that cannot be served."""
+    cache = cache or CacheOptions()
     model = load_model(model_dir, device=device, dtype=dtype, schedule=cache.schedule)
     stored = (cache.kv_dtype, cache.index_dtype)
     return complete_with(model, prompt, max_tokens, sampling, ignore_eos=ignore_eos, stored=stored)

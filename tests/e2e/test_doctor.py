@@ -54,6 +54,21 @@ def test_a_peer_with_another_model_is_refused_by_name(three: Trio, tmp_path: Pat
     assert "model fingerprint" in checks(done)["peer"]["evidence"]
 
 
+def test_a_peer_that_stores_otherwise_is_refused_by_name(three: Trio, link_chasing_model: Path) -> None:
+    stored = ("--kv-dtype", "fp8", "--index-dtype", "fp8", "--index-topk-freq", "2")
+    flags = ("--model", str(link_chasing_model), "--peer", three.prefill.url, "--max-model-len", "4096", "--json")
+    done = pdkv("doctor", *flags, *stored)
+    assert done.returncode == 3, done.stdout + done.stderr
+    told = checks(done)["peer"]["evidence"]
+    for words in (
+        "kv dtype: prefill has float32, decode has float8_e4m3fn",
+        "index dtype: prefill has float32, decode has float8_e4m3fn",
+        "scale convention: prefill has none, decode has per-token-head-f32-absmax/448-e4m3fn",
+        "index schedule: prefill has all, decode has layers 1, 3 select",
+    ):
+        assert words in told, told
+
+
 @pytest.mark.parametrize(
     ("flags", "check", "told"),
     [

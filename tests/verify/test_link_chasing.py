@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from transformers import DynamicCache
 from transformers.models.minimax_m3_vl import MiniMaxM3VLForCausalLM
 
-from pdkv.m3.config import load_config
+from pdkv.m3.config import IndexScheduleOverride, load_config
 from pdkv.m3.model import M3Model, load_model
 from pdkv.schema import RegionKey
 from pdkv.verify.link_chasing import (
@@ -125,6 +125,43 @@ def test_bfloat16_follows_the_chain_too(checkpoint: Path) -> None:
     assert answer.token_ids == prompt.expected(NUM_STEPS)
 
 
+@pytest.mark.parametrize(
+    ("stored", "index_topk_freq"),
+    [
+        (("fp8", "fp8"), 1),
+        (("fp8_unit", "bfloat16"), 2),
+        (("fp8_e5m2", "fp8"), 3),
+        (("float16", "float16"), 1),
+    ],
+)
+def test_every_way_to_store_state_follows_the_chain(
+    tmp_path: Path, stored: tuple[str, str], index_topk_freq: int
+) -> None:
+    write_checkpoint(tmp_path, index_topk_freq)
+    prompt = make_prompt(5, 2177)
+    model = load_model(tmp_path)
+    assert model.config.reusing_layers == {1: (), 2: (2,), 3: (2, 3)}[index_topk_freq]
+    answer = complete_with(model, prompt.token_ids, 16, stored=stored)
+    assert answer.token_ids == prompt.expected(16)
+    assert min(answer.logprobs) > -1e-4
+
+
+def test_without_codes_for_those_it_serves_a_shared_selection_loses_links(checkpoint: Path) -> None:
+    """The default checkpoint served with a schedule: layer 2 looks where layer 1's links are."""
+    model = load_model(checkpoint, schedule=IndexScheduleOverride(topk_freq=2))
+    prompt = make_prompt(1, 3072)
+    answer = complete_with(model, prompt.token_ids, 16)
+    wrong = next(step for step in range(16) if answer.token_ids[step] != prompt.expected(16)[step])
+    assert prompt.home(wrong).layer == 2
+
+
+def test_a_checkpoint_for_a_schedule_answers_without_it_too(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, index_topk_freq=2)
+    prompt = make_prompt(5, 2177)
+    model = load_model(tmp_path, schedule=IndexScheduleOverride(topk_freq=1))
+    assert complete_with(model, prompt.token_ids, 16).token_ids == prompt.expected(16)
+
+
 def test_transformers_follows_the_same_chain(checkpoint: Path) -> None:
     prompt = make_prompt(2, 2176)
     oracle = MiniMaxM3VLForCausalLM.from_pretrained(checkpoint, attn_implementation="eager", dtype=torch.float32).eval()
@@ -154,6 +191,27 @@ def test_a_lost_region_breaks_the_chain(model: M3Model, num_tokens: int) -> None
     for region, step in wrong.items():
         if region.name == "index_k":
             assert (step is None) == (num_tokens == WITHIN_SELECTION), region
+        else:
+            assert step == _first_step_served_by(prompt, region), region
+
+
+def test_lost_scales_and_shared_index_keys_break_the_chain(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, index_topk_freq=2)
+    model = load_model(tmp_path)
+    prompt, stored = make_prompt(3, BEYOND_SELECTION), ("fp8", "fp8")
+    expected = prompt.expected(32)
+    prefilled = prefill(model, prompt.token_ids, stored=stored)
+    regions = region_keys(prefilled.arena)
+    assert Counter(region.name for region in regions) == dict.fromkeys(("k", "v", "k_scale", "v_scale"), 16) | {
+        "index_k": 2
+    }
+    lost = [it for it in regions if it.name == "index_k" or (it.name.endswith("scale") and it.head == it.layer % 2)]
+    wrong = first_wrong_steps(model, prefilled, expected, [None, *lost], stored=stored)
+    assert wrong.pop(None) is None, "nothing lost, nothing wrong"
+    for region, step in wrong.items():
+        if region.name == "index_k":
+            served = {1: (1, 2), 3: (3,)}[region.layer]
+            assert prompt.home(step).layer in served, region
         else:
             assert step == _first_step_served_by(prompt, region), region
 
