@@ -21,6 +21,8 @@ _SERVED: dict[str, tuple[object, ...]] = {
     "weight_block_size": ([1, GROUP],),
 }
 """Its fields with the values served. How activations were to be rounded does not matter: ours are not."""
+_FINER = ("quant_algo", "format", "bits")
+"""Fields in which others say what their method is; for messages."""
 _WITHOUT_EFFECT = ("ignore", "ignored_layers", "modules_to_not_convert")
 """Which weights stay plain; each tensor's own dtype says so too."""
 
@@ -39,8 +41,9 @@ def scale_columns(columns: range) -> range:
 def _read(fields: Fields) -> str:
     method = fields.values.get(_METHOD)
     if method not in _SERVED[_METHOD]:
+        finer = "".join(f" ({name} {fields.values[name]!r})" for name in _FINER if fields.has(name))
         raise ModelError(
-            f"{fields.named(_METHOD)} is {method!r}, served are plain weights and MXFP8 "
+            f"{fields.named(_METHOD)} is {method!r}{finer}, served are plain weights and MXFP8 "
             f"(mxfp8, or fp8 with weight_block_size [1, {GROUP}])"
         )
     if method == "fp8" and not fields.has("weight_block_size"):
