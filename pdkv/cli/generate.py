@@ -77,7 +77,7 @@ def generate(  # noqa: PLR0913  a command's parameters are its flags
 
 
 def _read_prompt(model: Path, text: str | None, ids_file: str | None) -> list[int]:
-    from pdkv.daemons.completion_request import check_token_ids  # noqa: PLC0415
+    from pdkv.daemons.generation import check_token_ids  # noqa: PLC0415
     from pdkv.daemons.tokenization import TextCodec  # noqa: PLC0415
     from pdkv.m3.config import load_config  # noqa: PLC0415
 

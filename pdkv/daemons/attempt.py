@@ -6,16 +6,16 @@ import secrets
 from collections.abc import Mapping
 
 import httpx
+import msgspec
 import structlog
 
 from pdkv.daemons.openai_api import ApiError
 from pdkv.daemons.router_metrics import RouterMetrics
 from pdkv.daemons.worker_api import (
-    COMPLETIONS_PATH,
     DEADLINE,
     PREFILL_CONTROL,
     PREFILL_INCARNATION,
-    PREFILL_PATH,
+    PREFILL_PATHS,
     TRANSFER,
 )
 from pdkv.daemons.worker_pool import Pair
@@ -23,6 +23,15 @@ from pdkv.daemons.worker_pool import Pair
 _DECODE_REFUSAL_S = 0.5
 """D's own refusal of a request is waited for this long after P's, because D's says more."""
 _log = structlog.get_logger(__name__)
+
+
+class Asked(msgspec.Struct, frozen=True):
+    """A client's request, as workers get it."""
+
+    path: str
+    """One of ``PREFILL_PATHS``."""
+    body: bytes
+    headers: dict[str, str]
 
 
 class AttemptFailedError(Exception):
@@ -62,8 +71,7 @@ async def attempt(
     client: httpx.AsyncClient,
     metrics: RouterMetrics,
     pair: Pair,
-    body: bytes,
-    headers: Mapping[str, str],
+    asked: Asked,
     seconds_left: float,
 ) -> Upstream:
     """Ask both workers; returns when D has begun to answer, be it with a refusal that the client should see.
@@ -73,7 +81,7 @@ async def attempt(
     """
     transfer = secrets.token_hex(16)
     common = {
-        **headers,
+        **asked.headers,
         "content-type": "application/json",
         TRANSFER: transfer,
         DEADLINE: f"{seconds_left:.3f}",
@@ -82,9 +90,9 @@ async def attempt(
     }
     structlog.contextvars.bind_contextvars(transfer=transfer)
     _log.info("asking", prefill=pair.prefill.url, decode=pair.decode.url)
-    upstream = _Workers(client, metrics, body, common)
-    decode = asyncio.create_task(upstream.post("decode", pair.decode.url + COMPLETIONS_PATH))
-    prefill = asyncio.create_task(_prefill(upstream, pair.prefill.url + PREFILL_PATH))
+    upstream = _Workers(client, metrics, asked.body, common)
+    decode = asyncio.create_task(upstream.post("decode", pair.decode.url + asked.path))
+    prefill = asyncio.create_task(_prefill(upstream, pair.prefill.url + PREFILL_PATHS[asked.path]))
     try:
         answer = await _judge(decode, prefill)
         if not decode.done():

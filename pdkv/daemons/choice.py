@@ -1,49 +1,60 @@
-"""One choice of an answer: tokens of one job in, pieces of text and logprobs that may be shown out."""
+"""One choice of an answer: tokens of one job in, pieces of text with their tokens that may be shown out."""
 
 from collections import deque
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import msgspec
 
-from pdkv.daemons.completion_request import CompletionRequest
+from pdkv.daemons.generation import Generation
 from pdkv.daemons.link import TokensOut
-from pdkv.daemons.logprob_form import LogprobForm
-from pdkv.daemons.openai_api import Choice
 from pdkv.daemons.stop_strings import StopScanner
 from pdkv.daemons.tokenization import TextCodec, TextStream
 from pdkv.m3.logprobs import NO_TOP, PromptLogprobs, TopLogprobs
 
 
-class EncodedPrompt(msgspec.Struct, frozen=True):
-    """A prompt as token ids."""
+class ShownToken(NamedTuple):
+    """A generated token that the client may see."""
 
-    token_ids: list[int]
-    text: str | None = None
-    """As the client sent it; None for one that came as ids."""
-    offsets: list[int] | None = None
-    """At which character of ``text`` each token begins; where it is known."""
-
-
-class _Token(NamedTuple):
     id: int
     logprob: float
     top: TopLogprobs
     offset: int
-    """Where it begins in the choice's text."""
+    """Where it begins in the choice's text, in characters."""
+
+
+class ScoredPrompt(NamedTuple):
+    """The prompt that a choice echoes, with what the model thought of it."""
+
+    token_ids: Sequence[int]
+    offsets: Sequence[int]
+    """Where each token begins in the choice's text, in characters."""
+    logprobs: PromptLogprobs
+    """Of all tokens but the first."""
+
+
+class Piece(msgspec.Struct, frozen=True, kw_only=True):
+    """What may be shown of a choice by now and was not before; no API's form yet."""
+
+    choice: int
+    text: str
+    tokens: list[ShownToken] = []
+    finish_reason: str | None = None
+    """Why the choice ended, in its last piece: "stop" or "length"."""
+    prompt: ScoredPrompt | None = None
+    """In the first piece, where it was asked for."""
 
 
 class ChoiceWriter:
     """Writes one choice, piece by piece; the pieces' texts join to the choice's text. Owned by one request."""
 
-    def __init__(self, asked: CompletionRequest, index: int, prompt: EncodedPrompt, codec: TextCodec | None) -> None:
-        self._asked = asked
+    def __init__(self, asked: Generation, index: int, codec: TextCodec | None) -> None:
+        self._shows_tokens = asked.max_tokens > 0
         self._index = index
-        self._prompt = prompt
-        self._codec = codec
+        self._prompt = asked.prompt_of(index)
         self._text = TextStream(codec)
-        self._stops = StopScanner(asked.stop)
-        self._logprobs = LogprobForm(codec)
-        self._waiting: deque[_Token] = deque()
+        self._stops = StopScanner(asked.options.stop)
+        self._waiting: deque[ShownToken] = deque()
         """Tokens that begin in text which is held back."""
         self._shown = 0
         """Characters of the choice that went out."""
@@ -55,7 +66,7 @@ class ChoiceWriter:
         """A stop string was found: whatever comes now is not shown."""
         return self._stops.found
 
-    def echo(self, scored: PromptLogprobs | None) -> Choice:
+    def echo(self, scored: PromptLogprobs | None) -> Piece:
         """The prompt itself, before anything else. Takes long for a long prompt with ``scored``."""
         prompt, offsets = self._prompt, self._prompt.offsets
         if scored is not None and offsets is None:
@@ -63,53 +74,44 @@ class ChoiceWriter:
         else:
             decoded = self._text.push(prompt.token_ids)
         text = prompt.text if prompt.text is not None else decoded
-        if scored is not None and offsets is not None:
-            self._logprobs.add_prompt(prompt.token_ids, offsets, scored)
         self._shown = len(text)
-        return self._choice(text, [], None)
+        told = ScoredPrompt(prompt.token_ids, offsets, scored) if scored is not None and offsets is not None else None
+        return Piece(choice=self._index, text=text, prompt=told)
 
-    def push(self, event: TokensOut) -> Choice | None:
+    def push(self, event: TokensOut) -> Piece | None:
         """What these tokens add that may be shown; None for nothing."""
-        if self.stopped or self._asked.max_tokens == 0:
+        if self.stopped or not self._shows_tokens:
             return None
         text = ""
         for i, (token, logprob) in enumerate(zip(event.tokens, event.logprobs, strict=True)):
             self.num_tokens += 1
             offset = self._shown + len(text) + self._stops.num_held
-            self._waiting.append(_Token(token, logprob, event.top[i] if event.top else NO_TOP, offset))
+            self._waiting.append(ShownToken(token, logprob, event.top[i] if event.top else NO_TOP, offset))
             text += self._stops.push(self._text.push([token]))
             if self.stopped:
                 break
         tokens = self._release(self._shown + len(text))
         self._shown += len(text)
-        return self._choice(text, tokens, None) if text or tokens else None
+        return Piece(choice=self._index, text=text, tokens=tokens) if text or tokens else None
 
-    def finish(self, reason: str) -> Choice:
+    def finish(self, reason: str) -> Piece:
         """The last piece. ``reason``: why the engine stopped, unless a stop string was the cause."""
         rest = ""
-        if not self.stopped and self._asked.max_tokens > 0:
+        if not self.stopped and self._shows_tokens:
             rest = self._stops.push(self._text.finish())
             rest += self._stops.finish()
         self._shown += len(rest)
         tokens = self._release(self._shown if self.stopped else None)
-        return self._choice(rest, tokens, "stop" if self.stopped else reason)
+        told = "stop" if self.stopped else reason
+        return Piece(choice=self._index, text=rest, tokens=tokens, finish_reason=told)
 
-    def _release(self, shown: int | None) -> list[_Token]:
+    def _release(self, shown: int | None) -> list[ShownToken]:
         """Tokens that begin in shown text, or stand behind all of it while nothing is held back."""
         everything = shown is None or (self._stops.num_held == 0 and not self.stopped)
         tokens = []
         while self._waiting and (everything or (shown is not None and self._waiting[0].offset < shown)):
             tokens.append(self._waiting.popleft())
         return tokens
-
-    def _choice(self, text: str, tokens: list[_Token], reason: str | None) -> Choice:
-        block = None
-        if self._asked.logprobs is not None:
-            for token in tokens:
-                self._logprobs.add(token.id, token.logprob, token.top, token.offset)
-            block = self._logprobs.take()
-        ids = [token.id for token in tokens] if self._asked.return_token_ids else msgspec.UNSET
-        return Choice(text=text, index=self._index, logprobs=block, finish_reason=reason, token_ids=ids)
 
     def _read_one_by_one(self) -> tuple[list[int], str]:
         """At which character of the decoded prompt each token begins, and the text itself."""
@@ -120,19 +122,11 @@ class ChoiceWriter:
         return offsets, "".join(pieces)
 
 
-def merge(pieces: list[Choice]) -> Choice:
+def merge(pieces: Sequence[Piece]) -> Piece:
     """All pieces of one choice as the whole one; the last says why it ended."""
-    last = pieces[-1]
-    block, ids = last.logprobs, last.token_ids
-    if block is not None:
-        parts = [piece.logprobs for piece in pieces if piece.logprobs is not None]
-        block = type(block)(
-            [offset for part in parts for offset in part.text_offset],
-            [value for part in parts for value in part.token_logprobs],
-            [text for part in parts for text in part.tokens],
-            [top for part in parts for top in part.top_logprobs],
-        )
-    if ids is not msgspec.UNSET:
-        ids = [token for piece in pieces if piece.token_ids is not msgspec.UNSET for token in piece.token_ids]
-    text = "".join(piece.text for piece in pieces)
-    return msgspec.structs.replace(last, text=text, logprobs=block, token_ids=ids)
+    return msgspec.structs.replace(
+        pieces[-1],
+        text="".join(piece.text for piece in pieces),
+        tokens=[token for piece in pieces for token in piece.tokens],
+        prompt=pieces[0].prompt,
+    )

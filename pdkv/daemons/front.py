@@ -128,10 +128,11 @@ def create_app(role: str, served: ServedModel, link: EngineLink, health: WorkerH
     app.add_api_route(worker_api.TOKENIZE_PATH, front.texts.tokenize, methods=["POST"])
     app.add_api_route(worker_api.DETOKENIZE_PATH, front.texts.detokenize, methods=["POST"])
     app.add_api_route(worker_api.TOKENIZER_INFO_PATH, front.texts.tokenizer_info, methods=["GET"])
-    if role == "prefill":
-        app.add_api_route(worker_api.PREFILL_PATH, front.jobs.prefill, methods=["POST"])
-    else:
-        app.add_api_route(worker_api.COMPLETIONS_PATH, front.jobs.completions, methods=["POST"])
+    for path, prefill_path in worker_api.PREFILL_PATHS.items():
+        if role == "prefill":
+            app.add_api_route(prefill_path, front.jobs.prefill, methods=["POST"])
+        else:
+            app.add_api_route(path, front.jobs.answer, methods=["POST"])
     return app
 
 

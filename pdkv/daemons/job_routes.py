@@ -1,8 +1,13 @@
-"""The two requests that a router sends workers for one completion: to P to prefill, to D to answer."""
+"""The two requests that a router sends workers for one answer: to P to prefill, to D to answer.
+
+Which API the client spoke matters at the edges alone: its endpoint reads the body and writes the answer.
+"""
 
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable
 from hashlib import blake2b
+from typing import Protocol
 
 import msgspec
 import structlog
@@ -10,11 +15,12 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from pdkv.daemons import completion_request, http_server, worker_api
-from pdkv.daemons.choice import EncodedPrompt
-from pdkv.daemons.completion_answer import CompletionAnswer, failure
-from pdkv.daemons.completion_request import CompletionRequest
+from pdkv.daemons import http_server, worker_api
+from pdkv.daemons.answer import Answer, AnswerForm, failure
+from pdkv.daemons.chat_endpoint import ChatEndpoint
+from pdkv.daemons.completion_endpoint import CompletionEndpoint
 from pdkv.daemons.engine_link import EngineLink
+from pdkv.daemons.generation import Generation, Options
 from pdkv.daemons.job_group import open_jobs
 from pdkv.daemons.link import DecodeJob, EngineReady, JobFailed, PrefillJob, Sampling
 from pdkv.daemons.openai_api import ApiError, DebugBlock
@@ -22,103 +28,116 @@ from pdkv.daemons.served_model import ServedModel
 from pdkv.errors import RequestError
 
 _TRANSFER_BYTES = 16
+_LAST_TIME = 2.0**37
+"""Beyond it no calendar of ours reaches."""
 
 
-def transfer_of_prompt(transfer: bytes, index: int) -> bytes:
-    """The transfer id of one prompt of a request; P and D derive it alike, for the router draws one id a request.
+def transfer_of_choice(transfer: bytes, index: int) -> bytes:
+    """The transfer id of one choice of a request; P and D derive it alike, for the router draws one id a request.
 
-    The first prompt's is the request's own.
+    The first choice's is the request's own.
     """
     if index == 0:
         return transfer
     return blake2b(transfer + index.to_bytes(4, "big"), digest_size=_TRANSFER_BYTES).digest()
 
 
+class Endpoint(Protocol):
+    """An API's edge."""
+
+    async def read(self, body: bytes, max_model_len: int, at: float) -> Generation:
+        """What a client's body asks of the engine. ``at``: the request's time, in seconds since 1970.
+
+        Raises RequestError, on P and D in the same words.
+        """
+        ...
+
+    def form(self, asked: Generation) -> AnswerForm:
+        """The form of the answer to it."""
+        ...
+
+
 class JobRoutes:
     """Handlers of a worker's front. ``ready`` gives the loaded engine or raises ApiError."""
 
     def __init__(self, served: ServedModel, link: EngineLink, ready: Callable[[], EngineReady]) -> None:
-        self._served = served
+        endpoints: dict[str, Endpoint] = {
+            worker_api.COMPLETIONS_PATH: CompletionEndpoint(served),
+            worker_api.CHAT_PATH: ChatEndpoint(served),
+        }
+        self._endpoints = endpoints | {worker_api.PREFILL_PATHS[path]: one for path, one in endpoints.items()}
+        self._codec = served.codec
         self._link = link
         self._ready = ready
 
     async def prefill(self, request: Request) -> Response:
-        """Answers when the state of every prompt stands ready for the decode worker."""
+        """Answers when the state of every choice's prompt stands ready for the decode worker."""
         ready = self._ready()
         transfer, deadline_s = _transfer(request), _deadline(request)
         ours = f"{ready.incarnation:016x}"
         if request.headers.get(worker_api.PREFILL_INCARNATION, ours) != ours:
             raise ApiError.of(503, "this worker has restarted since the router chose it", code="stale_incarnation")
         structlog.contextvars.bind_contextvars(transfer=transfer.hex())
-        asked, prompts = await self._read(request, ready)
+        _, asked = await self._read(request, ready)
         jobs = [
             PrefillJob(
-                transfer=(own := transfer_of_prompt(transfer, index)),
-                prompt=prompt.token_ids,
-                sampling=_sampling(asked, own),
+                transfer=(own := transfer_of_choice(transfer, index)),
+                prompt=asked.prompt_of(index).token_ids,
+                sampling=_sampling(asked.options, own, index),
                 deadline_s=deadline_s,
-                num_top=asked.logprobs or 0,
-                prompt_top=asked.prompt_logprobs,
+                num_top=asked.options.logprobs or 0,
+                prompt_top=asked.options.prompt_logprobs,
             )
-            for index, prompt in enumerate(prompts)
+            for index in range(asked.num_choices)
         ]
         with open_jobs(self._link, jobs) as group:
             for _ in jobs:
                 _, event = await http_server.unless_gone(request, group.next())
                 if isinstance(event, JobFailed):
                     raise failure(event)
-        num_tokens = sum(len(prompt.token_ids) for prompt in prompts)
+        num_tokens = sum(len(prompt.token_ids) for prompt in asked.prompts)
         return http_server.json_response(msgspec.json.encode(worker_api.Prefilled(num_tokens)))
 
-    async def completions(self, request: Request) -> Response:
+    async def answer(self, request: Request) -> Response:
         """Answers, or begins to, when the first token is there; until then every failure has a status of its own."""
         ready = self._ready()
         transfer, deadline_s = _transfer(request), _deadline(request)
         control, incarnation = _prefill_peer(request)
         structlog.contextvars.bind_contextvars(transfer=transfer.hex())
-        asked, prompts = await self._read(request, ready)
+        endpoint, asked = await self._read(request, ready)
+        options = asked.options
         jobs = [
             DecodeJob(
-                transfer=(own := transfer_of_prompt(transfer, index)),
-                prompt=prompt.token_ids,
+                transfer=(own := transfer_of_choice(transfer, index)),
+                prompt=asked.prompt_of(index).token_ids,
                 max_tokens=max(1, asked.max_tokens),  # P's first token comes anyway; asked for none, none is shown
-                sampling=_sampling(asked, own),
-                ignore_eos=asked.ignore_eos,
+                sampling=_sampling(options, own, index),
+                ignore_eos=options.ignore_eos,
                 prefill_control=control,
                 prefill_incarnation=incarnation,
                 deadline_s=deadline_s,
-                num_top=asked.logprobs or 0,
-                prompt_top=asked.prompt_logprobs,
+                num_top=options.logprobs or 0,
+                prompt_top=options.prompt_logprobs,
             )
-            for index, prompt in enumerate(prompts)
+            for index in range(asked.num_choices)
         ]
         debug = None
         if request.headers.get(worker_api.DEBUG) == "1":
             debug = DebugBlock(http_server.request_id(request), transfer.hex(), control, None)
-        answer = CompletionAnswer(asked, self._served.name, self._served.codec, prompts, debug)
+        answer = Answer(asked, endpoint.form(asked), self._codec, debug)
         with contextlib.ExitStack() as stack:
             group = stack.enter_context(open_jobs(self._link, jobs))
             first = await http_server.unless_gone(request, group.next())
             if isinstance(first[1], JobFailed):
                 raise failure(first[1])
-            if asked.stream:
+            if options.stream:
                 return _JobStream(answer.stream(first, group), stack.pop_all())
             return http_server.json_response(await http_server.unless_gone(request, answer.whole(first, group)))
 
-    async def _read(self, request: Request, ready: EngineReady) -> tuple[CompletionRequest, list[EncodedPrompt]]:
-        """The request, with prompts that the model knows and that fit. Both roles refuse the same in the same words."""
-        served = self._served
-        asked = completion_request.parse_completion(await http_server.read_body(request))
-        completion_request.check_model(asked.model, served.names)
-        completion_request.check_num_prompts(asked, served.max_prompts)
-        if asked.stop:
-            served.need_codec("stop", "stop strings cannot be found in its answers")
-        prompts = await served.encode(asked.prompts, offsets=asked.prompt_logprobs is not None)
-        for prompt in prompts:
-            completion_request.check_token_ids(prompt.token_ids, served.vocab_size)
-            completion_request.check_length(len(prompt.token_ids), max(1, asked.max_tokens), ready.max_model_len)
-        completion_request.check_prompt_logprobs(asked, sum(len(prompt.token_ids) for prompt in prompts))
-        return asked, prompts
+    async def _read(self, request: Request, ready: EngineReady) -> tuple[Endpoint, Generation]:
+        endpoint = self._endpoints[request.url.path]
+        body = await http_server.read_body(request)
+        return endpoint, await endpoint.read(body, ready.max_model_len, _asked_at(request))
 
 
 class _JobStream(StreamingResponse):
@@ -133,10 +152,24 @@ class _JobStream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-def _sampling(asked: CompletionRequest, transfer: bytes) -> Sampling:
-    """Both workers draw from the same seed, also when the client gave none."""
-    seed = asked.seed if asked.seed is not None else int.from_bytes(transfer[:8], "little") >> 1
-    return Sampling(asked.temperature, seed, asked.top_p)
+def _sampling(options: Options, transfer: bytes, index: int) -> Sampling:
+    """Both workers draw from the same seed, also when the client gave none. Choices of one prompt differ in theirs."""
+    if options.seed is None:
+        seed = int.from_bytes(transfer[:8], "little") >> 1
+    elif (which := index % options.n) == 0:
+        seed = options.seed
+    else:
+        drawn = blake2b(options.seed.to_bytes(8, "big", signed=True) + which.to_bytes(4, "big"), digest_size=8)
+        seed = int.from_bytes(drawn.digest(), "little") >> 1
+    return Sampling(options.temperature, seed, options.top_p)
+
+
+def _asked_at(request: Request) -> float:
+    with contextlib.suppress(ValueError):
+        seconds = float(request.headers.get(worker_api.ASKED_AT, time.time()))
+        if 0 <= seconds < _LAST_TIME:
+            return seconds
+    raise RequestError(f"the header {worker_api.ASKED_AT} must hold seconds since 1970")
 
 
 def _transfer(request: Request) -> bytes:

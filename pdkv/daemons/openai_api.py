@@ -17,6 +17,8 @@ class PromptTokensDetails(msgspec.Struct, frozen=True):
 
 
 class Usage(msgspec.Struct, frozen=True):
+    """Of all choices together; a prompt with several choices counts once."""
+
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
@@ -129,7 +131,7 @@ def error_type(status: int) -> str:
     return "invalid_request_error" if status < 500 else "server_error"
 
 
-def encode_event(event: Completion | ErrorBody) -> bytes:
+def encode_event(event: msgspec.Struct) -> bytes:
     """One server-sent event: a chunk, or the error that ends a stream early."""
     return b"data: " + msgspec.json.encode({"error": event} if isinstance(event, ErrorBody) else event) + b"\n\n"
 

@@ -5,6 +5,7 @@ It never looks into a body: workers validate, and it tells a stream by the answe
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator
 
 import httpx
@@ -17,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from pdkv.daemons import http_server, openai_api, worker_api
 from pdkv.daemons.admin import AdminDesk, create_admin_app
-from pdkv.daemons.attempt import AttemptFailedError, Upstream, attempt
+from pdkv.daemons.attempt import Asked, AttemptFailedError, Upstream, attempt
 from pdkv.daemons.config import Address, RouterConfig
 from pdkv.daemons.health import RouterHealth
 from pdkv.daemons.lifecycle import Lifecycle, background
@@ -96,7 +97,8 @@ def create_app(router: "Router", health: RouterHealth, traffic: Traffic) -> Fast
     app = http_server.create_app(traffic)
     app.add_api_route("/health", show_health, methods=["GET"])
     app.add_api_route("/v1/models", router.models, methods=["GET"])
-    app.add_api_route(worker_api.COMPLETIONS_PATH, router.completions, methods=["POST"])
+    for path in worker_api.PREFILL_PATHS:
+        app.add_api_route(path, router.generate, methods=["POST"])
     for path, method in worker_api.TEXT_PATHS.items():
         app.add_api_route(path, router.texts.pass_on, methods=[method])
     return app
@@ -138,16 +140,20 @@ class Router:
             raise self._not_ready()
         return http_server.json_response(openai_api.encode_models(models))
 
-    async def completions(self, request: Request) -> Response:
+    async def generate(self, request: Request) -> Response:
+        """A completion or a chat completion."""
         deadline = asyncio.get_running_loop().time() + self._request_timeout_s
         body = await http_server.read_body(request)
-        headers = {worker_api.REQUEST_ID: http_server.request_id(request)}
+        headers = {
+            worker_api.REQUEST_ID: http_server.request_id(request),
+            worker_api.ASKED_AT: f"{time.time():.6f}",
+        }
         if worker_api.DEBUG in request.headers:
             headers[worker_api.DEBUG] = request.headers[worker_api.DEBUG]
-        answer = await http_server.unless_gone(request, self._route(body, headers, deadline))
+        answer = await http_server.unless_gone(request, self._route(Asked(request.url.path, body, headers), deadline))
         return _Passed(self._pass_on(answer, deadline), answer) if isinstance(answer, Upstream) else answer
 
-    async def _route(self, body: bytes, headers: dict[str, str], deadline: float) -> "Upstream | Response":
+    async def _route(self, asked: Asked, deadline: float) -> "Upstream | Response":
         """An open stream, or a whole answer. Raises ApiError when no try leads to one."""
         failed: AttemptFailedError | None = None
         try:
@@ -160,7 +166,7 @@ class Router:
                     self._metrics.chosen(num_tries)
                     try:
                         seconds_left = deadline - asyncio.get_running_loop().time()
-                        upstream = await attempt(self._client, self._metrics, pair, body, headers, seconds_left)
+                        upstream = await attempt(self._client, self._metrics, pair, asked, seconds_left)
                         return upstream if upstream.is_stream else await self._whole(upstream)
                     except AttemptFailedError as exc:
                         failed = exc

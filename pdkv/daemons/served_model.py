@@ -1,17 +1,17 @@
 """What a worker's front knows of the model it serves, without loading it."""
 
 import asyncio
-import json
-from pathlib import Path
-from typing import Any
 
 import msgspec
 
-from pdkv.daemons.choice import EncodedPrompt
+from pdkv.daemons.chat_template import ChatTemplates
 from pdkv.daemons.completion_request import Prompt
 from pdkv.daemons.config import WorkerConfig
+from pdkv.daemons.conversation import Conversation
+from pdkv.daemons.generation import EncodedPrompt
 from pdkv.daemons.tokenization import TextCodec
-from pdkv.errors import ModelError, RequestError
+from pdkv.daemons.tokenizer_config import TokenizerConfig
+from pdkv.errors import RequestError
 from pdkv.m3.config import load_config
 
 _DEFAULT_MAX_MODEL_LEN = 32_768
@@ -28,15 +28,19 @@ class ServedModel(msgspec.Struct, frozen=True):
     max_model_len: int
     codec: TextCodec | None
     max_prompts: int
-    """Prompts that one request may hold."""
-    special_tokens: dict[str, str | None] = {}
-    """``bos_token``, ``eos_token`` and ``pad_token`` as text; None for one that the checkpoint does not have."""
+    """Prompts that one request may hold, or choices of them."""
+    tokenizer_config: TokenizerConfig
+    templates: ChatTemplates
+    special_tokens: dict[str, str | None]
+    """As text: those that the tokenizer's config names, and ``bos_token``, ``eos_token`` and ``pad_token`` in any case;
+    None for one that the checkpoint does not have."""
 
     @classmethod
     def load(cls, config: WorkerConfig) -> "ServedModel":
         """Read config.json and the tokenizer. Raises ModelError."""
         model = load_config(config.model)
         codec = TextCodec.load(config.model)
+        tokenizer_config = TokenizerConfig.load(config.model)
         return cls(
             name=config.served_model_name or config.model.resolve().name,
             path=str(config.model),
@@ -44,7 +48,9 @@ class ServedModel(msgspec.Struct, frozen=True):
             max_model_len=config.max_model_len or min(model.max_position_embeddings, _DEFAULT_MAX_MODEL_LEN),
             codec=codec,
             max_prompts=config.max_prompts,
-            special_tokens=_special_tokens(config.model, codec, model.bos_token_id, model.eos_token_ids),
+            tokenizer_config=tokenizer_config,
+            templates=ChatTemplates(tokenizer_config),
+            special_tokens=_special_tokens(tokenizer_config, codec, model.bos_token_id, model.eos_token_ids),
         )
 
     @property
@@ -65,6 +71,17 @@ class ServedModel(msgspec.Struct, frozen=True):
             return self._encode(prompts, offsets)
         return await asyncio.to_thread(self._encode, prompts, offsets)
 
+    async def encode_chat(self, conversation: Conversation, at: float, num_bytes: int) -> EncodedPrompt:
+        """A conversation as ids; ``num_bytes``: how large it is. Raises RequestError where it cannot be rendered."""
+        if num_bytes < _LONG_TEXT:
+            return self._encode_chat(conversation, at)
+        return await asyncio.to_thread(self._encode_chat, conversation, at)
+
+    def _encode_chat(self, conversation: Conversation, at: float) -> EncodedPrompt:
+        codec = self.need_codec("messages", "send token ids to /v1/completions")
+        text = self.templates.render(conversation, at)
+        return EncodedPrompt(codec.encode(text, add_special_tokens=conversation.add_special_tokens), text)
+
     def _encode(self, prompts: list[Prompt], offsets: bool) -> list[EncodedPrompt]:
         encoded = []
         for prompt in prompts:
@@ -78,21 +95,12 @@ class ServedModel(msgspec.Struct, frozen=True):
 
 
 def _special_tokens(
-    model_dir: Path, codec: TextCodec | None, bos: int | None, eos: tuple[int, ...]
+    config: TokenizerConfig, codec: TextCodec | None, bos: int | None, eos: tuple[int, ...]
 ) -> dict[str, str | None]:
-    """As ``tokenizer_config.json`` names them, else by the ids that the model's config gives."""
-    path = model_dir / "tokenizer_config.json"
-    named: dict[str, Any] = {}
-    if path.exists():
-        try:
-            named = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as exc:
-            raise ModelError(f"{path} is not JSON: {exc}") from exc
-    found: dict[str, str | None] = {}
+    """As the tokenizer's config names them, else by the ids that the model's config gives."""
     ids = {"bos_token": bos, "eos_token": eos[0] if eos else None, "pad_token": None}
-    for name, token_id in ids.items():
-        value = named.get(name)
-        text = value.get("content") if isinstance(value, dict) else value
-        known = codec.spelling(token_id) if codec is not None and token_id is not None else None
-        found[name] = text if isinstance(text, str) else known
-    return found
+    known = {
+        name: codec.spelling(token_id) if codec is not None and token_id is not None else None
+        for name, token_id in ids.items()
+    }
+    return {**known, **config.special_tokens()}

@@ -1,5 +1,7 @@
 """Text to token ids and back, the way back in pieces that join to the whole text."""
 
+import re
+from functools import cache
 from pathlib import Path
 
 import tokenizers
@@ -7,6 +9,7 @@ import tokenizers
 from pdkv.errors import ModelError
 
 _REPLACEMENT = "\ufffd"
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class TextCodec:
@@ -64,6 +67,20 @@ class TextCodec:
             return text
         return self.spelling(token_id) or text
 
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """What a token adds to a text, in UTF-8; of one that is part of a character, that part.
+
+        None where such a part is spelled in a way that is not known.
+        """
+        spelled = self.spelling(token_id)
+        text = self.token_text(token_id)
+        if spelled is None or text != spelled or _REPLACEMENT not in self.decode([token_id], skip_special_tokens=False):
+            return text.encode()
+        if found := _BYTE.fullmatch(spelled):
+            return bytes.fromhex(found[1])
+        bytes_of = _byte_of_character()
+        return bytes(bytes_of[char] for char in spelled) if all(char in bytes_of for char in spelled) else None
+
     def spelling(self, token_id: int) -> str | None:
         """One token as the vocabulary spells it; None for an id that it does not have."""
         spelled: str | None = self._tokenizer.id_to_token(token_id)
@@ -116,3 +133,12 @@ class TextStream:
         self._window = self._window[self._num_context :]
         self._num_context = len(self._window)
         self._sent = len(self._codec.decode(self._window))
+
+
+@cache
+def _byte_of_character() -> dict[str, int]:
+    """How byte-level vocabularies spell bytes: printable ones as themselves, the others from U+0100 on, in order."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(0x100) if byte not in printable]
+    spelled = {chr(byte): byte for byte in printable}
+    return spelled | {chr(0x100 + i): byte for i, byte in enumerate(others)}

@@ -7,7 +7,11 @@ from pdkv.daemons.link import RegionSummary
 INFO_PATH = "/pdkv/v1/info"
 STATUS_PATH = "/pdkv/v1/status"
 PREFILL_PATH = "/pdkv/v1/prefill"
+PREFILL_CHAT_PATH = "/pdkv/v1/prefill/chat"
 COMPLETIONS_PATH = "/v1/completions"
+CHAT_PATH = "/v1/chat/completions"
+PREFILL_PATHS = {COMPLETIONS_PATH: PREFILL_PATH, CHAT_PATH: PREFILL_CHAT_PATH}
+"""Where P takes the requests that clients send to these paths; D takes them under the clients' own."""
 TOKENIZE_PATH = "/tokenize"
 DETOKENIZE_PATH = "/detokenize"
 TOKENIZER_INFO_PATH = "/tokenizer_info"
@@ -19,6 +23,8 @@ TRANSFER = "x-pdkv-transfer"
 """The transfer id, 32 hex digits, the same for P and D."""
 DEADLINE = "x-pdkv-deadline"
 """Seconds that are left to the request; a duration, because clocks of two machines are never compared."""
+ASKED_AT = "x-pdkv-asked-at"
+"""When the router took the request, in seconds since 1970: the clock of chat templates, the same for P and D."""
 PREFILL_CONTROL = "x-pdkv-prefill-control"
 PREFILL_INCARNATION = "x-pdkv-prefill-incarnation"
 DEBUG = "x-pdkv-debug"
@@ -50,6 +56,6 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Prefilled(msgspec.Struct, frozen=True):
-    """Answer of ``POST /pdkv/v1/prefill``: the state of these many tokens is ready to be read."""
+    """Answer of ``POST /pdkv/v1/prefill`` and its like: the state of these many tokens is ready to be read."""
 
     prompt_tokens: int

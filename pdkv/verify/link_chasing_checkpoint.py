@@ -49,20 +49,30 @@ NUM_DENSE_LAYERS = 1
 _Q, _S, _T, _O = (NUM_NODES * part for part in range(4))
 _F = NUM_NODES * 4
 
+CHAT_TEMPLATE = """\
+{{ bos_token }}
+{%- for message in messages %}
+{{ " " + message.content }}
+{%- endfor %}
+"""
+"""All messages behind one another, whoever said them: links and questions are words, and no word marks a speaker."""
+
 _SPARSE = tuple(layer >= NUM_DENSE_LAYERS for layer in range(NUM_LAYERS))
 _FIRST_CODE = int(HEAD_DIM * ROTARY_FACTOR)
 _SINK = HEAD_DIM - 1
 
 
 def write_checkpoint(directory: Path, index_topk_freq: int = 1) -> None:
-    """Write config.json, model.safetensors and tokenizer.json; the same bytes every time. Creates the directory.
+    """Write config.json, model.safetensors, tokenizer.json and tokenizer_config.json, the same bytes every time.
 
-    ``index_topk_freq``: every so many-th sparse layer selects blocks, for those up to the next one too.
+    Creates the directory. ``index_topk_freq``: every so many-th sparse layer selects blocks, for those up to the next
+    one too.
     """
     directory.mkdir(parents=True, exist_ok=True)
     save_file(weights(index_topk_freq), directory / "model.safetensors", metadata={"format": "pt"})
     _write_json(directory / "config.json", config(index_topk_freq))
     _write_json(directory / "tokenizer.json", _tokenizer())
+    _write_json(directory / "tokenizer_config.json", _tokenizer_config())
 
 
 def served_layers(index_topk_freq: int = 1) -> dict[int, tuple[int, ...]]:
@@ -262,6 +272,16 @@ def _tokenizer() -> dict[str, object]:
             "vocab": ids,
             "unk_token": words[0],
         },
+    }
+
+
+def _tokenizer_config() -> dict[str, object]:
+    words = vocabulary()
+    return {
+        "bos_token": words[BOS],
+        "chat_template": CHAT_TEMPLATE,
+        "eos_token": words[EOS],
+        "tokenizer_class": "PreTrainedTokenizerFast",
     }
 
 

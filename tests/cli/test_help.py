@@ -88,7 +88,8 @@ def test_version() -> None:
 def test_demo_model_writes_a_checkpoint(tmp_path: Path) -> None:
     folder = tmp_path / "a" / "model"
     assert _pdkv("demo-model", str(folder)).stdout.strip() == str(folder)
-    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
+    written = {path.name for path in folder.iterdir()}
+    assert written == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 
 
 @pytest.mark.parametrize("ids", ["[1, 2, 64]", "1 2\n64"])

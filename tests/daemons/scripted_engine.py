@@ -39,6 +39,11 @@ class Script(IntEnum):
     ONE_OF_SEVEN_FAILS = 10
     """A prompt of seven tokens fails, on P at once, on D after two tokens; others answer two tokens and hang."""
 
+    @classmethod
+    def _missing_(cls, value: object) -> "Script":
+        """A seed that was drawn, as that of a prompt's second choice."""
+        return cls.ANSWER
+
 
 FIRST_NODE = 64
 """Token id of n0 in the link-chasing checkpoint."""

@@ -4,8 +4,10 @@ import json
 
 import pytest
 
-from pdkv.daemons import completion_request
-from pdkv.daemons.completion_request import MAX_STOPS, CompletionRequest, parse_completion
+from pdkv.daemons import generation
+from pdkv.daemons.completion_request import CompletionRequest, parse_completion
+from pdkv.daemons.generation import Options
+from pdkv.daemons.request_fields import MAX_STOPS
 from pdkv.errors import RequestError
 
 
@@ -21,7 +23,7 @@ def _refusal(**fields: object) -> RequestError:
 
 def test_defaults_are_openais() -> None:
     assert _parse(prompt="hi") == CompletionRequest(
-        prompts=["hi"], model=None, max_tokens=16, temperature=1.0, seed=None, stream=False
+        ["hi"], 16, Options(model=None, temperature=1.0, top_p=1.0, seed=None, stream=False, n=1)
     )
 
 
@@ -41,11 +43,25 @@ def test_every_field_is_read() -> None:
         logprobs=5,
         echo=True,
         user="somebody",
+        n=2,
     )
-    assert parsed == CompletionRequest(
-        [[1, 2]], "m", 3, 0.0, -5, True, True, True, True, 0.5, ("a", "b"), 5, True, "somebody"
+    options = Options(
+        model="m",
+        temperature=0.0,
+        seed=-5,
+        stream=True,
+        include_usage=True,
+        ignore_eos=True,
+        return_token_ids=True,
+        top_p=0.5,
+        stop=("a", "b"),
+        logprobs=5,
+        echo=True,
+        user="somebody",
+        n=2,
     )
-    assert parsed.prompt_logprobs == 5
+    assert parsed == CompletionRequest([[1, 2]], 3, options)
+    assert options.prompt_logprobs == 5
 
 
 @pytest.mark.parametrize(
@@ -66,13 +82,13 @@ def test_a_prompt_is_one_or_a_list_of_a_kind(prompt: object, prompts: list[objec
 
 @pytest.mark.parametrize(("stop", "stops"), [("", ()), ([], ()), ("x", ("x",)), (["x", "\n\n"], ("x", "\n\n"))])
 def test_stop_is_one_text_or_several(stop: object, stops: tuple[str, ...]) -> None:
-    assert _parse(prompt="hi", stop=stop).stop == stops
+    assert _parse(prompt="hi", stop=stop).options.stop == stops
 
 
 def test_the_prompt_is_scored_only_when_it_is_echoed() -> None:
-    assert _parse(prompt="hi", logprobs=0).prompt_logprobs is None
-    assert _parse(prompt="hi", echo=True).prompt_logprobs is None
-    assert _parse(prompt="hi", echo=True, logprobs=0).prompt_logprobs == 0
+    assert _parse(prompt="hi", logprobs=0).options.prompt_logprobs is None
+    assert _parse(prompt="hi", echo=True).options.prompt_logprobs is None
+    assert _parse(prompt="hi", echo=True, logprobs=0).options.prompt_logprobs == 0
     assert _parse(prompt="hi", echo=True, max_tokens=0).max_tokens == 0
 
 
@@ -137,6 +153,9 @@ def test_null_is_the_default() -> None:
         ("logprobs", 1.5),
         ("echo", 1),
         ("user", 5),
+        ("n", 0),
+        ("n", True),
+        ("n", 129),
         ("stream_options", []),
     ],
 )
@@ -149,7 +168,6 @@ def test_wrong_types_and_ranges_name_the_field(field: str, value: object) -> Non
 @pytest.mark.parametrize(
     ("field", "off", "on"),
     [
-        ("n", 1, 2),
         ("best_of", 1, 3),
         ("frequency_penalty", 0, 0.5),
         ("presence_penalty", 0.0, -1),
@@ -164,7 +182,7 @@ def test_what_is_not_implemented_may_be_off_and_nothing_else(field: str, off: ob
 
 
 def test_true_is_not_one_when_a_field_is_off() -> None:
-    assert _refusal(prompt="hi", n=True).param == "n"
+    assert _refusal(prompt="hi", best_of=True).param == "best_of"
 
 
 def test_unknown_fields_are_refused() -> None:
@@ -182,20 +200,23 @@ def test_what_is_no_json_object_is_a_400(body: bytes) -> None:
 
 
 def test_long_lists_and_empty_prompts_are_refused() -> None:
-    asked = _parse(prompt=["a"] * 5)
-    completion_request.check_num_prompts(asked, 5)
+    generation.check_num_choices(5, 1, 5)
     with pytest.raises(RequestError, match="at most 4") as refused:
-        completion_request.check_num_prompts(asked, 4)
+        generation.check_num_choices(5, 1, 4)
     assert refused.value.param == "prompt"
+    generation.check_num_choices(2, 3, 6)
+    with pytest.raises(RequestError, match="6 choices; at most 5") as refused:
+        generation.check_num_choices(2, 3, 5)
+    assert refused.value.param == "n"
     assert "empty" in str(_refused_ids([]))
 
 
 def test_scored_prompts_are_bounded_by_what_one_message_holds() -> None:
-    asked = _parse(prompt="a", echo=True, logprobs=5)
-    completion_request.check_prompt_logprobs(asked, 100_000)
-    completion_request.check_prompt_logprobs(_parse(prompt="a", echo=True), 10**9)
+    asked = _parse(prompt="a", echo=True, logprobs=5).options
+    generation.check_prompt_logprobs(asked, 100_000)
+    generation.check_prompt_logprobs(_parse(prompt="a", echo=True).options, 10**9)
     with pytest.raises(RequestError, match="up to 142987 prompt tokens") as refused:
-        completion_request.check_prompt_logprobs(asked, 142_988)
+        generation.check_prompt_logprobs(asked, 142_988)
     assert refused.value.param == "logprobs"
 
 
@@ -208,23 +229,23 @@ def test_ids_outside_the_vocabulary_are_refused_with_their_position(ids: list[in
 
 def _refused_ids(ids: list[int]) -> RequestError:
     with pytest.raises(RequestError) as refused:
-        completion_request.check_token_ids(ids, 10)
+        generation.check_token_ids(ids, 10)
     return refused.value
 
 
 def test_length_counts_prompt_and_answer() -> None:
-    completion_request.check_length(90, 10, 100)
+    generation.check_length(90, 10, 100)
     with pytest.raises(RequestError) as refused:
-        completion_request.check_length(90, 11, 100)
+        generation.check_length(90, 11, 100)
     assert (refused.value.code, refused.value.param) == ("context_length_exceeded", "max_tokens")
     with pytest.raises(RequestError) as refused:
-        completion_request.check_length(100, 1, 100)
+        generation.check_length(100, 1, 100)
     assert refused.value.param == "prompt"
 
 
 def test_models_are_known_by_name_or_not_at_all() -> None:
-    completion_request.check_model(None, ("m",))
-    completion_request.check_model("/path/m", ("m", "/path/m"))
+    generation.check_model(None, ("m",))
+    generation.check_model("/path/m", ("m", "/path/m"))
     with pytest.raises(RequestError) as refused:
-        completion_request.check_model("x", ("m",))
+        generation.check_model("x", ("m",))
     assert (refused.value.status, refused.value.code) == (404, "model_not_found")

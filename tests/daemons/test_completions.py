@@ -8,7 +8,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from pdkv.daemons.job_routes import transfer_of_prompt
+from pdkv.daemons.job_routes import transfer_of_choice
 from pdkv.verify.link_chasing import link_token
 from tests.daemons.conftest import Daemon, Fleet, wait_until
 from tests.daemons.scripted_engine import FIRST_NODE, Script
@@ -64,6 +64,15 @@ def test_each_prompt_of_a_list_has_its_choice(client: openai.OpenAI) -> None:
         }
 
 
+def test_a_prompt_may_have_several_choices(client: openai.OpenAI) -> None:
+    answer = create(client, ["n1 n2", "n3"], n=2, max_tokens=2)
+    assert [(choice.index, choice.text) for choice in answer.choices] == [(index, "n0 n1") for index in range(4)]
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (3, 8)
+    with pytest.raises(openai.BadRequestError) as refused:
+        create(client, ["n1"] * 65, n=2)
+    assert refused.value.param == "n"
+
+
 def test_choices_of_a_stream_are_told_apart_by_their_index(client: openai.OpenAI) -> None:
     stream = create(client, ["n1", "n2"], stream=True, stream_options={"include_usage": True})
     *chunks, last = list(stream)
@@ -77,13 +86,13 @@ def test_choices_of_a_stream_are_told_apart_by_their_index(client: openai.OpenAI
     assert last.usage.completion_tokens == 8
 
 
-def test_prompts_of_a_list_have_transfers_of_their_own_that_both_roles_derive() -> None:
+def test_choices_have_transfers_of_their_own_that_both_roles_derive() -> None:
     transfer = secrets.token_bytes(16)
-    ids = [transfer_of_prompt(transfer, index) for index in range(300)]
+    ids = [transfer_of_choice(transfer, index) for index in range(300)]
     assert ids[0] == transfer
     assert len(set(ids)) == 300
     assert {len(one) for one in ids} == {16}
-    assert ids == [transfer_of_prompt(transfer, index) for index in range(300)]
+    assert ids == [transfer_of_choice(transfer, index) for index in range(300)]
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -90,3 +90,15 @@ def test_a_broken_tokenizer_is_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ModelError, match=r"tokenizer\.json is not a tokenizer"):
         TextCodec.load(tmp_path)
+
+
+def test_bytes_of_a_token_are_those_that_it_adds() -> None:
+    codec = CODECS["bytes"][0]
+    for text in ("a\n", "€", "Ā", "\xff\x00"):
+        assert b"".join(codec.token_bytes(token) or b"" for token in codec.encode(text)) == text.encode()
+    assert codec.token_bytes(256) == b"<eos>"
+    assert CODECS["metaspace"][0].token_bytes(1) == b" a"
+    words = {"a": 0, "<0xE2>": 1, "<0x82>": 2}
+    fallback = tokenizers.Tokenizer(models.BPE(vocab=words, merges=[], byte_fallback=True))
+    fallback.decoder = decoders.ByteFallback()
+    assert [TextCodec(fallback).token_bytes(token) for token in range(3)] == [b"a", b"\xe2", b"\x82"]

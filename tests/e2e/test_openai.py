@@ -99,7 +99,7 @@ def test_errors_are_the_clients_own(client: openai.OpenAI) -> None:
     assert too_long.value.code == "context_length_exceeded"
     wrong = {
         "logprobs": 21,
-        "n": 2,
+        "n": 129,
         "best_of": 2,
         "stop": [""],
         "max_tokens": "5",

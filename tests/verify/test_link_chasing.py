@@ -57,7 +57,7 @@ def test_the_checkpoint_is_the_same_bytes_every_time(checkpoint: Path, tmp_path:
     script += "write_checkpoint(Path(sys.argv[1]) / 'new'); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
     written = sorted(path.name for path in (tmp_path / "new").iterdir())
-    assert written == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert written == ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
     for name in written:
         assert (tmp_path / "new" / name).read_bytes() == (checkpoint / name).read_bytes()
 
