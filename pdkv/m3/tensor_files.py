@@ -35,9 +35,9 @@ ITEMSIZE = {
 
 QUANTISED = "F8_E4M3"
 
-_CHUNK_BYTES = 16 << 20
-"""At most so much of a tensor is looked at at once."""
-_MAPPED_BYTES = 64 << 20
+_CHUNK_ELEMENTS = 1 << 20
+"""At most so many of a tensor are looked at at once: 4 MiB where they become float32."""
+_MAPPED_BYTES = 32 << 20
 """After so much, files are let go: pages of a mapped file count as memory of whoever has touched them."""
 
 
@@ -152,7 +152,7 @@ class TensorFiles:
             return
         stored = self._catalogue.tensors[part.name]
         *outer, rows, columns = part.taken
-        at_once = max(1, _CHUNK_BYTES // (part.shape[-1] * ITEMSIZE[stored.dtype]))
+        at_once = max(1, _CHUNK_ELEMENTS // part.shape[-1])
         for begin in range(rows.start, rows.stop, at_once):
             some = (*outer, range(begin, min(begin + at_once, rows.stop)))
             chunk = self._slice(part.name, (*some, columns)).flatten(0, -2)
