@@ -145,4 +145,5 @@ def _settings(role: str, model_dir: Path, max_model_len: int, num_pages: int, pr
         lease_ttl_s=60.0,
         insecure=False,
         log_level="warning",
+        prefix_cache=False,  # what is compared must have been computed there and have travelled here
     )
