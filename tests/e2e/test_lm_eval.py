@@ -1,4 +1,5 @@
-"""EleutherAI's evaluation harness, unmodified, against a deployment: likelihoods and generation, alone and in lists.
+"""EleutherAI's evaluation harness, unmodified, against a deployment: likelihoods and generation, alone and in lists,
+and generation as a chat.
 
 It lives in an environment of its own (``make eval``), because it brings hundreds of megabytes that pdkv never needs.
 """
@@ -74,23 +75,36 @@ def write_tasks(folder: Path) -> None:
 
 @pytest.mark.parametrize(("batch_size", "num_concurrent"), [(1, 3), (4, 1)], ids=["one by one", "in lists"])
 def test_lm_eval_runs_unmodified(deployment: Process, tmp_path: Path, batch_size: int, num_concurrent: int) -> None:
-    lm_eval = find_lm_eval()
-    write_tasks(tmp_path)
     arguments = {
-        "model": "link-chasing",
         "base_url": f"{deployment.url}/v1/completions",
         "num_concurrent": num_concurrent,
         "max_length": 4096,
-        "max_retries": 1,
     }
-    command = [lm_eval, "--model", "local-completions", "--tasks", ",".join(TASKS), "--include_path", str(tmp_path)]
-    command += ["--model_args", ",".join(f"{name}={value}" for name, value in arguments.items())]
-    command += ["--batch_size", str(batch_size), "--output_path", str(tmp_path / "results"), "--log_samples"]
-    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
+    results = run_lm_eval(tmp_path, "local-completions", list(TASKS), arguments, "--batch_size", str(batch_size))
+    assert results["chase_choice"]["acc,none"] == 1.0
+    assert results["chase_generate"]["exact_match,none"] == 1.0
+
+
+def test_lm_eval_chats(deployment: Process, tmp_path: Path) -> None:
+    arguments = {"base_url": f"{deployment.url}/v1/chat/completions", "num_concurrent": 3}
+    results = run_lm_eval(tmp_path, "local-chat-completions", ["chase_generate"], arguments, "--apply_chat_template")
+    assert results["chase_generate"]["exact_match,none"] == 1.0
+
+
+def run_lm_eval(
+    folder: Path, model: str, tasks: list[str], arguments: dict[str, object], *flags: str
+) -> dict[str, dict[str, float]]:
+    """Its metrics by task."""
+    lm_eval = find_lm_eval()
+    write_tasks(folder)
+    named = {"model": "link-chasing", "max_retries": 1, **arguments}
+    command = [lm_eval, "--model", model, "--tasks", ",".join(tasks), "--include_path", str(folder), *flags]
+    command += ["--model_args", ",".join(f"{name}={value}" for name, value in named.items())]
+    command += ["--output_path", str(folder / "results"), "--log_samples"]
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "hub")}
     environment = {**os.environ, **offline, "OPENAI_API_KEY": "none"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
-    (path,) = (tmp_path / "results").rglob("results_*.json")
-    results = json.loads(path.read_text())["results"]
-    assert results["chase_choice"]["acc,none"] == 1.0
-    assert results["chase_generate"]["exact_match,none"] == 1.0
+    (path,) = (folder / "results").rglob("results_*.json")
+    results: dict[str, dict[str, float]] = json.loads(path.read_text())["results"]
+    return results

@@ -54,6 +54,60 @@ def test_a_stream_joins_to_the_whole_answer(client: openai.OpenAI) -> None:
     assert last.usage.total_tokens == 1020
 
 
+def test_a_chat_is_the_completion_of_what_its_template_makes(client: openai.OpenAI) -> None:
+    prompt = make_prompt(6, 900)
+    first, *_, question = words = prompt.text.split(" ")
+    assert first == "<bos>"
+    talk = [
+        {"role": "system", "content": " ".join(words[1:500])},
+        {"role": "user", "content": [{"type": "text", "text": " ".join(words[500:])}]},
+    ]
+    answer = client.chat.completions.create(model=MODEL, messages=talk, max_tokens=12, temperature=0)
+    (choice,) = answer.choices
+    assert choice.message.content == text_of(prompt.expected(12))
+    assert (choice.finish_reason, choice.message.role) == ("length", "assistant")
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (900, 12)
+    assert question.startswith("n")
+    talk += [{"role": "assistant", "content": choice.message.content}]
+    more = client.chat.completions.create(model=MODEL, messages=talk, max_tokens=12, temperature=0, n=2)
+    assert [one.message.content for one in more.choices] == [text_of(prompt.expected(24)[12:])] * 2
+
+
+def test_a_chats_stream_joins_to_the_whole_answer(client: openai.OpenAI) -> None:
+    prompt = make_prompt(7, 400)
+    stream = client.chat.completions.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": prompt.text.removeprefix("<bos> ")}],
+        max_completion_tokens=20,
+        temperature=0,
+        logprobs=True,
+        top_logprobs=2,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    *chunks, last = list(stream)
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == text_of(prompt.expected(20))
+    told = [token for chunk in chunks if (block := chunk.choices[0].logprobs) for token in block.content]
+    assert "".join(token.token for token in told).strip() == text_of(prompt.expected(20))
+    assert all(token.top_logprobs[0].token == token.token and len(token.top_logprobs) == 2 for token in told)
+    assert (chunks[-1].choices[0].finish_reason, last.choices) == ("length", [])
+    assert last.usage.total_tokens == 420
+
+
+def test_a_chat_ends_at_its_stop_string_and_refuses_as_completions_do(client: openai.OpenAI) -> None:
+    prompt = make_prompt(8, 200)
+    expected = text_of(prompt.expected(12))
+    stop = " " + expected.split(" ")[5]
+    talk = [{"role": "user", "content": prompt.text.removeprefix("<bos> ")}]
+    answer = client.chat.completions.create(model=MODEL, messages=talk, max_tokens=12, temperature=0, stop=stop)
+    assert answer.choices[0].message.content == expected[: expected.index(stop)]
+    assert answer.choices[0].finish_reason == "stop"
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(model=MODEL, messages=talk, max_tokens=8192)
+    assert refused.value.code == "context_length_exceeded"
+
+
 def test_sampling_is_repeatable_by_its_seed(client: openai.OpenAI) -> None:
     def ask(seed: int) -> str:
         answer = client.completions.create(model=MODEL, prompt="<bos> pad", max_tokens=8, temperature=2, seed=seed)
