@@ -25,7 +25,7 @@ def commands() -> list[str]:
 
 def test_the_quickstart_does_what_it_says(tmp_path: Path) -> None:
     found = [command for command in commands() if command not in RUN_BY_CI_ITSELF]
-    demo_model, up, curl = found
+    demo_model, up, *curls = found
     port = free_port()
     pdkv = shlex.quote(str(Path(sys.executable).with_name("pdkv")))
     subprocess.run(demo_model.replace(".venv/bin/pdkv", pdkv), shell=True, check=True, cwd=tmp_path, timeout=60)
@@ -33,8 +33,11 @@ def test_the_quickstart_does_what_it_says(tmp_path: Path) -> None:
     assert words[:2] == [".venv/bin/pdkv", "up"]
     arguments = [str(tmp_path / "checkpoint") if word == "./checkpoint" else word for word in words[2:]]
     with running(Process("up", f"http://127.0.0.1:{port}", arguments, tmp_path / "up.log")):
-        asked = curl.replace(":8000/", f":{port}/")
-        done = subprocess.run(asked, shell=True, check=True, capture_output=True, text=True, timeout=60)
-    answer = json.loads(done.stdout)
-    assert answer["choices"][0]["text"].split() == ["n2", "n3"]
+        asked = [curl.replace(":8000/", f":{port}/") for curl in curls]
+        completion, chat = [
+            json.loads(subprocess.run(curl, shell=True, check=True, capture_output=True, text=True, timeout=60).stdout)
+            for curl in asked
+        ]
+    assert completion["choices"][0]["text"].split() == ["n2", "n3"]
+    assert chat["choices"][0]["message"]["content"].split() == ["n2", "n3"]
     assert vocabulary()[node_token(2)] == "n2"
