@@ -1,8 +1,9 @@
 """A prefill and a decode worker as agents in one process: real channels, threads and arenas, no model."""
 
 import queue
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -15,7 +16,7 @@ from pdkv.agent.paths import PathRequirement
 from pdkv.agent.peer_links import PeerLinks
 from pdkv.agent.prefill_agent import PrefillAgent
 from pdkv.agent.rank_group import RankGroup
-from pdkv.agent.rank_reads import RankReads
+from pdkv.agent.rank_reads import RankOrder, RankReads
 from pdkv.core.events import SessionPolicy
 from pdkv.core.lease import LeasePolicy
 from pdkv.core.manifest import pairing_digest
@@ -24,7 +25,7 @@ from pdkv.errors import FailureCode
 from pdkv.memory.arena import Arena
 from pdkv.memory.manifest import build_manifest
 from pdkv.memory.probe import ProbePages
-from pdkv.memory.row import RowLayout
+from pdkv.memory.row import RowLayout, RowSlot
 from pdkv.schema import Incarnation, Manifest, TransferId
 from pdkv.transport.base import Transport
 from pdkv.transport.inproc import InprocTransport
@@ -39,6 +40,47 @@ PATIENCE_S = 20.0
 Event = TypeVar("Event")
 
 
+class OtherRank:
+    """A rank other than 0: an arena and a transport, and on D a thread that does as rank 0 orders."""
+
+    def __init__(self, rank: int, size: int, num_pages: int, transport: Transport | None) -> None:
+        self.rank = rank
+        self.arena = Arena.allocate(RowLayout.of(KV, rank, size), num_pages)
+        self.probe = ProbePages(self.arena)
+        self.transport = transport or InprocTransport()
+        self.transport.register(self.arena.memory)
+        self.manifest = build_manifest(self.arena, KV, "model")
+        self.offer = RankOffer(self.manifest, self.transport.address())
+        self.orders: queue.SimpleQueue[RankOrder | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def start(self, report: Callable[[e.RankReported], None]) -> None:
+        self._thread = threading.Thread(target=self._obey, args=(report,))
+        self._thread.start()
+
+    def close(self) -> None:
+        if self._thread is not None:
+            self.orders.put(None)
+            self._thread.join()
+        self.transport.close()
+
+    def _obey(self, report: Callable[[e.RankReported], None]) -> None:
+        reads = RankReads(self.transport, self.manifest, self.probe, (self.arena.memory.address,))
+        while True:
+            reports = reads.on_completions(self.transport.poll())
+            try:
+                order = self.orders.get(timeout=0.001)
+            except queue.Empty:
+                order = None
+            else:
+                if order is None:
+                    return
+            if order is not None:
+                reports += reads.obey(order)
+            for told in reports:
+                report(e.RankReported(self.rank, told))
+
+
 class AgentSide:
     """What both roles have: an arena, an identity, a running loop, and the events that came out of it."""
 
@@ -49,25 +91,35 @@ class AgentSide:
         name: str | None = None,
         num_pages: int = 20,
         transport: Transport | None = None,
+        other_transports: Sequence[Transport | None] = (),
+        num_offered: int | None = None,
         change: Callable[[Manifest], Manifest] = lambda manifest: manifest,
     ) -> None:
         self.incarnation = new_incarnation()
-        self.arena = Arena.allocate(RowLayout.of(KV), num_pages)
+        size = 1 + len(other_transports)
+        self.others = [OtherRank(i + 1, size, num_pages, other) for i, other in enumerate(other_transports)]
+        self.arena = Arena.allocate(RowLayout.of(KV, 0, size), num_pages)
         self.probe = ProbePages(self.arena)
         self.transport = transport or InprocTransport()
         self.transport.register(self.arena.memory)
         self.channel = Channel(self.incarnation, NoSecurity())
         manifest = change(build_manifest(self.arena, KV, "model"))
+        offers = (RankOffer(manifest, self.transport.address()), *(other.offer for other in self.others))
         self.identity = e.WorkerIdentity(
             name=name or f"{role}-{self.incarnation}",
             incarnation=self.incarnation,
-            offers=(RankOffer(manifest, self.transport.address()),),
-            digest=pairing_digest([manifest]),
+            offers=offers[:num_offered],
+            digest=pairing_digest([offer.manifest for offer in offers]),
             policy=POLICY,
         )
         self.events: queue.SimpleQueue[object] = queue.SimpleQueue()
         self.seen: list[object] = []
         self.loop: AgentLoop[object] = AgentLoop(self.channel, self.transport)
+
+    @property
+    def arenas(self) -> list[Arena]:
+        """Of all ranks."""
+        return [self.arena, *(other.arena for other in self.others)]
 
     def expect(self, kind: type[Event], transfer: TransferId | None = None) -> Event:
         """The next event of ``kind`` (of ``transfer``); others that come before stay to be expected later."""
@@ -94,6 +146,8 @@ class AgentSide:
 
     def close(self) -> None:
         self.loop.stop()
+        for other in self.others:
+            other.close()
         assert self.loop.crashed is None, self.loop.crashed
 
 
@@ -101,7 +155,8 @@ class PrefillSide(AgentSide):
     def __init__(self, *, port: int = 0, fill_probe: bool = True, **options: object) -> None:
         super().__init__("prefill", **options)  # type: ignore[arg-type]
         if fill_probe:
-            self.probe.fill(self.incarnation)
+            for probe in (self.probe, *(other.probe for other in self.others)):
+                probe.fill(self.incarnation)
         self.control = self.channel.bind(f"tcp://127.0.0.1:{port}")
         self.loop.start(PrefillAgent(self.identity, self.channel, self.events.put), self.crashed)  # type: ignore[arg-type]
 
@@ -109,12 +164,16 @@ class PrefillSide(AgentSide):
         self.loop.post(e.ExpectTransfer(transfer, num_tokens, 30.0))
 
     def write(self, pages: tuple[int, ...], seed: int) -> None:
-        """Random bytes into every region of ``pages``, as an engine would write them."""
+        """Random bytes into every region of ``pages``, as an engine would write them: equal on ranks that share one."""
+        drawn: dict[tuple[str, int, int, int], torch.Tensor] = {}
         generator = torch.Generator().manual_seed(seed)
-        for slot in self.arena.layout.slots:
-            for page in pages:
-                target = self.arena.page_bytes(slot.spec.name, slot.spec.layer, slot.head, page)
-                target.copy_(torch.randint(0, 256, target.shape, generator=generator, dtype=torch.uint8))
+        for arena in self.arenas:
+            for slot in arena.layout.slots:
+                for page in pages:
+                    key = (slot.spec.name, slot.spec.layer, slot.head, page)
+                    if key not in drawn:
+                        drawn[key] = torch.randint(0, 256, (slot.num_bytes,), generator=generator, dtype=torch.uint8)
+                    arena.page_bytes(*key).copy_(drawn[key])
 
     def serve(self, transfer: TransferId, pages: tuple[int, ...], num_tokens: int = 300) -> None:
         """All that a prefill engine does for one request."""
@@ -130,10 +189,12 @@ class DecodeSide(AgentSide):
     def __init__(self, *, least_path: str | None = None, **options: object) -> None:
         super().__init__("decode", **options)  # type: ignore[arg-type]
         reads = RankReads(self.transport, self.identity.manifest, self.probe, (self.arena.memory.address,))
-        ranks = RankGroup(reads)
+        ranks = RankGroup(reads, [other.orders.put for other in self.others])
         links = PeerLinks(self.identity, self.channel, ranks, PathRequirement(least_path))
         agent = DecodeAgent(self.identity, self.channel, ranks, links, self.events.put)
         self.loop.start(agent, self.crashed)  # type: ignore[arg-type]
+        for other in self.others:
+            other.start(self.loop.post)
 
     def fetch(
         self,
@@ -157,12 +218,22 @@ class DecodeSide(AgentSide):
 
 
 def same_bytes(prefill: AgentSide, theirs: tuple[int, ...], decode: AgentSide, ours: tuple[int, ...]) -> bool:
-    """Whether every byte of every region of every page is equal."""
+    """Whether every byte of every region of every page is equal, on every rank of D."""
     return all(
         np.array_equal(
-            prefill.arena.page_bytes(slot.spec.name, slot.spec.layer, slot.head, p).numpy(),
-            decode.arena.page_bytes(slot.spec.name, slot.spec.layer, slot.head, d).numpy(),
+            _page(prefill, slot, p).numpy(),
+            arena.page_bytes(slot.spec.name, slot.spec.layer, slot.head, d).numpy(),
         )
-        for slot in prefill.arena.layout.slots
+        for arena in decode.arenas
+        for slot in arena.layout.slots
         for p, d in zip(theirs, ours, strict=True)
     )
+
+
+def _page(side: AgentSide, slot: RowSlot, page: int) -> torch.Tensor:
+    """One region's bytes, of the first rank that holds it."""
+    key = (slot.spec.name, slot.spec.layer, slot.head)
+    for arena in side.arenas:
+        if any(key == (s.spec.name, s.spec.layer, s.head) for s in arena.layout.slots):
+            return arena.page_bytes(*key, page)
+    raise AssertionError(f"nobody holds {key}")

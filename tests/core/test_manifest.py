@@ -1,5 +1,7 @@
 """Manifests: what must match is named when it does not, what may differ does not matter."""
 
+import re
+
 import msgspec
 import pytest
 
@@ -87,3 +89,52 @@ def test_the_report_stays_short() -> None:
 def test_ranges_reads_well() -> None:
     assert ranges([3, 4, 5, 9, 11, 12]) == "3..5, 9, 11..12"
     assert ranges([]) == ""
+
+
+def ranks(size: int = 2) -> list[Manifest]:
+    return [make_manifest(KV, rank, size) for rank in range(size)]
+
+
+def with_field(manifest: Manifest, **fields: object) -> Manifest:
+    return msgspec.structs.replace(manifest, **fields)
+
+
+@pytest.mark.parametrize(
+    ("offered", "told"),
+    [
+        ([], "it offers none"),
+        (ranks()[:1], "ranks 0..1 of 2 are wanted in this order, it offers 0 of 2"),
+        (ranks()[::-1], "it offers 1 of 2, 0 of 2"),
+        ([ranks()[0], ranks()[0]], "it offers 0 of 2, 0 of 2"),
+        ([*ranks(), ranks(4)[2]], "it offers 0 of 2, 1 of 2, 2 of 4"),
+        ([ranks()[0], with_field(ranks()[1], num_pages=17)], "num pages is 16 on rank 0, 17 on rank 1"),
+        (
+            [ranks()[0], with_field(ranks()[1], model_fingerprint="x")],
+            "model fingerprint is model on rank 0, x on rank",
+        ),
+        ([ranks()[0], without(ranks()[1], "v", range(7, 8))], "v of layer 7 lacks heads 2..3"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("side", ["prefill", "decode"])
+def test_ranks_that_are_no_whole_worker_are_refused(offered: list[Manifest], told: str, side: str) -> None:
+    pair = (offered, ranks()) if side == "prefill" else (ranks(), offered)
+    with pytest.raises(HandshakeError, match=f"the {side} worker's ranks are no whole: .*{re.escape(told)}") as caught:
+        check_pairing(*pair)
+    assert caught.value.code is FailureCode.MANIFEST
+
+
+def test_two_ranks_that_describe_one_region_in_two_ways_are_refused() -> None:
+    first, second = ranks()
+    regions = tuple(
+        with_field(region, dtype="int8") if (region.name, region.layer) == ("index_k", 9) else region
+        for region in second.regions
+    )
+    with pytest.raises(HandshakeError, match=r"index_k of layer 9 head 0 is bfloat16 .* on rank 0, int8 .* on rank 1"):
+        check_pairing([first, with_field(second, regions=regions)], ranks())
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_ranks_of_every_size_are_a_whole_worker(size: int) -> None:
+    check_pairing(ranks(size), ranks(4))
+    check_pairing(ranks(2), ranks(size))

@@ -1,5 +1,8 @@
 """Plans against memory: every wanted byte arrives once and nothing else is touched, for any layouts and rank pairs."""
 
+import itertools
+from collections import Counter
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,6 +10,7 @@ from hypothesis import strategies as st
 
 from pdkv.core.manifest import region_keys
 from pdkv.core.plan import TransferPlan, spans_without_merging
+from pdkv.memory.row import heads_of_rank
 from pdkv.schema import Manifest, ReadBatch, RegionKey
 from tests.layouts import make_layout, make_manifest, memory_length
 
@@ -132,3 +136,28 @@ def test_pages_outside_the_arenas_are_refused(source: list[int], local: list[int
 def test_nothing_wanted_is_nothing_read() -> None:
     manifest = make_manifest(make_layout(num_layers=2))
     assert TransferPlan.between([manifest], manifest).reads([], [], [0])[0].num_spans == 0
+
+
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "float8_e4m3fn"])
+@pytest.mark.parametrize(("p", "d"), list(itertools.product((1, 2, 4, 8), repeat=2)))
+def test_a_page_takes_one_span_a_source_rank_and_one_for_the_index(p: int, d: int, kv_dtype: str) -> None:
+    kv = make_layout(num_layers=4, num_dense=1, kv_dtype=kv_dtype)
+    prefill = [make_manifest(kv, r, p) for r in range(p)]
+    index_end = 3 * 128 * 128 * 2
+    index_readers: dict[int, int] = {}
+    for rank in range(d):
+        decode = make_manifest(kv, rank, d)
+        plan = TransferPlan.between(prefill, decode)
+        heads = heads_of_rank(4, rank, d)
+        needed = -(-len(heads) // len(heads_of_rank(4, 0, p)))
+        assert len(plan.source_ranks) in (needed, needed + 1)  # one more where another rank serves the index
+        assert len(plan.pieces) <= 1 + needed
+        by_rank = Counter(piece.source_rank for piece in plan.pieces)
+        assert max(by_rank.values()) <= 2, "one run of heads and one of index keys from a rank"
+        index = [piece for piece in plan.pieces if piece.source_offset < index_end]
+        assert len(index) == 1, "all index keys of a page come in one run"
+        index_readers[index[0].source_rank] = index_readers.get(index[0].source_rank, 0) + 1
+        spans = sum(b.num_spans for b in plan.reads([3, 1, 8], [5, 9, 2], [0]).values())
+        assert spans <= 3 * (1 + needed)
+    assert len(index_readers) == min(p, d), "the replicated index is spread over the ranks of prefill"
+    assert max(index_readers.values()) - min(index_readers.values()) == 0
