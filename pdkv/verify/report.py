@@ -68,6 +68,8 @@ class Report(msgspec.Struct, frozen=True):
     started_at: str
     seconds: float
     transport: str
+    storage: str
+    """How state was stored, and which layers selected, in words."""
     blind_window_tokens: int
     manifest_digest: str
     mutation: str
@@ -84,7 +86,8 @@ class Report(msgspec.Struct, frozen=True):
 
 def summary(report: Report) -> str:
     """At most one screen."""
-    lines = [f"suite {report.suite}, {report.transport}, blind window {report.blind_window_tokens:,} tokens", ""]
+    lines = [f"suite {report.suite}, {report.transport}, blind window {report.blind_window_tokens:,} tokens"]
+    lines += [report.storage, ""]
     lines += [_line(case) for case in report.cases]
     if report.controls:
         lines += ["", "controls (each must be caught):"]

@@ -20,7 +20,7 @@ import pdkv
 from pdkv.m3.config import M3Config
 from pdkv.m3.model import M3Model, load_model
 from pdkv.verify.link_chasing import NUM_KV_HEADS, NUM_LAYERS, LinkChasingPrompt, make_prompt
-from pdkv.verify.link_chasing_checkpoint import write_checkpoint
+from pdkv.verify.link_chasing_checkpoint import served_layers, write_checkpoint
 from pdkv.verify.pair import DividedPair
 from pdkv.verify.report import SCHEMA, CaseResult, Coverage, Environment, Exit, RegionLoss, Report
 from pdkv.verify.tampering import Kind, Mutation, differing_blocks
@@ -32,12 +32,9 @@ STEPS = 64
 CONTROL_STEPS = 24
 """Enough for every layer to be asked several times."""
 
-_NOT_TESTED = (
-    "transports other than inproc",
-    "tensor parallelism, fp8 state, GPUs",
-    "K and V rows permuted alike inside a block: attention does not depend on their order",
-    "MoE, rope and norm weights: the link-chasing checkpoint has none that matter",
-)
+
+_BYTES_ONLY = {(Kind.DROP, "k_scale"), (Kind.DROP, "v_scale")}
+"""Controls that this checkpoint's answers cannot show; the bytes do."""
 
 
 class SuiteOptions(msgspec.Struct, frozen=True):
@@ -46,6 +43,10 @@ class SuiteOptions(msgspec.Struct, frozen=True):
     seed: int = 1
     mutate: str | None = None
     """A mutation that the subject itself runs with; no controls then."""
+    kv_dtype: str = "auto"
+    index_dtype: str = "auto"
+    index_topk_freq: int = 1
+    """Every so many-th sparse layer selects; the checkpoint is written for it."""
 
 
 def run_suite(options: SuiteOptions, tell: Callable[[str], None]) -> Report:
@@ -53,14 +54,21 @@ def run_suite(options: SuiteOptions, tell: Callable[[str], None]) -> Report:
     started, started_at = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
     with tempfile.TemporaryDirectory(prefix="pdkv-verify-") as folder:
         model_dir = Path(folder) / "link-chasing"
-        write_checkpoint(model_dir)
+        write_checkpoint(model_dir, options.index_topk_freq)
         model = load_model(model_dir)
         cases: list[CaseResult] = []
         controls: list[CaseResult] = []
         digest = ""
         for length in options.lengths:
-            with DividedPair(model_dir, length + STEPS) as pair:
-                runner = _Runner(pair, model, make_prompt(options.seed, length), options.seed)
+            # The same prompt again and again: nothing of it may be had from the last time.
+            with DividedPair(
+                model_dir,
+                length + STEPS,
+                kv_dtype=options.kv_dtype,
+                index_dtype=options.index_dtype,
+                prefix_cache=False,
+            ) as pair:
+                runner = _Runner(pair, model, make_prompt(options.seed, length), options)
                 regions = sorted({slot.spec.name for slot in pair.decode_arena.layout.slots})
                 subject = Mutation.parse(options.mutate, regions) if options.mutate else None
                 tell(f"{length:,} tokens{f', {subject}' if subject else ''} ...")
@@ -80,6 +88,7 @@ def run_suite(options: SuiteOptions, tell: Callable[[str], None]) -> Report:
         started_at=started_at,
         seconds=time.perf_counter() - started,
         transport="inproc",
+        storage=_storage(options),
         blind_window_tokens=blind_window(model.config),
         manifest_digest=digest,
         mutation=options.mutate or "",
@@ -88,7 +97,7 @@ def run_suite(options: SuiteOptions, tell: Callable[[str], None]) -> Report:
         coverage=coverage,
         problems=tuple(problems),
         open_questions=tuple(questions),
-        not_tested=_NOT_TESTED,
+        not_tested=tuple(_not_tested(options)),
         verdict=verdict,
         exit_code={"right": Exit.RIGHT, "wrong": Exit.WRONG, "inconclusive": Exit.INCONCLUSIVE}[verdict],
     )
@@ -102,13 +111,14 @@ def blind_window(config: M3Config) -> int:
 class _Runner:
     """One prompt, run through one pair as often as there are mutations."""
 
-    def __init__(self, pair: DividedPair, model: M3Model, prompt: LinkChasingPrompt, seed: int) -> None:
+    def __init__(self, pair: DividedPair, model: M3Model, prompt: LinkChasingPrompt, options: SuiteOptions) -> None:
         self._pair = pair
         self._prompt = prompt
-        self._seed = seed
+        self._seed = options.seed
         self._beyond = len(prompt.token_ids) > blind_window(model.config)
-        self._undivided = complete_with(model, prompt.token_ids, STEPS, ignore_eos=True).token_ids
-        pair.ask(make_prompt(seed + 1, len(prompt.token_ids)).token_ids, 1)
+        stored = (options.kv_dtype, options.index_dtype)
+        self._undivided = complete_with(model, prompt.token_ids, STEPS, ignore_eos=True, stored=stored).token_ids
+        pair.ask(make_prompt(options.seed + 1, len(prompt.token_ids)).token_ids, 1)
         self._stale = pair.decode_arena.rows().clone()
 
     def run(self, mutation: Mutation | None) -> CaseResult:
@@ -151,10 +161,11 @@ def _subject_problems(cases: Sequence[CaseResult]) -> Iterator[str]:
 
 def _control_problems(controls: Sequence[CaseResult]) -> Iterator[str]:
     for case in controls:
-        region = case.mutation.partition(":")[2]
+        kind, _, region = case.mutation.partition(":")
         if {loss.region for loss in case.differing} != {region}:
             yield f"control {case.mutation} at {case.num_tokens:,} tokens was not seen in the bytes of {region} alone"
-        can_show = case.beyond_blind_window or region != "index_k"
+        # A needle's scale is the smallest there is: those of another prompt only make it louder.
+        can_show = case.beyond_blind_window if region == "index_k" else (kind, region) not in _BYTES_ONLY
         if can_show and not case.answer_wrong:
             yield f"control {case.mutation} at {case.num_tokens:,} tokens did not change the answer"
 
@@ -163,13 +174,17 @@ def _coverage(config: M3Config, options: SuiteOptions) -> Iterator[Coverage]:
     """Counted over the prompts beyond the blind window; step 0 is P's own token and hangs on nothing transferred."""
     beyond = [make_prompt(options.seed, n) for n in options.lengths if n > blind_window(config)]
     homes = [prompt.home(step) for prompt in beyond for step in range(1, STEPS)]
+    served = served_layers(options.index_topk_freq)
     for layer in range(NUM_LAYERS) if beyond else ():
         for head in range(NUM_KV_HEADS):
             steps = sum(home.layer == layer and home.kv_head == head for home in homes)
             yield Coverage("k", layer, head, steps)
             yield Coverage("v", layer, head, steps)
-        if config.sparse_layers[layer]:
-            yield Coverage("index_k", layer, 0, sum(home.layer == layer for home in homes))
+            if _has_scales(options):
+                yield Coverage("k_scale", layer, head, steps)
+                yield Coverage("v_scale", layer, head, steps)
+        if layer in served:
+            yield Coverage("index_k", layer, 0, sum(home.layer in served[layer] for home in homes))
 
 
 def _coverage_problems(coverage: Sequence[Coverage]) -> Iterator[str]:
@@ -182,6 +197,27 @@ def _open_questions(cases: Sequence[CaseResult], coverage: Sequence[Coverage]) -
     if coverage and any(case.beyond_blind_window for case in cases):
         return []
     return ["no prompt lies beyond the blind window: lost index keys could not have been seen"]
+
+
+def _has_scales(options: SuiteOptions) -> bool:
+    return options.kv_dtype == "fp8"
+
+
+def _storage(options: SuiteOptions) -> str:
+    freq = options.index_topk_freq
+    selecting = "every sparse layer selects" if freq == 1 else f"one of {freq} sparse layers selects"
+    return f"K/V {options.kv_dtype}, index {options.index_dtype}, {selecting}"
+
+
+def _not_tested(options: SuiteOptions) -> Iterator[str]:
+    yield "transports other than inproc"
+    yield "tensor parallelism, GPUs"
+    if options.kv_dtype == "auto" and options.index_dtype == "auto":
+        yield "state stored in other than float32"
+    if options.index_topk_freq == 1:
+        yield "layers that reuse a selection"
+    yield "K and V rows permuted alike inside a block: attention does not depend on their order"
+    yield "MoE, rope and norm weights: the link-chasing checkpoint has none that matter"
 
 
 def _environment() -> Environment:

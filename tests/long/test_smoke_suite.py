@@ -7,6 +7,18 @@ from pdkv.verify.tampering import Kind
 from tests.verify.test_suite import REGIONS, verify
 
 
+def test_the_smoke_suite_over_fp8_and_reused_selections(tmp_path: Path) -> None:
+    stored = ("--kv-dtype", "fp8", "--index-dtype", "fp8", "--index-topk-freq", "2")
+    done = verify("--suite", "smoke", "--lengths", "3072", *stored, "--report", str(tmp_path / "r"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "r" / "report.json").read_text())
+    regions = (*REGIONS, "k_scale", "v_scale")
+    assert {c["mutation"] for c in report["controls"]} == {f"{kind}:{r}" for kind in Kind for r in regions}
+    quiet = {c["mutation"] for c in report["controls"] if c["first_wrong_step"] is None}
+    assert quiet == {"drop:k_scale", "drop:v_scale"}, "another prompt's scales make the needles no quieter"
+    assert len(report["coverage"]) == 4 * 16 + 2
+
+
 def test_the_smoke_suite_passes_and_catches_every_control(tmp_path: Path) -> None:
     done = verify("--suite", "smoke", "--report", str(tmp_path / "r"))
     assert done.returncode == 0, done.stdout + done.stderr

@@ -32,6 +32,14 @@ def test_a_lost_region_is_wrong_and_named(mutation: str) -> None:
     assert "the answer is wrong from step" in done.stdout
 
 
+def test_a_lost_scale_is_wrong_and_named() -> None:
+    stored = ("--kv-dtype", "fp8", "--index-dtype", "fp8", "--index-topk-freq", "2")
+    done = verify("--mutate", "zero:k_scale", "--lengths", "2177", *stored)
+    assert done.returncode == 4, done.stdout + done.stderr
+    assert "k_scale differs after the transfer in 16 layers and heads" in done.stdout
+    assert "the answer is wrong from step" in done.stdout
+
+
 def test_without_a_long_prompt_it_cannot_tell() -> None:
     done = verify("--lengths", "256", "--json")
     assert done.returncode == 5, done.stdout + done.stderr
@@ -40,11 +48,20 @@ def test_without_a_long_prompt_it_cannot_tell() -> None:
     assert "blind window" in report["open_questions"][0]
 
 
-@pytest.mark.parametrize("flags", [("--mutate", "drop:everything"), ("--suite", "none"), ("--lengths", "12,a")])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--mutate", "drop:everything"),
+        ("--mutate", "zero:k_scale"),
+        ("--suite", "none"),
+        ("--lengths", "12,a"),
+        ("--kv-dtype", "int4"),
+    ],
+)
 def test_bad_flags_are_usage_errors(flags: tuple[str, str]) -> None:
     done = verify(*flags)
     assert done.returncode == 2
-    assert flags[0] in done.stderr
+    assert flags[0] in done.stderr or flags[1] in done.stderr
 
 
 def test_mutations_are_parsed() -> None:
