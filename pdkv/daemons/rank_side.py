@@ -62,6 +62,8 @@ class RankSide:
         self._decoder = msgspec.msgpack.Decoder(ToRank)
         self._steps: queue.SimpleQueue[StepRuns | None] = queue.SimpleQueue()
         """None: rank 0 is gone."""
+        self._reader: threading.Thread | None = None
+        self._ending = threading.Event()
 
     def serve(self) -> int:
         """Do as rank 0 says until it is gone; returns what a process is to exit with. Tells rank 0 why it cannot."""
@@ -74,6 +76,12 @@ class RankSide:
             _LOG.exception("rank died")
             self._link.send(RankFatal(f"{type(exc).__name__}: {exc}", 1))
             return 1
+        finally:
+            self._ending.set()
+            self._link.end()
+            if self._reader is not None:
+                self._reader.join()
+            self._link.release()
         return 0
 
     def _serve(self) -> None:
@@ -97,7 +105,8 @@ class RankSide:
         bases = (memory.arena.memory.address,)
         thread.start(RankReads(thread.transport, memory.offer.manifest, memory.probe, bases))
         self._link.send(RankReady(memory.offer))
-        threading.Thread(target=self._read, args=(thread,), name="pdkv-rank-0-link", daemon=True).start()
+        self._reader = threading.Thread(target=self._read, args=(thread,), name="pdkv-rank-0-link", daemon=True)
+        self._reader.start()
         runner = StepRunner(share.model, memory.arena)
         while (step := self._steps.get()) is not None:
             runner.run(step.runs)
@@ -123,7 +132,8 @@ class RankSide:
                 case message:
                     raise AssertionError(f"{type(message).__name__} comes once, at the start")
         self._steps.put(None)
-        self._surroundings.orphaned()
+        if not self._ending.is_set():
+            self._surroundings.orphaned()
 
 
 class _ReadsThread:

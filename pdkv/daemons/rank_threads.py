@@ -51,7 +51,6 @@ class _RankThread:
         self._code = RankSide(link, self).serve()
         if self._code:
             self._group.abort()
-        link.end()
 
 
 class _Met:
