@@ -13,8 +13,10 @@ app = application(
         Subcommand("demo", "pdkv.cli.demo", "Show a transfer at work, with answers known beforehand."),
         Subcommand("demo-model", "pdkv.cli.demo", "Write the demo's checkpoint into a folder."),
         Subcommand("verify", "pdkv.cli.verify", "Prove that all state arrives, with controls that must fail."),
+        Subcommand("matrix", "pdkv.cli.matrix", "Try every pair of rank counts in every kind of cache."),
         Subcommand("doctor", "pdkv.cli.doctor", "Look for what would keep a worker from serving."),
         Subcommand("describe", "pdkv.cli.doctor", "Show a worker's manifest, pages, leases and peers."),
+        Subcommand("checkpoint", "pdkv.cli.checkpoint", "Look at a checkpoint, without loading it."),
         Subcommand("config", "pdkv.cli.config", "Show or check the configuration of a role."),
         Subcommand("metrics", "pdkv.cli.metrics", "List what daemons export at /metrics."),
         Subcommand("version", "pdkv.cli.version", "Print the version."),
@@ -25,8 +27,8 @@ Examples:
   pdkv demo
   pdkv up --model ./checkpoint --prefill 1 --decode 1 --port 8000
 
-Exit codes: 0 ok, 1 failure, 2 usage or configuration, 3 a check of doctor failed,
-4 wrong answer, 5 could not tell, 6 peers do not fit together,
+Exit codes: 0 ok, 1 failure, 2 usage or configuration, 3 doctor or checkpoint
+inspect found something amiss, 4 wrong answer, 5 could not tell, 6 peers do not fit together,
 7 what ran at a signal did not end in --drain-timeout, 130/143 by signal.
 """,
 )

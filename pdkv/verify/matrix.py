@@ -1,4 +1,4 @@
-"""``pdkv verify --suite matrix``: every pair of rank counts, cache dtype and index schedule, with real workers.
+"""``pdkv matrix``: every pair of rank counts, cache dtype and index schedule, with real workers.
 
 For each kind of cache one prefill and one decode worker of every rank count are started; then each pair of them moves a
 prompt with a known answer, longer than the blind window, and generates a whole cycle of it.
@@ -27,7 +27,7 @@ from pdkv.verify.link_chasing import LinkChasingPrompt, make_prompt
 from pdkv.verify.link_chasing_checkpoint import write_checkpoint
 from pdkv.verify.process_memory import tree_peaks
 
-SCHEMA = "pdkv.verify.matrix/v1"
+SCHEMA = "pdkv.matrix/v1"
 STEPS = 64
 _START_S = 300.0
 _REQUEST_S = 300.0
