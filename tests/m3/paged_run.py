@@ -11,11 +11,16 @@ from pdkv.memory.row import RowLayout
 class PagedRun:
     """One sequence: its pages, and how many of its tokens they hold; of one rank where the model is divided."""
 
-    def __init__(self, model: M3Model, max_tokens: int, seed: int = 0, kv_dtype: str = "float32") -> None:
+    def __init__(
+        self, model: M3Model, max_tokens: int, seed: int = 0, kv_dtype: str = "float32", index_dtype: str = ""
+    ) -> None:
+        """``index_dtype``: that of K/V where it is not given."""
         self.model = model
         self.num_tokens = 0
         num_blocks = -(-max_tokens // model.config.block_size)
-        layout = RowLayout.of(kv_layout(model.config, kv_dtype, kv_dtype), model.group.rank, model.group.size)
+        layout = RowLayout.of(
+            kv_layout(model.config, kv_dtype, index_dtype or kv_dtype), model.group.rank, model.group.size
+        )
         self.arena = Arena.allocate(layout, num_blocks + 3)
         for region in self.arena.regions():
             self.arena.view(region.name, region.layer).fill_(torch.nan)
