@@ -1,4 +1,4 @@
-"""Builds the UCX binding for the stable ABI: needs UCX's headers at build time, and no UCX library until run time."""
+"""Builds the native extensions for the stable ABI; the binding needs UCX's headers, and no UCX library until run time."""
 
 import importlib.util
 import os
@@ -10,7 +10,7 @@ from setuptools import Extension, setup
 NATIVE = "pdkv/transport/native"
 
 STABLE_ABI = "0x030B0000"
-"""One wheel for Python 3.11 and later: the binding uses nothing that is not in 3.11's stable ABI."""
+"""One wheel for Python 3.11 and later: the extensions use nothing that is not in 3.11's stable ABI."""
 
 
 def ucx_headers() -> str:
@@ -29,19 +29,33 @@ def ucx_headers() -> str:
     )
 
 
+def extension(name: str, sources: tuple[str, ...], headers: tuple[str, ...], *flags: str) -> Extension:
+    return Extension(
+        f"pdkv.transport.{name}",
+        sources=[f"pdkv/transport/{name}.pyx", *(f"{NATIVE}/{source}.c" for source in sources)],
+        depends=[f"{NATIVE}/{header}.h" for header in headers],
+        libraries=["dl", "pthread"],  # stubs since glibc 2.34
+        define_macros=[("Py_LIMITED_API", STABLE_ABI)],
+        py_limited_api=True,
+        extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", *flags],
+    )
+
+
 setup(
     ext_modules=cythonize(
         [
-            Extension(
-                "pdkv.transport._ucp",
-                sources=["pdkv/transport/_ucp.pyx"]
-                + [f"{NATIVE}/{name}.c" for name in ("ucx_api", "ucx_engine", "ucx_thread", "ucx_peer")],
-                depends=[f"{NATIVE}/{name}.h" for name in ("ucx_api", "ucx_engine", "ucx_internal")],
-                libraries=["dl", "pthread"],  # stubs since glibc 2.34
-                define_macros=[("Py_LIMITED_API", STABLE_ABI)],
-                py_limited_api=True,
-                extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", "-isystem", ucx_headers()],
-            )
+            extension(
+                "_ucp",
+                ("ucx_api", "ucx_engine", "ucx_thread", "ucx_peer"),
+                ("ucx_api", "ucx_engine", "ucx_internal"),
+                "-isystem",
+                ucx_headers(),
+            ),
+            extension(
+                "_pull",
+                ("pull_engine", "pull_copy", "pull_mapped", "pull_socket", "pull_host"),
+                ("pull", "pull_host", "pull_internal", "pull_wire"),
+            ),
         ],
         language_level=3,
     ),

@@ -119,7 +119,7 @@ class TransportAddress(msgspec.Struct, frozen=True):
     """Where one rank's transport is reached, and what may be read there."""
 
     transport: str
-    """Implementation: "ucx", "inproc"."""
+    """Implementation: "auto", "shm", "sockets", "ucx", "inproc"."""
     address: bytes
     memories: tuple[MemoryDescriptor, ...]
 
@@ -130,6 +130,8 @@ class LocalMemory(msgspec.Struct, frozen=True):
     address: int
     length: int
     device: str = "cpu"
+    memfd: int = -1
+    """Descriptor of the memfd that is mapped from its start at ``address``, the maker's to close; -1 = none."""
 
 
 class ReadBatch(msgspec.Struct, frozen=True):

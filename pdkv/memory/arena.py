@@ -1,7 +1,9 @@
 """The arena: the memory that holds all pages of a rank, one row a page, seen through strided views."""
 
+import fcntl
 import mmap
 import os
+import weakref
 from collections.abc import Iterator
 
 import torch
@@ -20,20 +22,22 @@ DTYPES = {
 }
 
 
-def map_shared(num_bytes: int) -> torch.Tensor:  # [num_bytes] uint8
-    """Zeroed host memory, a memfd mapped shared, so that a peer on the host can map it too.
+def map_shared(num_bytes: int) -> tuple[torch.Tensor, int]:  # [num_bytes] uint8
+    """Zeroed host memory, a memfd mapped shared, and its descriptor, so that a peer on the host can map it too.
 
-    The mapping lives as long as the returned tensor or a view of it. Raises ``CapacityError`` when the kernel refuses.
+    The file keeps its size for ever: whoever has mapped it can read to its end. Mapping and descriptor live as long as
+    the returned tensor or a view of it. Raises ``CapacityError`` when the kernel refuses.
     """
-    fd = os.memfd_create("pdkv-arena", os.MFD_CLOEXEC)
+    fd = os.memfd_create("pdkv-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(fd, num_bytes)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         mapping = mmap.mmap(fd, num_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
     except OSError as exc:
-        raise CapacityError(f"cannot map an arena of {num_bytes:,} bytes: {exc}; use fewer pages") from exc
-    finally:
         os.close(fd)
-    return torch.frombuffer(mapping, dtype=torch.uint8)
+        raise CapacityError(f"cannot map an arena of {num_bytes:,} bytes: {exc}; use fewer pages") from exc
+    weakref.finalize(mapping, os.close, fd)
+    return torch.frombuffer(mapping, dtype=torch.uint8), fd
 
 
 class Arena:
@@ -42,7 +46,8 @@ class Arena:
     The engine thread writes rows; transports read and write them by address, fenced by leases.
     """
 
-    def __init__(self, layout: RowLayout, storage: torch.Tensor) -> None:  # storage: [num_pages * pitch] uint8
+    def __init__(self, layout: RowLayout, storage: torch.Tensor, memfd: int = -1) -> None:
+        """``storage``: [num_pages * pitch] uint8. ``memfd``: descriptor of the memfd that it maps from its start."""
         if storage.dtype != torch.uint8 or storage.dim() != 1 or not storage.is_contiguous():
             raise ConfigError("arena storage must be one contiguous vector of uint8")
         if storage.numel() == 0 or storage.numel() % layout.pitch:
@@ -54,6 +59,7 @@ class Arena:
         self.layout = layout
         self.num_pages = storage.numel() // layout.pitch
         self._storage = storage
+        self._memfd = memfd
         self._slots = {(s.spec.name, s.spec.layer, s.head): s for s in layout.slots}
         self._views: dict[tuple[str, int], torch.Tensor] = {}
         for slot in layout.slots:
@@ -65,13 +71,16 @@ class Arena:
         """An arena in zeroed shared host memory."""
         if num_pages < 1:
             raise ConfigError(f"an arena needs at least one page, not {num_pages}")
-        return cls(layout, map_shared(num_pages * layout.pitch))
+        return cls(layout, *map_shared(num_pages * layout.pitch))
 
     @property
     def memory(self) -> LocalMemory:
         """The whole arena, for a transport to register."""
         return LocalMemory(
-            address=self._storage.data_ptr(), length=self._storage.numel(), device=str(self._storage.device)
+            address=self._storage.data_ptr(),
+            length=self._storage.numel(),
+            device=str(self._storage.device),
+            memfd=self._memfd,
         )
 
     def view(self, name: str, layer: int) -> torch.Tensor:

@@ -4,7 +4,8 @@
     results = run_conformance(TransportSpec(factory="mine.transport:make", path="tcp"))
 
 or ``python -m pdkv.transport.conformance mine.transport:make``. The far end runs in another process, so the factory
-must be importable there. ``make_inproc`` and ``make_ucx`` are the factories of our own transports.
+must be importable there. ``make_inproc``, ``make_shm``, ``make_sockets``, ``make_auto`` and ``make_ucx`` are the
+factories of our own transports.
 """
 
 import argparse
@@ -41,6 +42,20 @@ def make_ucx(argument: str) -> Transport:
     from pdkv.transport.ucx import UcxOptions, UcxTransport  # noqa: PLC0415
 
     return UcxTransport(UcxOptions(tls=argument or None))
+
+
+def make_shm(_argument: str) -> Transport:
+    """Factory of ``shm``."""
+    from pdkv.transport.shm import ShmTransport  # noqa: PLC0415
+
+    return ShmTransport()
+
+
+def make_sockets(argument: str) -> Transport:
+    """Factory of ``sockets``: the argument is empty, or ``SocketOptions`` as JSON."""
+    from pdkv.transport.sockets import SocketOptions, SocketTransport  # noqa: PLC0415
+
+    return SocketTransport(msgspec.json.decode(argument, type=SocketOptions) if argument else None)
 
 
 def check_names(spec: TransportSpec) -> list[str]:

@@ -7,6 +7,7 @@ import select
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Protocol
 
@@ -47,12 +48,12 @@ class SharedArray:
     """Bytes in a memfd mapped shared, as a worker's arena is on the CPU; unmapped when nobody refers to them."""
 
     def __init__(self, size: int) -> None:
-        descriptor = os.memfd_create("pdkv-conformance")
+        descriptor = os.memfd_create("pdkv-conformance", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(descriptor, size)
         mapping = mmap.mmap(descriptor, size)
-        os.close(descriptor)
+        weakref.finalize(mapping, os.close, descriptor)
         self.bytes: Bytes = np.frombuffer(mapping, dtype=np.uint8)  # holds the mapping
-        self.memory = LocalMemory(address=self.bytes.ctypes.data, length=size)
+        self.memory = LocalMemory(address=self.bytes.ctypes.data, length=size, memfd=descriptor)
 
 
 def pattern(seed: int, memory: int) -> Bytes:

@@ -3,7 +3,6 @@
 import logging
 import os
 import re
-import zlib
 
 import msgspec
 import numpy as np
@@ -11,6 +10,7 @@ import numpy as np
 from pdkv.errors import TransportError
 from pdkv.schema import Int64Array, LocalMemory, MemoryDescriptor, ReadBatch, TransportAddress
 from pdkv.transport.base import Completion, PeerId, ReadId, ReadStatus, Transport
+from pdkv.transport.sealed import seal, unseal
 from pdkv.transport.ucx_library import HOW_TO_INSTALL, UcxLibrary, find_ucx_library
 
 try:
@@ -105,7 +105,7 @@ class UcxTransport(Transport):
             raise TransportError(f"UCX ({chosen.path}) cannot start: {error}; {HOW_TO_INSTALL}") from error
         self.library: UcxLibrary = msgspec.structs.replace(chosen, version=self._engine.version)
         self._memories: list[MemoryDescriptor] = []
-        self._worker_address = _seal(self._engine.address())
+        self._worker_address = seal(_MAGIC, self._engine.address())
         self._fileno = self._engine.fileno()
         self._closed = False
         self._log_start()
@@ -129,7 +129,7 @@ class UcxTransport(Transport):
             raise TransportError(
                 f"UCX cannot register {memory.length} bytes at {memory.address:#x} on {memory.device}: {error}"
             ) from error
-        descriptor = MemoryDescriptor(address=memory.address, length=memory.length, key=_seal(key))
+        descriptor = MemoryDescriptor(address=memory.address, length=memory.length, key=seal(_MAGIC, key))
         self._memories.append(descriptor)
         return descriptor
 
@@ -140,9 +140,9 @@ class UcxTransport(Transport):
         self._check_open()
         if address.transport != self.name:
             raise TransportError(f"a ucx transport cannot reach a {address.transport!r} address")
-        worker = _unseal(address.address, "the peer's address")
+        worker = unseal(_MAGIC, address.address, "the peer's address")
         memories = [
-            (memory.address, memory.length, _unseal(memory.key, f"the key of the peer's memory {index}"))
+            (memory.address, memory.length, unseal(_MAGIC, memory.key, f"the key of the peer's memory {index}"))
             for index, memory in enumerate(address.memories)
         ]
         if any(base < 0 or length < 0 or base + length >= 1 << 64 for base, length, _ in memories):
@@ -215,15 +215,3 @@ def path_of(info: str) -> str:
 
 def _int64(array: Int64Array) -> Int64Array:
     return np.ascontiguousarray(array, dtype=np.int64)
-
-
-def _seal(payload: bytes) -> bytes:
-    """Marks bytes that go to libucp on the other side, which crashes on anything it did not make itself."""
-    return _MAGIC + zlib.crc32(payload).to_bytes(4, "little") + payload
-
-
-def _unseal(sealed: bytes, what: str) -> bytes:
-    head, payload = sealed[: len(_MAGIC) + 4], sealed[len(_MAGIC) + 4 :]
-    if head != _MAGIC + zlib.crc32(payload).to_bytes(4, "little"):
-        raise TransportError(f"{what} was not made by a ucx transport of this version, or was damaged on its way")
-    return payload

@@ -1,4 +1,4 @@
-"""Every transport passes every check of the shipped kit: inproc, UCX over TCP, UCX over shared memory."""
+"""Every transport passes every check of the shipped kit: inproc, shm, sockets, UCX over TCP and over shared memory."""
 
 import sys
 
@@ -20,10 +20,19 @@ INPROC_SLOW = TransportSpec(
 )
 UCX_TCP = TransportSpec(factory=f"{KIT}:make_ucx", argument="tcp", path="tcp")
 UCX_SHM = TransportSpec(factory=f"{KIT}:make_ucx", argument="posix,self", path="shm")
+SHM = TransportSpec(factory=f"{KIT}:make_shm", path="shm")
+SOCKETS = TransportSpec(factory=f"{KIT}:make_sockets", path="tcp")
 
 
 def cases():
-    specs = {"inproc": INPROC, "inproc-slow": INPROC_SLOW, "ucx-tcp": UCX_TCP, "ucx-shm": UCX_SHM}
+    specs = {
+        "inproc": INPROC,
+        "inproc-slow": INPROC_SLOW,
+        "shm": SHM,
+        "sockets": SOCKETS,
+        "ucx-tcp": UCX_TCP,
+        "ucx-shm": UCX_SHM,
+    }
     for label, spec in specs.items():
         for name in check_names(spec):
             yield pytest.param(spec, name, id=f"{label}-{name}")

@@ -1,0 +1,200 @@
+# cython: language_level=3, boundscheck=False, wraparound=False
+"""The thin Python face of the native puller and host: copies in, tuples out, never holds the GIL while it waits."""
+
+from libc.stdint cimport int64_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy, memset
+
+import os
+
+
+cdef extern from "native/pull.h" nogil:
+    enum:
+        PDKV_TOKEN_SIZE
+        PDKV_MAX_MEMORIES
+        PDKV_HOSTNAME_SIZE
+
+    ctypedef struct pdkv_puller:
+        pass
+
+    ctypedef struct pdkv_pull_limits:
+        unsigned streams
+        unsigned copies
+        uint64_t slice_bytes
+
+    ctypedef struct pdkv_far_memory:
+        uint64_t length
+        uint64_t inode
+        int fd
+
+    ctypedef struct pdkv_far_address:
+        unsigned char token[32]
+        char host[256]
+        int port
+        int pid
+
+    ctypedef struct pdkv_pulled:
+        pdkv_pulled *next
+        int64_t read
+        int status
+        char error[200]
+
+    pdkv_puller *pdkv_puller_create(pdkv_pull_limits limits)
+    int pdkv_puller_add_destination(pdkv_puller *puller, uint64_t address, uint64_t length)
+    int64_t pdkv_puller_connect(pdkv_puller *puller, const pdkv_far_address *address, const pdkv_far_memory *memories,
+                                size_t num_memories)
+    void pdkv_puller_close_peer(pdkv_puller *puller, int64_t peer)
+    int64_t pdkv_puller_submit(pdkv_puller *puller, int64_t peer, size_t num_spans, const int64_t *memory,
+                               const int64_t *remote, const int64_t *local, const int64_t *length)
+    pdkv_pulled *pdkv_puller_poll(pdkv_puller *puller)
+    int pdkv_puller_fileno(const pdkv_puller *puller)
+    int pdkv_puller_has_carried(pdkv_puller *puller, int64_t peer)
+    void pdkv_puller_destroy(pdkv_puller *puller)
+
+
+cdef extern from "native/pull_host.h" nogil:
+    ctypedef struct pdkv_host:
+        pass
+
+    pdkv_host *pdkv_host_create(int listener, const unsigned char *token)
+    int pdkv_host_add_memory(pdkv_host *host, uint64_t address, uint64_t length, int fd)
+    void pdkv_host_destroy(pdkv_host *host)
+
+
+TOKEN_SIZE = PDKV_TOKEN_SIZE
+MAX_MEMORIES = PDKV_MAX_MEMORIES
+MAX_HOST = PDKV_HOSTNAME_SIZE - 1
+
+
+cdef class Puller:
+    """Reads from peers. ``close`` must be called; all calls from one thread."""
+
+    cdef pdkv_puller *puller
+    cdef int owner_pid
+
+    def __init__(self, unsigned streams, unsigned copies, uint64_t slice_bytes):
+        self.puller = pdkv_puller_create(pdkv_pull_limits(streams, copies, slice_bytes))
+        if self.puller == NULL:
+            raise MemoryError
+        self.owner_pid = os.getpid()
+
+    def add_destination(self, uint64_t address, uint64_t length) -> None:
+        if pdkv_puller_add_destination(self._alive(), address, length) != 0:
+            raise MemoryError
+
+    def connect(self, bytes token, bytes host, int port, int pid, list memories) -> int:
+        """``memories``: (length, inode, fd) each. ``port`` 0 maps them: ``host`` is a socket's name then."""
+        cdef pdkv_puller *puller = self._alive()
+        cdef size_t count = len(memories)
+        cdef pdkv_far_address address
+        cdef const char *text = token
+        cdef int64_t peer
+        if len(token) != PDKV_TOKEN_SIZE or len(host) >= PDKV_HOSTNAME_SIZE or count > PDKV_MAX_MEMORIES:
+            raise ValueError("a token, host name or list of memories has the wrong size")
+        memset(&address, 0, sizeof(address))
+        memcpy(address.token, text, PDKV_TOKEN_SIZE)
+        text = host
+        memcpy(address.host, text, len(host))
+        address.port = port
+        address.pid = pid
+        cdef pdkv_far_memory *native = <pdkv_far_memory *>calloc(count + 1, sizeof(pdkv_far_memory))
+        if native == NULL:
+            raise MemoryError
+        for i, (length, inode, fd) in enumerate(memories):
+            native[i].length = length
+            native[i].inode = inode
+            native[i].fd = fd
+        with nogil:
+            peer = pdkv_puller_connect(puller, &address, native, count)
+        free(native)
+        if peer < 0:
+            raise MemoryError
+        return peer
+
+    def close_peer(self, int64_t peer) -> None:
+        cdef pdkv_puller *puller = self._alive()
+        with nogil:
+            pdkv_puller_close_peer(puller, peer)
+
+    def submit(self, int64_t peer, const int64_t[::1] memory, const int64_t[::1] remote, const int64_t[::1] local,
+               const int64_t[::1] length) -> int:
+        cdef size_t count = length.shape[0]
+        cdef int64_t read
+        cdef pdkv_puller *puller = self._alive()
+        if memory.shape[0] != count or remote.shape[0] != count or local.shape[0] != count:
+            raise ValueError("the four arrays of a batch differ in length")
+        with nogil:
+            if count == 0:
+                read = pdkv_puller_submit(puller, peer, 0, NULL, NULL, NULL, NULL)
+            else:
+                read = pdkv_puller_submit(puller, peer, count, &memory[0], &remote[0], &local[0], &length[0])
+        if read < 0:
+            raise MemoryError
+        return read
+
+    def poll(self) -> list:
+        cdef pdkv_pulled *done = pdkv_puller_poll(self._alive())
+        cdef pdkv_pulled *following
+        completions = []
+        while done != NULL:
+            completions.append((done.read, done.status, done.error.decode(errors="replace")))
+            following = done.next
+            free(done)
+            done = following
+        return completions
+
+    def fileno(self) -> int:
+        return pdkv_puller_fileno(self._alive())
+
+    def has_carried(self, int64_t peer) -> bool:
+        return pdkv_puller_has_carried(self._alive(), peer) != 0
+
+    def close(self) -> None:
+        cdef pdkv_puller *puller = self.puller
+        self.puller = NULL
+        # A forked child has the puller's memory but not its threads: leaving it alone is all it may do.
+        if puller != NULL and self.owner_pid == os.getpid():
+            with nogil:
+                pdkv_puller_destroy(puller)
+
+    def __dealloc__(self):
+        self.close()
+
+    cdef pdkv_puller *_alive(self) except NULL:
+        if self.puller == NULL:
+            raise ValueError("the transport is closed")
+        return self.puller
+
+
+cdef class Host:
+    """Lets peers that know the token read registered memory. ``close`` must be called; all calls from one thread."""
+
+    cdef pdkv_host *host
+    cdef int owner_pid
+
+    def __init__(self, int listener, bytes token):
+        """Takes over the descriptor ``listener``."""
+        cdef const char *text = token
+        if len(token) != PDKV_TOKEN_SIZE:
+            raise ValueError(f"a token has {PDKV_TOKEN_SIZE} bytes")
+        self.host = pdkv_host_create(listener, <const unsigned char *>text)
+        if self.host == NULL:
+            raise MemoryError
+        self.owner_pid = os.getpid()
+
+    def add_memory(self, uint64_t address, uint64_t length, int fd) -> None:
+        """``fd`` (-1 = none) goes to peers on this host, and stays the caller's."""
+        if self.host == NULL:
+            raise ValueError("the transport is closed")
+        if pdkv_host_add_memory(self.host, address, length, fd) != 0:
+            raise ValueError(f"at most {PDKV_MAX_MEMORIES} memories can be registered")
+
+    def close(self) -> None:
+        cdef pdkv_host *host = self.host
+        self.host = NULL
+        if host != NULL and self.owner_pid == os.getpid():
+            with nogil:
+                pdkv_host_destroy(host)
+
+    def __dealloc__(self):
+        self.close()

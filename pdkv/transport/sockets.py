@@ -1,0 +1,94 @@
+"""Reads over TCP: several connections a peer, each asking ahead, each received where the bytes belong.
+
+For hosts with neither RDMA nor memory that can be shared. Reads are authorised by a token that travels on the control
+channel; bytes on the wire are not encrypted.
+"""
+
+import contextlib
+import socket
+
+import msgspec
+
+from pdkv.errors import TransportError
+from pdkv.schema import LocalMemory, TransportAddress
+from pdkv.transport.pulling import FarEnd, FarMemory, PullingTransport, PullLimits
+from pdkv.transport.sealed import seal, unseal
+
+_MAGIC = b"pdkvtcp1"
+
+
+class SocketOptions(msgspec.Struct, frozen=True):
+    """Where a ``SocketTransport`` listens, and how it reads."""
+
+    listen: str = "127.0.0.1"
+    """Address to listen on; "0.0.0.0" and "::" are all of this machine's."""
+    advertise: str = ""
+    """Host that peers connect to; empty = ``listen``."""
+    port: int = 0
+    """0 = any."""
+    streams: int = 4
+    """Connections to one peer."""
+    slice_bytes: int = 1 << 20
+    """Most bytes of one request. Four requests are on their way on each connection."""
+
+
+class _Address(msgspec.Struct, frozen=True, array_like=True):
+    host: str
+    port: int
+    token: bytes
+
+
+class SocketTransport(PullingTransport):
+    """See ``Transport`` and ``PullingTransport``.
+
+    A host that vanished without a word is noticed after some ten seconds; a peer that is stopped is not, and is left
+    to the deadline of whoever reads.
+    """
+
+    name = "sockets"
+    reported_path = "tcp"
+
+    def __init__(self, options: SocketOptions | None = None) -> None:
+        """Raises ``TransportError`` when the address cannot be listened on."""
+        options = options or SocketOptions()
+        if options.streams < 1 or options.slice_bytes < 1:
+            raise TransportError("SocketOptions: streams and slice_bytes must be at least 1")
+        listener = _listen(options.listen, options.port)
+        self._where = (options.advertise or options.listen, listener.getsockname()[1])
+        super().__init__(listener, PullLimits(options.streams, options.streams, options.slice_bytes))
+
+    def _key_of(self, memory: LocalMemory) -> tuple[bytes, int]:
+        return seal(_MAGIC, b""), -1
+
+    def _own_address(self) -> bytes:
+        return seal(_MAGIC, msgspec.msgpack.encode(_Address(*self._where, self._token)))
+
+    def _far_end(self, address: TransportAddress) -> tuple[FarEnd, list[FarMemory]]:
+        try:
+            far = msgspec.msgpack.decode(unseal(_MAGIC, address.address, "the peer's address"), type=_Address)
+        except msgspec.MsgspecError as error:
+            raise TransportError(f"the peer's TCP address says nothing that this version knows: {error}") from error
+        if not 0 < far.port < 1 << 16:
+            raise TransportError(f"the peer listens on port {far.port}, which there is not")
+        for index, memory in enumerate(address.memories):
+            unseal(_MAGIC, memory.key, f"the key of the peer's memory {index}")
+        end = FarEnd(far.host.encode("idna" if not far.host.isascii() else "ascii"), far.token, far.port)
+        return end, [FarMemory(memory.length) for memory in address.memories]
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    listener: socket.socket | None = None
+    try:
+        family, kind, protocol, _, where = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        listener.bind(where)
+        listener.listen(256)
+    except OSError as error:
+        with contextlib.suppress(AttributeError):
+            listener.close()  # type: ignore[union-attr]
+        raise TransportError(f"cannot listen for readers on {host} port {port}: {error}") from error
+    return listener

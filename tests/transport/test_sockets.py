@@ -1,0 +1,149 @@
+"""The sockets transport beyond the kit: who may read, what a host takes for a request, and where it listens."""
+
+import contextlib
+import socket
+import struct
+
+import msgspec
+import pytest
+
+from pdkv.errors import TransportError
+from pdkv.transport import sockets
+from pdkv.transport.base import ReadStatus
+from pdkv.transport.sealed import seal, unseal
+from pdkv.transport.sockets import SocketOptions, SocketTransport
+
+from .reading import filled, read
+
+MAGIC = b"pdkvtcp1"
+GREETING = struct.Struct("<Q32s")
+
+
+@pytest.fixture
+def ends():
+    """A target that holds 100,000 sevens, and a reader with room for as many."""
+    target, reader = SocketTransport(), SocketTransport()
+    source, into = filled(100_000, 7), filled(100_000, 0)
+    target.register(source.memory)
+    reader.register(into.memory)
+    yield target, reader, into
+    reader.close()
+    target.close()
+
+
+def inner(transport: SocketTransport):
+    return msgspec.msgpack.decode(unseal(MAGIC, transport.address().address, ""), type=sockets._Address)
+
+
+def changed(transport: SocketTransport, **changes):
+    payload = msgspec.msgpack.encode(msgspec.structs.replace(inner(transport), **changes))
+    return msgspec.structs.replace(transport.address(), address=seal(MAGIC, payload))
+
+
+@contextlib.contextmanager
+def connection(target: SocketTransport):
+    """A puller made by hand, past its greeting."""
+    address = inner(target)
+    with socket.create_connection((address.host, address.port), timeout=60) as opened:
+        opened.sendall(GREETING.pack(int.from_bytes(b"pkpull01", "little"), address.token))
+        greeting, memories = struct.unpack("<QQ", opened.recv(16, socket.MSG_WAITALL))
+        assert greeting == int.from_bytes(b"pkpull01", "little")
+        assert memories == 1
+        yield opened
+
+
+def request(*spans: tuple[int, int, int]) -> bytes:
+    return struct.pack("<Q", len(spans)) + b"".join(struct.pack("<QQQ", *span) for span in spans)
+
+
+def test_a_wrong_token_reads_nothing(ends):
+    target, reader, into = ends
+    peer = reader.connect(changed(target, token=bytes(32)))
+    completion = read(reader, peer, into, 100)
+    assert completion.status is ReadStatus.FAILED
+    assert "does not know us" in completion.error
+    assert not into.bytes.any()
+
+
+def test_a_port_where_nobody_listens_fails_the_read(ends):
+    target, reader, into = ends
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound, so that nobody else takes it, and not listening
+        peer = reader.connect(changed(target, port=taken.getsockname()[1]))
+        completion = read(reader, peer, into, 100)
+    assert completion.status is ReadStatus.FAILED
+    assert "Connection refused" in completion.error
+
+
+def test_a_name_that_is_none_fails_the_read(ends):
+    target, reader, into = ends
+    peer = reader.connect(changed(target, host="no-such-host.invalid"))
+    completion = read(reader, peer, into, 100)
+    assert completion.status is ReadStatus.FAILED
+    assert "no-such-host.invalid" in completion.error
+
+
+def test_host_answers_good_requests_in_order(ends):
+    target, _, _ = ends
+    with connection(target) as opened:
+        opened.sendall(request((0, 0, 10), (0, 99_990, 10)) + request((0, 5, 100_000 - 5)))
+        assert opened.recv(100_015, socket.MSG_WAITALL) == b"\7" * 100_015
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        request((0, 0, 100_001)),
+        request((0, 100_000, 1)),
+        request((0, 2**64 - 1, 2)),
+        request((0, 1, 2**64 - 1)),
+        request((1, 0, 1)),
+        request((2**63, 0, 1)),
+        request((0, 0, 0)),
+        request((0, 0, 10), (0, 0, 100_001)),
+        struct.pack("<Q", 0),
+        struct.pack("<Q", 513),
+        struct.pack("<Q", 2**64 - 1),
+    ],
+    ids=lambda bad: bad[:40].hex(),
+)
+def test_host_closes_on_requests_outside_its_memory(ends, bad: bytes):
+    target, reader, into = ends
+    with connection(target) as opened:
+        opened.sendall(bad)
+        with contextlib.suppress(ConnectionResetError):
+            assert opened.recv(1) == b"", "a byte was sent for a request that is out of bounds"
+    assert read(reader, reader.connect(target.address()), into, 10).status is ReadStatus.OK, "and it serves others"
+
+
+def test_strangers_that_say_nothing_keep_nobody_out(ends):
+    target, reader, into = ends
+    address = inner(target)
+    with contextlib.ExitStack() as held:
+        for _ in range(40):
+            held.enter_context(socket.create_connection((address.host, address.port), timeout=60))
+        assert read(reader, reader.connect(target.address()), into, 10).status is ReadStatus.OK
+
+
+def test_listens_where_it_is_told():
+    transport = SocketTransport(SocketOptions(listen="::1", advertise="localhost"))
+    try:
+        assert inner(transport).host == "localhost"
+        with socket.create_connection(("::1", inner(transport).port), timeout=60):
+            pass
+        with pytest.raises(TransportError, match="cannot listen"):
+            SocketTransport(SocketOptions(listen="::1", port=inner(transport).port))
+    finally:
+        transport.close()
+    with pytest.raises(TransportError, match="at least 1"):
+        SocketTransport(SocketOptions(streams=0))
+
+
+def test_refuses_a_port_that_cannot_be():
+    target, reader = SocketTransport(), SocketTransport()
+    try:
+        with pytest.raises(TransportError, match="port 70000"):
+            reader.connect(changed(target, port=70_000))
+    finally:
+        reader.close()
+        target.close()
