@@ -21,7 +21,7 @@ def check(catalogue: Catalogue, config: M3Config) -> Naming:
     """The naming of a checkpoint that fits its config, and one line in the log about it. Raises one
     ``CheckpointError`` that lists whatever is missing, extra, mis-shaped or mis-typed."""
     if catalogue.damaged:
-        raise CheckpointError("; ".join(catalogue.damaged))
+        raise CheckpointError("; ".join(f"{catalogue.model_dir / f} {why}" for f, why in catalogue.damaged.items()))
     naming = choose_naming(catalogue.names, config)
     problems = misfits(catalogue, naming, config)
     if problems:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -62,8 +62,8 @@ class Catalogue:
     tensors: dict[str, StoredTensor]
     problems: tuple[str, ...]
     """Where the files and their index contradict one another, one entry each."""
-    damaged: tuple[str, ...]
-    """Files that cannot be read, and why."""
+    damaged: dict[str, str]
+    """Names of files that cannot be read, and why."""
 
     @property
     def names(self) -> frozenset[str]:
@@ -75,27 +75,26 @@ class Catalogue:
         shard = self.found.shard_of.get(name)
         if shard is None:
             return ""
-        reason = "is not there" if shard in self.found.absent else "does not hold it"
-        return f" (the index says it is in {shard}, which {reason})"
+        absent = "is not there" if shard in self.found.absent else "does not hold it"
+        return f" (the index says it is in {shard}, which {'cannot be read' if shard in self.damaged else absent})"
 
 
 def read_catalogue(model_dir: Path, found: WeightFiles) -> Catalogue:
     """Look into every file that is there."""
     tensors: dict[str, StoredTensor] = {}
     problems: list[str] = []
-    damaged: list[str] = []
+    damaged: dict[str, str] = {}
     for path in found.paths:
         try:
             held = dict(_header(path))
         except (OSError, SafetensorError) as error:
-            damaged.append(f"{path} cannot be read as safetensors, is it cut short? {error}")
+            damaged[path.name] = f"cannot be read as safetensors, is it cut short? {error}"
             continue
         twice = sorted(held.keys() & tensors.keys())
         problems += [f"twice: {name} is in {tensors[name].file} and in {path.name}" for name in twice]
         tensors |= held
-    catalogue = Catalogue(Path(model_dir), found, tensors, tuple(problems), tuple(damaged))
-    problems += _against_index(catalogue)
-    return Catalogue(catalogue.model_dir, found, tensors, tuple(problems), tuple(damaged))
+    catalogue = Catalogue(Path(model_dir), found, tensors, (), damaged)
+    return replace(catalogue, problems=(*problems, *_against_index(catalogue)))
 
 
 def _header(path: Path) -> Iterator[tuple[str, StoredTensor]]:
