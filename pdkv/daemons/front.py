@@ -156,7 +156,12 @@ class _Front:
         ready = self._link.ready
         problem = self._health.problem()
         info = worker_api.WorkerInfo(
-            role=self._role, ready=not problem, problem=problem, model=self._served.name, version=pdkv.__version__
+            role=self._role,
+            ready=not problem,
+            problem=problem,
+            model=self._served.name,
+            version=pdkv.__version__,
+            prompt_digest=self._served.prompt_digest,
         )
         if ready is not None:
             info = msgspec.structs.replace(

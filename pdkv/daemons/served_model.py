@@ -1,6 +1,8 @@
 """What a worker's front knows of the model it serves, without loading it."""
 
 import asyncio
+from hashlib import blake2b
+from pathlib import Path
 
 import msgspec
 
@@ -31,6 +33,8 @@ class ServedModel(msgspec.Struct, frozen=True):
     """Prompts that one request may hold, or choices of them."""
     tokenizer_config: TokenizerConfig
     templates: ChatTemplates
+    prompt_digest: str
+    """Hex, of all that decides which ids a text or a conversation becomes."""
     special_tokens: dict[str, str | None]
     """As text: those that the tokenizer's config names, and ``bos_token``, ``eos_token`` and ``pad_token`` in any case;
     None for one that the checkpoint does not have."""
@@ -50,6 +54,7 @@ class ServedModel(msgspec.Struct, frozen=True):
             max_prompts=config.max_prompts,
             tokenizer_config=tokenizer_config,
             templates=ChatTemplates(tokenizer_config),
+            prompt_digest=_prompt_digest(config.model, tokenizer_config),
             special_tokens=_special_tokens(tokenizer_config, codec, model.bos_token_id, model.eos_token_ids),
         )
 
@@ -92,6 +97,12 @@ class ServedModel(msgspec.Struct, frozen=True):
             ids, starts = codec.encode_with_offsets(prompt) if offsets else (codec.encode(prompt), None)
             encoded.append(EncodedPrompt(ids, prompt, starts))
         return encoded
+
+
+def _prompt_digest(model_dir: Path, config: TokenizerConfig) -> str:
+    path = model_dir / "tokenizer.json"
+    parts = (path.read_bytes() if path.exists() else b"", config.templates, config.special_tokens())
+    return blake2b(msgspec.json.encode(parts, order="sorted"), digest_size=8).hexdigest()
 
 
 def _special_tokens(

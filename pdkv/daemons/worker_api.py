@@ -44,6 +44,8 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     control: str = ""
     """zmq endpoint of the control channel."""
     manifest_digest: str = ""
+    prompt_digest: str = ""
+    """Of tokenizer and chat templates: workers where it is equal make the same ids of every request."""
     model_fingerprint: str = ""
     max_model_len: int = 0
     block_size: int = 0
@@ -53,6 +55,10 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     transport: str = ""
     version: str = ""
     regions: list[RegionSummary] = []
+
+    def fits(self, other: "WorkerInfo") -> bool:
+        """They may be asked for one answer together."""
+        return (self.manifest_digest, self.prompt_digest) == (other.manifest_digest, other.prompt_digest)
 
 
 class Prefilled(msgspec.Struct, frozen=True):

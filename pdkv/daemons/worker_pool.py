@@ -139,14 +139,14 @@ class WorkerPool:
         ]
 
     def pairs(self) -> list[Pair]:
-        """All ready pairs of equal manifest, diagonals first, so that neighbours share no worker where they can."""
+        """All ready pairs that fit, diagonals first, so that neighbours share no worker where they can."""
         prefills, decodes = self._rosters[PREFILL].ready(), self._rosters[DECODE].ready()
         wrap = max(len(prefills), len(decodes))
         found = [
             ((d - p) % wrap, p, Pair(prefill, decode, prefill.info.control, prefill.info.incarnation))
             for p, prefill in enumerate(prefills)
             for d, decode in enumerate(decodes)
-            if prefill.info and decode.info and prefill.info.manifest_digest == decode.info.manifest_digest
+            if prefill.info and decode.info and prefill.info.fits(decode.info)
         ]
         return [pair for _, _, pair in sorted(found, key=lambda entry: entry[:2])]
 
@@ -167,7 +167,9 @@ class WorkerPool:
             for role, roster in self._rosters.items()
             if not roster.ready()
         ]
-        return missing or ["no prefill and decode worker have the same manifest (" + self._manifests() + ")"]
+        return missing or [
+            f"no prefill and decode worker have the same manifest and the same tokenizer ({self._digests()})"
+        ]
 
     def models(self) -> dict[str, int]:
         """The models that can be asked for, with the longest context that both of a pair allow."""
@@ -230,9 +232,9 @@ class WorkerPool:
             return None, f"is a {info.role} worker, but the router was told that it is a {worker.role} worker"
         return (info, "") if info.ready else (None, info.problem or "not ready")
 
-    def _manifests(self) -> str:
+    def _digests(self) -> str:
         return "; ".join(
-            f"{worker.url}: {worker.role} {worker.info.manifest_digest[:16]}"
+            f"{worker.url}: {worker.role} {worker.info.manifest_digest[:16]} {worker.info.prompt_digest}"
             for worker in self.workers()
             if worker.info
         )

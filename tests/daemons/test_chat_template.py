@@ -31,6 +31,11 @@ TRIMMING = """\
 {{ bos_token }}{% for m in messages %}[{{ m.role | upper }}] {{ m.content | trim }} {{ eos_token }}
 {% endfor %}
 {% if add_generation_prompt %}[ASSISTANT]{% endif %}"""
+TIGHT = """\
+    {% for m in messages %}
+    {{ m.role }}:{{ m.content | trim }}|
+    {% endfor %}
+"""
 TOOLS = """\
 {%- macro say(role, text) -%}
 <{{ role }}>{{ text }}</{{ role }}>
@@ -115,6 +120,8 @@ def transformers_text(template: str, fields: dict[str, object]) -> str:
         (TOOLS, {"messages": CALLS}),
         (TOOLS, {"messages": CALLS, "tools": [WEATHER], "chat_template_kwargs": {"enable_thinking": False}}),
         (TOOLS, {"messages": TALK, "documents": [{"title": "t", "text": "x"}]}),
+        (TIGHT, {"messages": TALK}),
+        (TIGHT, {"messages": TALK[:2], "continue_final_message": True, "add_generation_prompt": False}),
         (PICKY, {"messages": TALK}),
         ("{{ messages | length }}{{ pad_token }}{{ eos_token }}\n", {"messages": TALK}),
     ],

@@ -135,6 +135,18 @@ def test_workers_of_different_manifests_are_never_paired(
     assert HTTP.get(router.url + "/health").status_code == 503
 
 
+def test_workers_that_would_read_a_prompt_differently_are_never_paired(
+    fleet: Fleet, prefill: Daemon, checkpoint: Path, tmp_path: Path
+) -> None:
+    for path in checkpoint.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[-1].content }}")
+    stranger = fleet.worker("decode", tmp_path)
+    router = fleet.router([prefill], [stranger], ready=False)
+    wait_until(lambda: "same tokenizer" in HTTP.get(router.url + "/health").text)
+    assert HTTP.get(router.url + "/health").status_code == 503
+
+
 def test_a_deadline_ends_a_request_with_504_and_frees_both(fleet: Fleet, prefill: Daemon, decode: Daemon) -> None:
     router = fleet.router([prefill], [decode], "--request-timeout=0.5")
     answer = _ask(router, Script.HANG)
