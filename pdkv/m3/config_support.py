@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator, Mapping
 
+from pdkv.errors import ModelError
 from pdkv.m3.config_fields import Fields
 from pdkv.m3.index_schedule import NO_SCHEDULE
+from pdkv.m3.quantisation import quantisation
 
 BLOCK_SIZE = 128
 """Tokens of a block; the indexer selects blocks of this size and a page holds one."""
@@ -96,6 +98,7 @@ def unsupported(text: Fields, wrapper: Fields) -> list[str]:
         *_refused(text, fixed, known),
         *_refused(sparse, _FIXED_SPARSE, _READ_SPARSE),
         *_misplaced(text, wrapper),
+        *_quantised_otherwise(text, wrapper),
     ]
 
 
@@ -123,6 +126,13 @@ def _refused(fields: Fields, fixed: Mapping[str, tuple[object, ...]], known: fro
     for name in sorted(fields.values.keys() - known - fixed.keys()):
         if fields.has(name):
             yield f"{fields.named(name)} is not a field that pdkv knows (it may change the answers)"
+
+
+def _quantised_otherwise(text: Fields, wrapper: Fields) -> Iterator[str]:
+    try:
+        quantisation(text, wrapper)
+    except ModelError as error:
+        yield str(error)
 
 
 def _misplaced(text: Fields, wrapper: Fields) -> Iterator[str]:

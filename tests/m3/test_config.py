@@ -162,7 +162,7 @@ def test_two_counts_of_rotated_dims_that_disagree(tmp_path: Path, written: dict[
         ({"index_topk_blocks": ...}, "index_topk_blocks is missing"),
         ({"num_attention_heads": 6}, "6 q heads"),
         ({"num_experts_per_tok": 5}, "5 experts per token of 4"),
-        ({"dtype": "float16"}, "dtype float16"),
+        ({"dtype": "float64"}, "dtype float64"),
         ({"rotary_dim": 15, "rope_parameters": ROPE}, "15 rotated dims"),
     ],
 )
