@@ -51,9 +51,9 @@ class Rows:
         self.num_pages = num_pages
         self._memory = torch.empty(num_pages * self.pitch, dtype=torch.uint8, device="cuda")
         words = self._memory.view(torch.int32)
-        # Exponents stay below 0.5 for bf16 and 2 for e4m3: 0xBF clears the second highest bit of each byte.
         for part in words.split(1 << 28):
-            part.random_(-(1 << 31), (1 << 31) - 1).bitwise_and_(0x3FBF3FBF - (1 << 31) | 0x3FBF3FBF)
+            # 0xBF clears the highest bit of the exponent of an e4m3 number, and in the upper byte that of a bf16.
+            part.random_(-(1 << 31), (1 << 31) - 1).bitwise_and_(0xBFBFBFBF - (1 << 32))
         self._next = 0
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -1,10 +1,12 @@
 """Index scan and top-k of one decode step in one layer."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from pdkv_kernels.decode_batch import DecodeBatch
-from pdkv_kernels.index_topk_decode import IndexWorkspace, SelectionRule, index_topk_decode_into
+from pdkv_kernels.index_topk_decode import IndexWorkspace, ScanPlan, SelectionRule, index_topk_decode_into
 from pdkv_kernels.paged import BLOCK
 from torch import Tensor
 
@@ -34,36 +36,58 @@ def works(question: Question, rates: Rates) -> Iterator[Work]:
             torch.cuda.empty_cache()
 
 
-def _work(shape: Shape, with_rival: bool) -> Work:
+@dataclass(frozen=True)
+class Case:
+    """One shape's tensors; the index keys once for each layer, so that no cache holds them all."""
+
+    shape: Shape
+    batch: DecodeBatch
+    q: Tensor  # [num_rows, heads, DIM]
+    keys: list[Tensor]  # of each layer: [num_pages, BLOCK, DIM]
+    pitch: int  # bytes from one page's row to the next
+
+    @property
+    def num_bytes(self) -> int:
+        return self.shape.batch * self.shape.context * DIM * self.q.element_size()
+
+
+def make(shape: Shape) -> Case:
+    """Random keys under a shuffled page table."""
     dtype = torch.float8_e4m3fn if shape.fp8 else torch.bfloat16
-    key_bytes = shape.batch * shape.context * DIM * dtype.itemsize
-    layers = rotations(key_bytes)
+    layers = rotations(shape.batch * shape.context * DIM * dtype.itemsize)
     rows = Rows(shape.batch * shape.blocks, layers * BLOCK * DIM * dtype.itemsize)
     keys = [rows.take((BLOCK, DIM), dtype) for _ in range(layers)]
-    table = shuffled_table(shape.batch, shape.blocks)
     seq_lens = torch.full((shape.batch,), shape.context, dtype=torch.int32, device="cuda")
-    batch = DecodeBatch(seq_lens, table, shape.query_len)
-    num_rows = shape.batch * shape.query_len
-    q = torch.randn(num_rows, shape.kv_heads, DIM, device="cuda").to(dtype)
-    out = torch.empty(num_rows, shape.kv_heads, RULE.topk, dtype=torch.int32, device="cuda")
-    workspace = IndexWorkspace(num_rows, shape.kv_heads, shape.blocks, "cuda")
-
-    def ours(k: Tensor) -> Call:
-        return lambda: index_topk_decode_into(out, q, k, batch, RULE, workspace)
-
-    return Work(
-        shape=shape.name,
-        calls=[ours(k) for k in keys],
-        num_bytes=key_bytes,
-        num_flops=2 * num_rows * shape.kv_heads * shape.context * DIM,
-        rival=[_rival(shape, q, k, batch) for k in keys] if with_rival else (),
-        note=f"row {rows.pitch} B",
-    )
+    batch = DecodeBatch(seq_lens, shuffled_table(shape.batch, shape.blocks), shape.query_len)
+    q = torch.randn(shape.batch * shape.query_len, shape.kv_heads, DIM, device="cuda").to(dtype)
+    return Case(shape, batch, q, keys, rows.pitch)
 
 
-def _rival(shape: Shape, q: Tensor, k: Tensor, batch: DecodeBatch) -> Call:
-    out = torch.empty(shape.kv_heads, q.shape[0], RULE.topk, dtype=torch.int32, device="cuda")
-    lens = (batch.page_table, batch.seq_lens, shape.context)
+def ours(case: Case, plan: ScanPlan | None = None) -> list[Call]:
+    """A call for each layer."""
+    rows, heads, _ = case.q.shape
+    out = torch.empty(rows, heads, RULE.topk, dtype=torch.int32, device="cuda")
+    workspace = IndexWorkspace(rows, heads, case.shape.blocks, "cuda")
+    return [partial(index_topk_decode_into, out, case.q, k, case.batch, RULE, workspace, plan) for k in case.keys]
+
+
+def theirs(case: Case) -> list[Call]:
+    """vLLM's, on the same keys and page table."""
+    shape = case.shape
+    out = torch.empty(shape.kv_heads, case.q.shape[0], RULE.topk, dtype=torch.int32, device="cuda")
+    lens = (case.batch.page_table, case.batch.seq_lens, shape.context)
     rule = (RULE.topk, RULE.init_blocks, RULE.local_blocks, shape.kv_heads, shape.query_len, shape.query_len)
     kernel = rival.index_topk().minimax_m3_index_decode
-    return lambda: kernel(q, k, *lens, *rule, out=out)
+    return [partial(kernel, case.q, k, *lens, *rule, out=out) for k in case.keys]
+
+
+def _work(shape: Shape, with_rival: bool) -> Work:
+    case = make(shape)
+    return Work(
+        shape=shape.name,
+        calls=ours(case),
+        num_bytes=case.num_bytes,
+        num_flops=2 * case.q.shape[0] * shape.kv_heads * shape.context * DIM,
+        rival=theirs(case) if with_rival else (),
+        note=f"row {case.pitch} B",
+    )

@@ -54,17 +54,24 @@ def half_of_bits(x, CODE: tl.constexpr):
     """Values as float16, exactly; with PLAIN the values as they are."""
     if CODE == 0:
         return x
-    if CODE == 1:
+    elif CODE == 1:
         return x.to(tl.float16)
-    bits = x.to(tl.int16)
+    else:
+        return _half(x.to(tl.int16), CODE)
+
+
+@triton.jit
+def _half(bits, CODE: tl.constexpr):
     sign = (bits & 0x80) << 8
-    if CODE == 2 or CODE == 3:
+    if CODE == 4:
+        return (sign | ((bits & 0x7F) << 8)).to(tl.float16, bitcast=True)
+    elif CODE == 5:
+        scaled = (sign | ((bits & 0x7F) << 8)).to(tl.float16, bitcast=True)
+        return tl.where(bits == 0x80, float("nan"), scaled * 0.5).to(tl.float16)
+    else:
         # The same bits as float16 mean 2^-8 of the value (exponents are biased by 15, not 7), or 2^-7 for fnuz (8).
         scaled = (sign | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
         if CODE == 2:
             return tl.where((bits & 0x7F) == 0x7F, float("nan"), scaled * 256.0).to(tl.float16)
-        return tl.where(bits == 0x80, float("nan"), scaled * 128.0).to(tl.float16)
-    scaled = (sign | ((bits & 0x7F) << 8)).to(tl.float16, bitcast=True)
-    if CODE == 4:
-        return scaled
-    return tl.where(bits == 0x80, float("nan"), scaled * 0.5).to(tl.float16)
+        else:
+            return tl.where(bits == 0x80, float("nan"), scaled * 128.0).to(tl.float16)

@@ -1,0 +1,255 @@
+"""Attention of decode rows to selected blocks, the choice of each row and kv head shared out among programs.
+
+A program takes some of the blocks that one row chose for one kv head, with all query heads of that kv head. Keys lie
+along the tall side of both products: ``K q`` gives [tokens, heads] and ``V^T p`` gives [dim, heads], so that tiles of
+K and V feed the matrix units as they lie in memory. fp8 V is widened to float16, exactly; fp8 K is multiplied as it
+is, with q as the sum of two fp8 numbers.
+
+Scales cost no pass over a tile. K's go into the logits. V's go into the exponent: with ``w = exp2(s + log2(v_scale) -
+top)`` the weighted sum needs w alone, and the softmax's sum is that of ``w / v_scale``.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pdkv_kernels.decode_batch import DecodeBatch, uniform_batch
+from pdkv_kernels.decode_tile import attend_tile, finish, prepare_q
+from pdkv_kernels.fp8_bits import CONVERT, fp8_code
+from pdkv_kernels.launch import chained, launch_options
+from pdkv_kernels.paged import BLOCK, PagedKv, RaggedQueries
+from pdkv_kernels.softmax_merge import MergeWorkspace, merge_parts
+
+
+@dataclass(frozen=True)
+class AttendPlan:
+    """How the selected blocks of a row and kv head are shared out, by shapes alone."""
+
+    splits: int  # programs that share one row and kv head
+    tile: int  # tokens of a tile: BLOCK or a part of it
+    num_warps: int
+    num_stages: int
+    split_q: bool = True  # multiply fp8 keys natively by q in two fp8 parts; otherwise widen them to float16
+
+
+def sparse_attention_decode(
+    q: Tensor, kv: PagedKv, blocks: Tensor, queries: RaggedQueries, scale: float
+) -> tuple[Tensor, Tensor]:
+    """``sparse_attention_ref`` for sequences that all have equally many query rows; allocates what it needs."""
+    batch = uniform_batch(queries, q.shape[0])
+    out = torch.empty_like(q)
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    workspace = MergeWorkspace(q.shape[0], q.shape[1], q.shape[2], blocks.shape[2], q.device)
+    sparse_attention_decode_into(out, lse, q, kv, blocks, batch, scale, workspace)
+    return out, lse
+
+
+def sparse_attention_decode_into(
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    kv: PagedKv,
+    blocks: Tensor,
+    batch: DecodeBatch,
+    scale: float,
+    workspace: MergeWorkspace,
+    plan: AttendPlan | None = None,
+) -> None:
+    """Write the output to out, [num_rows, num_heads, head_dim] in q's dtype, and to lse, float32 [num_rows, num_heads].
+
+    blocks: int32 [num_rows, num_kv_heads, topk], logical ids in any order, no id twice; -1 and blocks that the row
+    cannot see are passed over. Rows without any block, padded ones among them, give 0 and -inf. Neither allocates nor
+    waits, and launches by shapes alone; a plan measured for M3 is used where none is given.
+    """
+    num_rows, num_heads, dim = q.shape
+    kv_heads, topk = blocks.shape[1:]
+    share = num_heads // kv_heads
+    assert num_rows == batch.num_seqs * batch.query_len, (q.shape, batch.num_seqs, batch.query_len)
+    assert kv.k.shape[1:] == (kv_heads, BLOCK, dim), (kv.k.shape, q.shape, blocks.shape)
+    assert kv.k.stride(3) == kv.v.stride(3) == q.stride(2) == out.stride(2) == 1
+    assert batch.page_table.stride(1) == 1, batch.page_table.stride()
+    if num_rows == 0:
+        return
+    plan = plan or attend_plan(num_rows * kv_heads, topk, kv.k)
+    code, k = fp8_code(kv.k)
+    _, v = fp8_code(kv.v)
+    k_scale, v_scale = kv.k_scale, kv.v_scale
+    scaled = k_scale is not None and v_scale is not None
+    if k_scale is None or v_scale is None:
+        assert k_scale is v_scale, "either both K and V have scales or neither"
+        k_scale = v_scale = lse.view(num_rows, num_heads, 1)  # never read
+    early = chained(q.device)
+    parts = workspace.parts(plan.splits)
+    direct = plan.splits == 1
+    places = -(-topk // plan.splits)
+    _attend_kernel[(num_rows, kv_heads, plan.splits)](
+        q,
+        k,
+        v,
+        k_scale,
+        v_scale,
+        blocks,
+        out if direct else parts.out,
+        lse if direct else parts.lse,
+        batch.page_table,
+        batch.seq_lens,
+        scale * 1.4426950408889634,
+        batch.query_len,
+        q.stride(0),
+        q.stride(1),
+        k.stride(0),
+        k.stride(1),
+        k.stride(2),
+        v.stride(0),
+        v.stride(1),
+        v.stride(2),
+        k_scale.stride(0),
+        k_scale.stride(1),
+        v_scale.stride(0),
+        v_scale.stride(1),
+        blocks.stride(0),
+        blocks.stride(1),
+        blocks.stride(2),
+        out.stride(0) if direct else parts.out.stride(1),
+        out.stride(1) if direct else parts.out.stride(2),
+        0 if direct else parts.out.stride(0),
+        lse.stride(0) if direct else parts.lse.stride(1),
+        lse.stride(1) if direct else parts.lse.stride(2),
+        0 if direct else parts.lse.stride(0),
+        batch.page_table.stride(0),
+        SHARE=share,
+        SHARE_TILE=max(triton.next_power_of_2(share), 16),
+        DIM=dim,
+        TOPK=topk,
+        PLACES=places,
+        PLACE_TILE=triton.next_power_of_2(places),
+        TOKENS=BLOCK,
+        TILE=plan.tile,
+        CODE=code,
+        SCALED=scaled,
+        SPLIT_Q=plan.split_q and code == CONVERT and k.dtype == torch.float8_e4m3fn,
+        LAST=direct,
+        EARLY=early,
+        **launch_options(early, plan.num_warps, plan.num_stages),
+    )
+    if not direct:
+        merge_parts(out, lse, parts)
+
+
+def attend_plan(groups: int, topk: int, k: Tensor) -> AttendPlan:
+    """Splits, tile, warps and stages for this many rows times kv heads; measured on an H200."""
+    target = max(1, min(topk, 256 // groups))
+    splits = 1 << (target.bit_length() - 1)
+    return AttendPlan(splits, BLOCK, 4, 2)
+
+
+@triton.jit(do_not_specialize=["query_len"])
+def _attend_kernel(
+    q_ptr,  # [num_rows, num_heads, DIM]
+    k_ptr,  # [num_pages, kv_heads, TOKENS, DIM]
+    v_ptr,  # [num_pages, kv_heads, TOKENS, DIM]
+    k_scale_ptr,  # float32 [num_pages, kv_heads, TOKENS]
+    v_scale_ptr,  # float32 [num_pages, kv_heads, TOKENS]
+    blocks_ptr,  # int32 [num_rows, kv_heads, TOPK]
+    out_ptr,  # LAST: [num_rows, num_heads, DIM]; otherwise parts, float32 [splits, num_rows, num_heads, DIM]
+    lse_ptr,  # LAST: float32 [num_rows, num_heads]; otherwise parts, base 2, [splits, num_rows, num_heads]
+    page_table_ptr,  # int32 [num_seqs, max_blocks]
+    seq_lens_ptr,  # int32 [num_seqs]
+    scale,  # of the logits, times log2(e)
+    query_len,
+    q_row_stride,
+    q_head_stride,
+    k_page_stride,
+    k_head_stride,
+    k_token_stride,
+    v_page_stride,
+    v_head_stride,
+    v_token_stride,
+    k_scale_page_stride,
+    k_scale_head_stride,
+    v_scale_page_stride,
+    v_scale_head_stride,
+    blocks_row_stride,
+    blocks_head_stride,
+    blocks_place_stride,
+    out_row_stride,
+    out_head_stride,
+    out_split_stride,
+    lse_row_stride,
+    lse_head_stride,
+    lse_split_stride,
+    table_stride,
+    SHARE: tl.constexpr,
+    SHARE_TILE: tl.constexpr,
+    DIM: tl.constexpr,
+    TOPK: tl.constexpr,
+    PLACES: tl.constexpr,  # of TOPK, for one program
+    PLACE_TILE: tl.constexpr,  # PLACES rounded up to a power of two
+    TOKENS: tl.constexpr,
+    TILE: tl.constexpr,
+    CODE: tl.constexpr,
+    SCALED: tl.constexpr,
+    SPLIT_Q: tl.constexpr,
+    LAST: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    row = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
+    seq = row // query_len
+    heads = tl.arange(0, SHARE_TILE)
+    dims = tl.arange(0, DIM)
+    token = tl.arange(0, TILE)
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    visible = tl.load(seq_lens_ptr + seq) - query_len + row % query_len + 1
+    num_blocks = (visible + TOKENS - 1) // TOKENS
+    q_at = q_ptr + row.to(tl.int64) * q_row_stride + (kv_head * SHARE + heads[:, None]) * q_head_stride + dims[None, :]
+    q = tl.load(q_at, mask=heads[:, None] < SHARE, other=0.0)  # [SHARE_TILE, DIM]
+    q, unit = prepare_q(q, k_ptr.dtype.element_ty, CODE, SPLIT_Q)
+    unit = unit * scale
+    # Which pages, before the loop: inside it, each load would wait for two others in turn.
+    place = tl.arange(0, PLACE_TILE)
+    chosen_at = blocks_ptr + row.to(tl.int64) * blocks_row_stride + kv_head * blocks_head_stride
+    mine = (place < PLACES) & (split * PLACES + place < TOPK)
+    blocks = tl.load(chosen_at + (split * PLACES + place) * blocks_place_stride, mask=mine, other=-1)
+    live = (blocks >= 0) & (blocks < num_blocks)
+    pages = tl.load(page_table_ptr + seq.to(tl.int64) * table_stride + blocks, mask=live, other=0)
+    lefts = tl.where(live, visible - blocks * TOKENS, 0)  # [PLACE_TILE], visible tokens from the block's start on
+    k_at = k_ptr + kv_head.to(tl.int64) * k_head_stride + token[:, None] * k_token_stride + dims[None, :]
+    v_at = v_ptr + kv_head.to(tl.int64) * v_head_stride + token[:, None] * v_token_stride + dims[None, :]
+    k_scale_at = k_scale_ptr + kv_head.to(tl.int64) * k_scale_head_stride + token
+    v_scale_at = v_scale_ptr + kv_head.to(tl.int64) * v_scale_head_stride + token
+    # A finite floor instead of -inf: the difference of two of them is 0, not NaN.
+    top = tl.full((SHARE_TILE,), -1.0e38, tl.float32)
+    total = tl.zeros((TILE, SHARE_TILE), tl.float32)
+    sums = tl.zeros((DIM, SHARE_TILE), tl.float32)
+    PIECES: tl.constexpr = TOKENS // TILE
+    for step in tl.range(0, PLACES * PIECES):
+        this = place == step // PIECES
+        start = step % PIECES * TILE
+        page = tl.sum(tl.where(this, pages, 0), axis=0).to(tl.int64)
+        left = tl.sum(tl.where(this, lefts, 0), axis=0) - start
+        mask = token < left
+        k = tl.load(k_at + page * k_page_stride + start * k_token_stride, mask=mask[:, None], other=0.0)
+        v = tl.load(v_at + page * v_page_stride + start * v_token_stride, mask=mask[:, None], other=0.0)
+        k_scale = tl.full((TILE,), 1.0, tl.float32)
+        v_scale = k_scale
+        if SCALED:
+            k_scale = tl.load(k_scale_at + page * k_scale_page_stride + start, mask=mask, other=1.0)
+            v_scale = tl.load(v_scale_at + page * v_scale_page_stride + start, mask=mask, other=1.0)
+        top, total, sums = attend_tile(
+            q, unit, k, v, k_scale, v_scale, mask[:, None], top, total, sums, CODE, SCALED, SPLIT_Q
+        )
+    result, log_sum = finish(top, total, sums)
+    head = kv_head * SHARE + heads
+    real = heads < SHARE
+    out_at = out_ptr + split.to(tl.int64) * out_split_stride + row.to(tl.int64) * out_row_stride
+    out_at += head[None, :] * out_head_stride + dims[:, None]
+    tl.store(out_at, result.to(out_ptr.dtype.element_ty), mask=real[None, :])
+    lse_at = lse_ptr + split.to(tl.int64) * lse_split_stride + row.to(tl.int64) * lse_row_stride
+    tl.store(lse_at + head * lse_head_stride, log_sum * 0.6931471805599453 if LAST else log_sum, mask=real)
