@@ -36,13 +36,15 @@ def describe_worker(url: str) -> Description:
 def told(found: Description) -> str:
     """For people."""
     info, status = found.info, found.status
+    size = f"{info.num_regions} regions, {info.bytes_per_token:,} bytes a token"
+    each = f" on each of {info.tp_size} ranks" if info.tp_size > 1 else ""
     lines = [
         f"{info.role} worker at {found.url}, {'ready' if info.ready else 'loading'}, pdkv {info.version}",
         f"model        {info.model} (fingerprint {info.model_fingerprint[:16]}), up to {info.max_model_len:,} tokens",
         f"incarnation  {info.incarnation}",
         f"control      {info.control or 'dials only'}",
         f"transport    {info.transport}",
-        f"manifest     {info.manifest_digest}: {info.num_regions} regions, {info.bytes_per_token:,} bytes a token",
+        f"manifest     {info.manifest_digest}: {size}{each}",
     ]
     for region in info.regions:
         heads = f"{region.heads} head{'s' if region.heads > 1 else ''}"

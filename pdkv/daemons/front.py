@@ -172,6 +172,7 @@ class _Front:
                 model_fingerprint=ready.model_fingerprint,
                 max_model_len=ready.max_model_len,
                 block_size=ready.block_size,
+                tp_size=ready.tp_size,
                 num_pages=ready.num_pages,
                 bytes_per_token=ready.bytes_per_token,
                 num_regions=ready.num_regions,

@@ -49,6 +49,8 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     model_fingerprint: str = ""
     max_model_len: int = 0
     block_size: int = 0
+    tp_size: int = 1
+    """Ranks of the worker; what follows is so on each of them."""
     num_pages: int = 0
     bytes_per_token: int = 0
     num_regions: int = 0

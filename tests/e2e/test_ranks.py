@@ -1,0 +1,122 @@
+"""Workers of several rank processes over UCX: a right answer, and a worker that ends cleanly, and says why, when one
+of its ranks dies or hangs.
+
+The tests stand in the order in which they wear the deployment out: the last two each end a worker for good.
+"""
+
+import os
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from pdkv.verify.link_chasing import make_prompt
+from tests.e2e.deployment import (
+    END_S,
+    Process,
+    Trio,
+    ask,
+    descendants,
+    router,
+    token_ids,
+    transfer_facts,
+    wait_ready,
+    wait_until,
+    worker,
+)
+from tests.http import HTTP
+
+FLAGS = ("--max-model-len", "4096", "--lease-ttl", "2", "--stall-timeout", "4")
+
+
+@pytest.fixture(scope="module")
+def ranked(link_chasing_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trio]:
+    """P with two ranks, D with four, and a router."""
+    folder = tmp_path_factory.mktemp("ranks")
+    prefill = worker("prefill", link_chasing_model, folder, *FLAGS, "--tp", "2", "--prefill-chunk", "64")
+    decode = worker("decode", link_chasing_model, folder, *FLAGS, "--tp", "4")
+    front = router(folder, [prefill], [decode], "--poll-interval", "0.2")
+    with ExitStack() as stack:
+        for process in (prefill, decode, front):
+            process.start()
+            stack.callback(process.end)
+        for process in (prefill, decode, front):
+            wait_ready(process)
+        yield Trio(prefill, decode, front)
+
+
+def ranks_of(process: Process) -> list[int]:
+    """Process ids of a worker's ranks other than 0, in order: they are the engine process's children."""
+    assert process.popen is not None
+    (engine,) = _children(process.popen.pid)
+    return sorted(_children(engine))
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def exists(pid: int) -> bool:
+    try:
+        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def expect_end(process: Process, below: set[int], rank: int, size: int) -> None:
+    """The worker ends by itself, says which rank was lost and how, and leaves nothing behind."""
+    assert process.popen is not None
+    assert process.popen.wait(END_S) not in (0, None)
+    wait_until(lambda: not any(map(exists, below)), "no process of the worker is left")
+    assert f"rank {rank} of this worker's {size} was killed by SIGKILL" in process.log.read_text()
+
+
+def test_two_ranks_to_four(ranked: Trio) -> None:
+    prompt = make_prompt(7, 3000)
+    answer = ask(ranked.router.url, prompt.token_ids, 16)
+    assert token_ids(answer) == list(prompt.expected(16))
+    facts = transfer_facts(answer)
+    assert (facts["num_pages"], facts["path"]) == (24, "shm")
+    bytes_per_token = int(ranked.decode.info()["bytes_per_token"])  # type: ignore[call-overload]
+    assert sum(facts["bytes_by_region"].values()) == 4 * 24 * 128 * bytes_per_token
+    assert facts["num_spans"] <= 24 * (4 + 2)
+    assert [process.info()["tp_size"] for process in (ranked.prefill, ranked.decode)] == [2, 4]
+    wait_until(lambda: ranked.prefill.holds_nothing() and ranked.decode.holds_nothing(), "pages back")
+
+
+def test_a_rank_that_hangs_shows_in_liveness(ranked: Trio) -> None:
+    pid = ranks_of(ranked.decode)[1]
+    livez = f"{ranked.decode.admin_url}/livez"
+    assert HTTP.get(livez).status_code == 200
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        wait_until(lambda: HTTP.get(livez).status_code == 503, "liveness fails")
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    wait_until(lambda: HTTP.get(livez).status_code == 200, "it lives again")
+
+
+def test_a_rank_killed_in_mid_step_ends_the_request_with_an_error(ranked: Trio) -> None:
+    assert ranked.prefill.popen is not None
+    below = descendants(ranked.prefill.popen.pid)
+    prompt = make_prompt(9, 4000)
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(ask, ranked.router.url, prompt.token_ids, 8, timeout_s=60)
+        wait_until(lambda: ranked.prefill.status()["requests_running"] == 1, "it computes")
+        os.kill(ranks_of(ranked.prefill)[0], signal.SIGKILL)
+        answer = asking.result()
+    assert answer.status_code >= 500, answer.text
+    assert answer.json()["error"]["message"]
+    expect_end(ranked.prefill, below, rank=1, size=2)
+    wait_until(ranked.decode.holds_nothing, "decode has its pages back")
+
+
+def test_a_rank_killed_while_idle_takes_its_worker_down(ranked: Trio) -> None:
+    assert ranked.decode.popen is not None
+    below = descendants(ranked.decode.popen.pid)
+    assert len(below) == 4
+    os.kill(ranks_of(ranked.decode)[2], signal.SIGKILL)
+    expect_end(ranked.decode, below, rank=3, size=4)
