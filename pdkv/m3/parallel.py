@@ -71,7 +71,8 @@ class _Backend(Protocol):
 class DistributedGroup:
     """Ranks are processes; gloo joins them on CPUs, NCCL on NVIDIA GPUs. One thread of each process uses it.
 
-    It is no default group of torch: nothing global is touched, and a process may be in several.
+    It is no default group of torch: nothing global is touched, and a process may be in several. Over NCCL a collective
+    is only queued on the current stream: there a lost rank shows later, where the stream is waited for.
     """
 
     def __init__(self, backend: _Backend, rank: int, size: int) -> None:
@@ -141,6 +142,8 @@ def join_group(
     kind = torch.device(device).type
     timeout = timedelta(seconds=timeout_s)
     with _losses(f"not all of {size} ranks came in {timeout_s:g} s (this is rank {rank})"):
+        if kind == "cuda" and not distributed.is_nccl_available():
+            raise ConfigError("this build of torch has no NCCL to join ranks on GPUs; install one with CUDA")
         if kind == "cuda":
             backend = _nccl(store, rank, size, timeout)
         elif kind == "cpu":

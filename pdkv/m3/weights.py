@@ -1,5 +1,6 @@
 """The model's weights as its layers use them, read from safetensors files and checked against the config."""
 
+import logging
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -14,6 +15,8 @@ from pdkv.m3.sharding import ModelShare, model_share
 from pdkv.m3.tensor_check import check
 from pdkv.m3.tensor_files import TensorFiles, read_catalogue
 from pdkv.m3.tensor_names import Naming, Slot, Slots
+
+_LOG = logging.getLogger("pdkv.m3")
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,10 @@ def load_weights(
     naming = check(catalogue, config)
     with TensorFiles(catalogue) as files:
         reader = _Reader(files, device, getattr(torch, config.dtype), dtype)
-        return _assemble(reader, naming, config, share or model_share(config))
+        share = share or model_share(config)
+        held = weight_bytes(config, share, dtype.itemsize), str(dtype).removeprefix("torch.")
+        _LOG.info("rank %d of %d holds %d bytes of weights, matrices in %s", share.rank, share.size, *held)
+        return _assemble(reader, naming, config, share)
 
 
 def weight_bytes(config: M3Config, share: ModelShare, itemsize: int) -> int:

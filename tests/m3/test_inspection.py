@@ -15,7 +15,7 @@ from pdkv.m3.weights import load_weights
 from tests.checkpoints import SMALL, released_config, write_random_checkpoint, write_released_form, write_shards
 from tests.m3.mxfp8_checkpoint import change_config, write_mxfp8
 from tests.m3.test_released_form import all_tensors
-from tests.m3.test_tensor_parallel import tensors
+from tests.m3.weight_tensors import tensors
 
 M3 = {
     "vocab_size": 200064, "hidden_size": 6144, "num_hidden_layers": 60, "num_attention_heads": 64,

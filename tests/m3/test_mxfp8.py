@@ -18,7 +18,7 @@ from pdkv.verify.equality import compare_logits
 from tests.checkpoints import Oracle, OracleCase, write_random_checkpoint, write_shards
 from tests.m3.mxfp8_checkpoint import QUANTIZATION, change_config, dequantised, write_mxfp8
 from tests.m3.paged_run import PagedRun
-from tests.m3.test_tensor_parallel import tensors
+from tests.m3.weight_tensors import tensors
 
 MOE = "language_model.model.layers.2.block_sparse_moe."
 LENGTH = 500

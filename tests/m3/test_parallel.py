@@ -3,12 +3,13 @@
 import multiprocessing
 import os
 import threading
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from pdkv.errors import ConfigError, RankLostError
-from pdkv.m3.parallel import SOLO, Group, find_store, join_group, open_store, run_ranks, thread_groups
+from pdkv.m3.parallel import SOLO, DistributedGroup, Group, find_store, join_group, open_store, run_ranks, thread_groups
 
 
 def ones(rank: int, columns: int = 3) -> torch.Tensor:
@@ -104,23 +105,46 @@ def test_two_processes_over_gloo_and_one_that_dies():
         child.join()
 
 
-def test_closing_tells_the_others():
-    """Two ranks in two threads of this process: gloo does not mind, and nothing global is in the way."""
+def joined(size: int) -> list[DistributedGroup]:
+    """Ranks over gloo in threads of this process: nothing global is in the way."""
     store = open_store()
-    groups = {}
+    groups: dict[int, DistributedGroup] = {}
 
     def join(rank: int) -> None:
-        groups[rank] = join_group(find_store("127.0.0.1", store.port), rank, 2, timeout_s=30)
+        groups[rank] = join_group(find_store("127.0.0.1", store.port), rank, size, timeout_s=30)
 
-    threads = [threading.Thread(target=join, args=(rank,)) for rank in (0, 1)]
+    on_each(join, size)
+    return [groups[rank] for rank in range(size)]
+
+
+def on_each(work: Callable[[int], None], size: int) -> None:
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    groups[1].close()
+
+
+def test_gloo_gives_every_rank_the_same_bits():
+    """Ranks route each for itself by what a sum gave them, so it must be the same on all."""
+    groups = joined(4)
+    parts = (
+        torch.randn(4, 37, 129, generator=torch.Generator().manual_seed(1)) * torch.logspace(-6, 6, 4)[:, None, None]
+    )
+    sums: dict[int, torch.Tensor] = {}
+    on_each(lambda rank: sums.update({rank: groups[rank].sum(parts[rank].clone())}), 4)
+    assert all(torch.equal(sums[rank], sums[0]) for rank in range(4))
+    torch.testing.assert_close(sums[0], parts.sum(dim=0))
+    for group in groups:
+        group.close()
+
+
+def test_closing_tells_the_others():
+    first, second = joined(2)
+    second.close()
     with pytest.raises(RankLostError):
-        groups[0].sum(ones(0))
-    groups[0].close()
+        first.sum(ones(0))
+    first.close()
 
 
 def test_ranks_that_do_not_come_are_named():

@@ -18,6 +18,7 @@ from pdkv.m3.weights import MoeWeights, load_weights
 from tests.checkpoints import write_random_checkpoint, write_released_form, write_shards
 from tests.m3.paged_run import PagedRun
 from tests.m3.test_config import released
+from tests.m3.weight_tensors import tensors
 
 PROMPT = list(range(3, 303)) * 2
 """Beyond the two blocks that a query selects."""
@@ -160,7 +161,9 @@ def test_one_error_lists_every_misfit_in_released_names(nested: Path, tmp_path: 
     assert f"extra: {ATTENTION}index_v_proj.weight" in text
 
 
-def test_what_is_passed_over_is_said_once(nested: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_what_is_read_and_what_is_passed_over_is_said_once(
+    nested: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     drafting = {
         "language_model.model.mtp.layers.0.eh_proj.weight": torch.zeros(64, 128),
         "model.mtp.layers.0.enorm.weight": torch.zeros(64),
@@ -168,11 +171,12 @@ def test_what_is_passed_over_is_said_once(nested: Path, tmp_path: Path, caplog: 
     directory = copy_with(nested, tmp_path / "drafting", **drafting)
     vision = [t for name, t in all_tensors(nested).items() if not name.startswith("language_model.")]
     with caplog.at_level(logging.INFO, "pdkv.m3"):
-        load_model(directory)
+        weights = load_weights(directory, load_config(directory), "cpu", torch.float32)
     assert [record.getMessage() for record in caplog.records] == [
         "101 tensors in 1 files, in the names of the release",
         f"skipped 2 tensors of drafting (MTP), {(64 * 128 + 64) * 4} bytes",
         f"skipped {len(vision)} tensors of the vision tower, {sum(t.nbytes for t in vision)} bytes",
+        f"rank 0 of 1 holds {sum(t.nbytes for t in tensors(weights))} bytes of weights, matrices in float32",
     ]
 
 

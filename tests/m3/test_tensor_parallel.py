@@ -20,6 +20,7 @@ from pdkv.memory.arena import Arena
 from pdkv.verify.equality import compare_logits
 from tests.checkpoints import Oracle, OracleCase, write_random_checkpoint, write_released_form
 from tests.m3.paged_run import PagedRun
+from tests.m3.weight_tensors import tensors
 
 LENGTH = 700
 """Six blocks, of which a query sees two."""
@@ -160,6 +161,7 @@ def test_a_rank_that_dies_in_a_step_ends_the_others(small: Checkpoint):
 def second_rank(directory: Path, case: OracleCase, port: int) -> None:
     group = join_group(find_store("127.0.0.1", port), 1, 2, timeout_s=60)
     assert answer(directory, case, group) is None
+    assert step(directory, group) == StepOutput([], {})
     group.close()
 
 
@@ -175,6 +177,8 @@ def test_two_processes_over_gloo(small: Checkpoint):
         assert logits is not None
         verdict = compare_logits(logits.numpy(), small.case.logits)
         assert verdict.equal, verdict
+        stepped, alone = step(small.directory, group), step(small.directory, SOLO)
+        assert [s.token for s in stepped.samples] == [s.token for s in alone.samples]
         child.join(60)
         assert child.exitcode == 0
         group.close()
@@ -216,12 +220,3 @@ def test_shares_add_up_to_the_model(small: Checkpoint):
     assert torch.equal(torch.cat([m.shared.down for m in mine], dim=1), mlp.shared.down)
     sizes = [sum(t.nbytes for t in tensors(w)) for w in ranks]
     assert sizes == [weight_bytes(config, model_share(config, r, 2, True), 4) for r in (0, 1)]
-
-
-def tensors(value: object) -> list[torch.Tensor]:
-    """Every tensor of a weight struct."""
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, tuple):
-        return [tensor for item in value for tensor in tensors(item)]
-    return [tensor for item in getattr(value, "__dict__", {}).values() for tensor in tensors(item)]
