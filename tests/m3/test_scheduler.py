@@ -1,11 +1,9 @@
-"""The scheduler under scripted and random histories: nothing leaks, nothing is shared, everything ends once."""
+"""The scheduler, scripted: who gets pages, who runs, what is told. Random histories are in a file of their own."""
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from pdkv.errors import RequestError
+from pdkv.m3.prefix_cache import BlockNames
 from pdkv.m3.requests import (
     CompleteRequest,
     DecodeRequest,
@@ -253,158 +251,193 @@ def test_one_chunk_budget_serves_several_prompts() -> None:
     assert [(run.id, run.start, run.end) for run in runs] == [(rid(1), 3, 4), (rid(2), 3, 4), (rid(3), 0, 4)]
 
 
-class SchedulerHistories(RuleBasedStateMachine):
-    """Any history of submits, resumes, releases and steps, with a runner that answers what hypothesis likes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scheduler, self.pool = make()
-        self.requests: dict[RequestId, EngineRequest] = {}
-        self.queue: list[RequestId] = []
-        self.pages: dict[RequestId, tuple[int, ...]] = {}
-        self.computed: dict[RequestId, int] = {}
-        self.generated: dict[RequestId, list[int]] = {}
-        self.ended: set[RequestId] = set()
-        self.count = 0
-
-    def submit(self, request: EngineRequest) -> None:
-        self.requests[request.id] = request
-        self.queue.append(request.id)
-        self.generated[request.id] = []
-        self.computed[request.id] = len(request.prompt) if isinstance(request, DecodeRequest) else 0
-        self.take(self.scheduler.submit(request))
-
-    def next_id(self) -> int:
-        self.count += 1
-        return self.count
-
-    @rule(num_tokens=st.integers(1, 44))
-    def submit_prefill(self, num_tokens: int) -> None:
-        self.submit(PrefillRequest(id=rid(self.next_id()), prompt=(1,) * num_tokens, sampling=GREEDY))
-
-    @rule(num_tokens=st.integers(1, 40), max_tokens=st.integers(1, 6), ignore_eos=st.booleans())
-    def submit_decode(self, num_tokens: int, max_tokens: int, ignore_eos: bool) -> None:
-        self.submit(decode(self.next_id(), num_tokens, max_tokens, ignore_eos=ignore_eos))
-
-    @rule(num_tokens=st.integers(1, 40), max_tokens=st.integers(1, 6), ignore_eos=st.booleans())
-    def submit_undivided(self, num_tokens: int, max_tokens: int, ignore_eos: bool) -> None:
-        self.submit(undivided(self.next_id(), num_tokens, max_tokens, ignore_eos=ignore_eos))
-
-    @precondition(lambda self: self.waiting())
-    @rule(data=st.data(), token=st.sampled_from([1, 2, EOS]))
-    def resume(self, data: st.DataObject, token: int) -> None:
-        self.take(self.scheduler.resume(data.draw(st.sampled_from(self.waiting())), token, 0.0))
-
-    @precondition(lambda self: self.requests)
-    @rule(data=st.data())
-    def release_any(self, data: st.DataObject) -> None:
-        self.release(data.draw(st.sampled_from(sorted(self.requests))))
-
-    @rule(tokens=st.lists(st.sampled_from([1, 2, EOS]), min_size=9, max_size=9))
-    def step(self, tokens: list[int]) -> None:
-        self.take(self.scheduler.admit())
-        runs = self.scheduler.schedule()
-        self.check_runs(runs)
-        wanted = [run for run in runs if run.sampling is not None]
-        events = self.scheduler.complete(runs, [Sample(t, 0.0) for t, _ in zip(tokens, wanted, strict=False)])
-        for run in runs:
-            self.computed[run.id] = run.end
-        self.take(events)
-
-    def check_runs(self, runs: list[Run]) -> None:
-        assert len({run.id for run in runs}) == len(runs)
-        num_decodes = num_prompt_tokens = 0
-        for run in runs:
-            request, start = self.requests[run.id], self.computed[run.id]
-            assert run.start == start
-            assert run.pages == self.pages[run.id][: -(-run.end // BLOCK)]
-            assert len(run.pages) == -(-run.end // BLOCK), "room for every token of the run"
-            if self.generated[run.id]:
-                num_decodes += 1
-                assert run.tokens == (self.generated[run.id][-1],)
-                assert run.sampling is not None
-            else:
-                assert not isinstance(request, DecodeRequest), "nothing runs without its state"
-                num_prompt_tokens += len(run.tokens)
-                assert run.tokens == request.prompt[start : run.end]
-                assert (run.sampling is not None) == (run.end == len(request.prompt))
-        assert num_decodes <= 2
-        assert num_prompt_tokens <= 6
-
-    def take(self, events: list[EngineEvent]) -> None:
-        for event in events:
-            assert event.id not in self.ended, f"{event} after the end"
-            match event:
-                case PagesReserved(id=id_, pages=pages):
-                    assert self.queue.pop(0) == id_, "first come, first served"
-                    self.pages[id_] = pages
-                case PrefillProgress(id=id_, tokens_done=done):
-                    assert done == self.computed[id_]
-                case PrefillFinished(id=id_, token=token) | TokenGenerated(id=id_, token=token):
-                    self.generated[id_].append(token)
-                case RequestFinished(id=id_, reason=reason):
-                    self.check_end(id_, reason)
-                    self.ended.add(id_)
-                    del self.pages[id_]
-                case RequestRefused(id=id_):
-                    self.queue.remove(id_)
-                    self.ended.add(id_)
-
-    def check_end(self, id_: RequestId, reason: FinishReason) -> None:
-        request, tokens = self.requests[id_], self.generated[id_]
-        assert not isinstance(request, PrefillRequest)
-        if reason is FinishReason.STOP:
-            assert tokens[-1] == EOS
-            assert not request.ignore_eos
-        else:
-            assert len(tokens) == request.max_tokens
-        assert request.ignore_eos or EOS not in tokens[:-1]
-
-    def waiting(self) -> list[RequestId]:
-        return [
-            id_
-            for id_ in sorted(self.pages)
-            if isinstance(self.requests[id_], DecodeRequest) and not self.generated[id_]
-        ]
-
-    def release(self, id_: RequestId) -> None:
-        self.scheduler.release(id_)
-        self.ended.add(id_)
-        self.pages.pop(id_, None)
-        if id_ in self.queue:
-            self.queue.remove(id_)
-
-    @invariant()
-    def pages_are_neither_shared_nor_leaked(self) -> None:
-        held = [page for pages in self.pages.values() for page in pages]
-        assert len(set(held)) == len(held)
-        assert not {0, 11} & set(held), "the probe's pages"
-        assert self.pool.num_free == self.pool.num_usable - len(held)
-
-    @invariant()
-    def counts_add_up(self) -> None:
-        s = self.scheduler.statistics()
-        assert s.num_queued == len(self.queue)
-        total = s.num_prefilling + s.num_holding + s.num_waiting_for_state + s.num_decoding
-        assert total == len(self.pages)
-        assert s.num_waiting_for_state == len(self.waiting())
-
-    def teardown(self) -> None:
-        """However it stands, it can be brought to an end: no deadlock, nothing left."""
-        for _ in range(400):
-            for id_ in self.waiting():
-                self.take(self.scheduler.resume(id_, 1, 0.0))
-            for id_ in sorted(self.pages):
-                if isinstance(self.requests[id_], PrefillRequest) and self.generated[id_]:
-                    self.release(id_)
-            if not (self.scheduler.can_run or self.scheduler.can_admit or self.waiting()):
-                break
-            self.step([1] * 9)
-        assert not self.queue
-        assert not self.pages
-        assert set(self.requests) == self.ended
-        assert self.pool.num_free == self.pool.num_usable
+CACHED = b"seed"
 
 
-SchedulerHistories.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
-TestSchedulerHistories = SchedulerHistories.TestCase
+def caching(num_pages: int = 10, **changed: int) -> tuple[Scheduler, PagePool]:
+    pool = PagePool(num_pages)
+    values = {"max_model_len": 100, "prefill_chunk": 50, "max_batch": 4, **changed}
+    bounds = TokenBounds(block_size=BLOCK, vocab_size=VOCAB, eos_tokens=frozenset({EOS}))
+    return Scheduler(pool, EngineSettings(prefix_seed=CACHED, **values), bounds), pool
+
+
+def ended(scheduler: Scheduler, request: EngineRequest, token: int = 1) -> PagesReserved:
+    """Submit a prefill, compute it, let it go."""
+    (reserved,) = scheduler.submit(request)
+    while scheduler.can_run:
+        step(scheduler, token)
+    scheduler.release(request.id)
+    assert isinstance(reserved, PagesReserved)
+    return reserved
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_cached"), [(1, 0), (3, 0), (4, 0), (5, 4), (8, 4), (9, 8), (13, 8), (12, 8)]
+)
+def test_a_prompt_takes_the_full_blocks_before_its_last_token(num_tokens: int, num_cached: int) -> None:
+    scheduler, pool = caching()
+    first = ended(scheduler, prefill(1, 11))
+    assert first.cached_tokens == 0
+    (reserved,) = scheduler.submit(prefill(2, num_tokens))
+    assert isinstance(reserved, PagesReserved)
+    assert reserved.cached_tokens == num_cached
+    assert reserved.pages[: num_cached // BLOCK] == first.pages[: num_cached // BLOCK]
+    runs, _ = step(scheduler)
+    assert [(run.start, run.end) for run in runs] == [(num_cached, num_tokens)]
+    scheduler.release(rid(2))
+    assert pool.num_free == pool.num_usable
+
+
+def test_a_prompt_that_is_scored_is_computed_whole() -> None:
+    scheduler, _ = caching()
+    ended(scheduler, prefill(1, 11))
+    scored = PrefillRequest(id=rid(2), prompt=prefill(1, 11).prompt, sampling=GREEDY, prompt_top=0)
+    assert ended(scheduler, scored).cached_tokens == 0
+
+
+def test_what_was_never_computed_to_its_end_is_not_kept() -> None:
+    scheduler, pool = caching(prefill_chunk=8)
+    scheduler.submit(prefill(1, 20))
+    step(scheduler)
+    scheduler.release(rid(1))
+    scheduler.submit(decode(2, 12))
+    scheduler.release(rid(2))  # its transfer failed
+    assert pool.statistics().num_kept == 0
+
+
+def test_damage_empties_the_cache_and_keeps_it_so() -> None:
+    scheduler, pool = caching()
+    ended(scheduler, prefill(1, 11))
+    scheduler.submit(prefill(2, 20))
+    scheduler.submit(prefill(3, 9))
+    runs = scheduler.schedule()
+    events = scheduler.complete(runs, [None, Sample(1, 0.0)])
+    assert [type(event) for event in events] == [PrefillProgress, RequestRefused, PrefillProgress, PrefillFinished]
+    scheduler.release(rid(3))
+    assert pool.statistics().num_kept == 0
+    assert pool.num_free == pool.num_usable
+
+
+def test_arrived_prompts_and_accepted_tokens_are_kept_where_they_decode() -> None:
+    scheduler, pool = caching()
+    request = decode(1, 7, max_tokens=8)
+    scheduler.submit(request)
+    scheduler.resume(rid(1), 20, 0.0)
+    assert pool.statistics().num_kept == 1
+    for token in (21, 22, 23):
+        step(scheduler, token)
+    assert pool.statistics().num_kept == 2
+    scheduler.release(rid(1))
+    again = DecodeRequest(id=rid(2), prompt=(*request.prompt, 20, 21, 22), max_tokens=1, sampling=GREEDY)
+    (reserved,) = scheduler.submit(again)
+    assert isinstance(reserved, PagesReserved)
+    assert reserved.cached_tokens == 8
+
+
+def test_a_prompt_computed_twice_at_once_is_kept_once() -> None:
+    scheduler, pool = caching()
+    scheduler.submit(prefill(1, 9))
+    scheduler.submit(prefill(2, 17))
+    step(scheduler)
+    assert pool.statistics().num_kept == 4
+    scheduler.release(rid(1))
+    assert pool.num_free == pool.num_usable - 7, "five pages of its own and two that came first"
+    scheduler.release(rid(2))
+    assert pool.num_free == pool.num_usable
+    assert ended(scheduler, prefill(3, 18)).cached_tokens == 16
+
+
+def test_kept_pages_make_room_before_anybody_waits() -> None:
+    scheduler, pool = caching(num_pages=6)
+    ended(scheduler, prefill(1, 16))
+    assert pool.statistics().num_kept == 4
+    assert [type(event) for event in scheduler.submit(undivided(2, 1, max_tokens=19))] == [PagesReserved]
+    assert scheduler.submit(prefill(3, 9)) == []
+    scheduler.release(rid(2))
+    assert [type(event) for event in scheduler.admit()] == [PagesReserved]
+
+
+def speculating(**changed: int) -> tuple[Scheduler, PagePool]:
+    return caching(speculative_tokens=3, **changed)
+
+
+def begun(scheduler: Scheduler, max_tokens: int, *, ignore_eos: bool = True) -> Run:
+    """A decode after 1 2 3 4 EOS 1 2 3, whose prompt ends with 2 and whose first token is 3."""
+    request = DecodeRequest(
+        id=rid(1), prompt=(1, 2, 3, 4, EOS, 1, 2), max_tokens=max_tokens, sampling=GREEDY, ignore_eos=ignore_eos
+    )
+    scheduler.submit(request)
+    scheduler.resume(rid(1), 3, 0.0)
+    (run,) = scheduler.schedule()
+    return run
+
+
+def tokens_told(scheduler: Scheduler, run: Run, *tokens: int) -> list[int]:
+    events = scheduler.complete([run], [Sample(token, 0.0) for token in tokens])
+    return [event.token for event in events if isinstance(event, TokenGenerated)]
+
+
+def test_proposals_are_accepted_up_to_the_first_that_differs() -> None:
+    scheduler, _ = speculating()
+    run = begun(scheduler, 20)
+    assert (run.tokens, run.start, run.num_drafts) == ((3, 4, EOS, 1), 7, 3)
+    assert run.wanted_rows == (0, 1, 2, 3)
+    assert tokens_told(scheduler, run, 4, 8, 30, 31) == [4, 8]
+    (run,) = scheduler.schedule()
+    assert (run.tokens, run.start) == ((8,), 9), "what was stored for the others is overwritten"
+    statistics = scheduler.statistics()
+    assert (statistics.num_drafts, statistics.num_drafts_accepted) == (3, 1)
+
+
+def test_all_proposals_may_be_right_and_one_more_token_comes() -> None:
+    scheduler, _ = speculating()
+    run = begun(scheduler, 20)
+    assert tokens_told(scheduler, run, 4, EOS, 1, 40) == [4, EOS, 1, 40]
+    (run,) = scheduler.schedule()
+    assert (run.tokens, run.start) == ((40,), 11)
+
+
+@pytest.mark.parametrize(("max_tokens", "num_drafts"), [(2, 0), (3, 1), (4, 2), (5, 3), (9, 3)])
+def test_no_more_is_proposed_than_may_be_generated(max_tokens: int, num_drafts: int) -> None:
+    scheduler, pool = speculating()
+    run = begun(scheduler, max_tokens)
+    assert run.num_drafts == num_drafts
+    told = tokens_told(scheduler, run, *(4, EOS, 1, 5)[: num_drafts + 1])
+    assert len(told) == num_drafts + 1
+    if max_tokens <= 5:
+        assert pool.num_free == pool.num_usable
+
+
+def test_an_end_among_the_proposals_is_the_end() -> None:
+    scheduler, pool = speculating()
+    run = begun(scheduler, 20, ignore_eos=False)
+    events = scheduler.complete([run], [Sample(token, 0.0) for token in (4, EOS, 1, 2)])
+    assert [type(event) for event in events] == [TokenGenerated, TokenGenerated, RequestFinished]
+    assert events[-1] == RequestFinished(rid(1), FinishReason.STOP)
+    assert pool.num_free == pool.num_usable
+
+
+def test_output_that_is_not_finite_counts_only_where_it_is_reached() -> None:
+    scheduler, _ = speculating()
+    run = begun(scheduler, 20)
+    assert scheduler.complete([run], [Sample(7, 0.0), None, None, None]) == [TokenGenerated(rid(1), 7, 0.0)]
+    scheduler, _ = speculating()
+    run = begun(scheduler, 20)
+    events = scheduler.complete([run], [Sample(4, 0.0), None, None, None])
+    assert [type(event) for event in events] == [TokenGenerated, RequestRefused]
+
+
+def test_rejected_proposals_are_not_kept_although_they_fill_a_page() -> None:
+    scheduler, pool = speculating()
+    prompt = (7, 1, 2, 3, 4, EOS, 1, 2)
+    scheduler.submit(DecodeRequest(id=rid(1), prompt=prompt, max_tokens=20, sampling=GREEDY, ignore_eos=True))
+    scheduler.resume(rid(1), 3, 0.0)
+    (run,) = scheduler.schedule()
+    assert (run.end, run.num_drafts) == (12, 3)
+    assert tokens_told(scheduler, run, 4, EOS, 8, 0) == [4, EOS, 8]
+    wrong, right = [*prompt, *run.tokens], [*prompt, 3, 4, EOS, 8]
+    assert pool.statistics().num_kept == 2
+    (run,) = scheduler.schedule()
+    scheduler.complete([run], [Sample(5, 0.0)] * run.num_choices)
+    assert pool.find(BlockNames(CACHED, BLOCK).first(3, wrong)) == (0, 1)
+    assert pool.find(BlockNames(CACHED, BLOCK).first(3, right)) == (0, 1, 2)
