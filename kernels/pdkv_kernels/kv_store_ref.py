@@ -76,6 +76,7 @@ def kv_store_ref(
     wide_index_q = None
     index_dtype = packed.dtype
     if pages.index_k is not None:
+        assert heads.index_q, "a layer that selects blocks projects index_q and index_k"
         assert norms.index_q is not None, "a layer that selects blocks has norms of index_q and index_k"
         assert norms.index_k is not None, "a layer that selects blocks has norms of index_q and index_k"
         index_k = _turned(index[:, -1:], norms.index_k, norms.eps, rows)[:, 0]

@@ -47,11 +47,11 @@ def reusing_layers(
     layers = [layer for layer, sparse in enumerate(sparse_layers) if sparse]
     if given.given:
         pattern, freq, offset = given.topk_pattern, given.topk_freq or 1, given.skip_topk_offset
-        named = {name: name for name in (FREQ, PATTERN, OFFSET)}
+        named = {name: f"{name}, given when serving," for name in (FREQ, PATTERN, OFFSET)}
     else:
         on = text.flag(USE, False)
         if given.skip_topk_offset and not on:
-            raise ModelError(f"{OFFSET} is given without {FREQ}, and has no effect alone")
+            raise ModelError(f"{OFFSET}, given when serving, has no effect without {FREQ}")
         pattern, freq = _text(text, PATTERN), text.number(FREQ, int, 1) or 1
         offset = given.skip_topk_offset or text.number(OFFSET, int, 0)
         if not on:

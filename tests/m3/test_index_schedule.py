@@ -155,8 +155,11 @@ def test_what_is_given_when_serving_goes_before_the_config(
 def test_a_schedule_given_when_serving_needs_no_config_and_is_checked_alike(tmp_path: Path, checkpoint: Path):
     assert config_of(tmp_path, checkpoint, IndexScheduleOverride(topk_freq=2)).reusing_layers == (2, 4, 6)
     for override, named in (
-        (IndexScheduleOverride(topk_pattern="SF"), "begins with S"),
-        (IndexScheduleOverride(skip_topk_offset=2), "index_skip_topk_offset is given without index_topk_freq"),
+        (IndexScheduleOverride(topk_pattern="SF"), "index_topk_pattern, given when serving, begins with S"),
+        (
+            IndexScheduleOverride(skip_topk_offset=2),
+            "index_skip_topk_offset, given when serving, has no effect without index_topk_freq",
+        ),
     ):
         with pytest.raises(ModelError, match=named):
             config_of(tmp_path, checkpoint, override)
