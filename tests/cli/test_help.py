@@ -28,7 +28,7 @@ def _pdkv(*args: str, env: dict[str, str] | None = None) -> subprocess.Completed
     )
 
 
-@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
+@pytest.mark.parametrize("command", [[], ["checkpoint", "inspect"], *([name] for name in COMMANDS)])
 def test_help_fits_a_screen_and_loads_nothing_heavy(command: list[str]) -> None:
     shown = subprocess.run(
         [sys.executable, "-c", _REPORT_IMPORTS, *command, "--help"],

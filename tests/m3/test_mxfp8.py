@@ -124,6 +124,18 @@ def test_values_that_are_no_numbers_are_refused(folder: Path, tmp_path: Path, wh
         load_model(wrong)
 
 
+def test_a_rank_never_looks_at_what_belongs_to_another(folder: Path, tmp_path: Path):
+    """A value that is no number in rank 1's half of a matrix is rank 1's alone to find."""
+    wrong = changed(folder / "released", tmp_path, {})
+    held = load_file(wrong / "model.safetensors")
+    held[f"{MOE}experts.1.w2.weight"].view(torch.uint8)[3, 47] = 127
+    held[f"{MOE}experts.1.w1.weight"].view(torch.uint8)[47, 3] = 127
+    write_shards(wrong, held, 1)
+    assert all(bool(tensor.isfinite().all()) for tensor in tensors(weights(wrong, 0, 2)))
+    with pytest.raises(CheckpointError, match="no numbers"):
+        weights(wrong, 1, 2)
+
+
 def changed(source: Path, target: Path, tensors: dict[str, torch.Tensor | None]) -> Path:
     """The checkpoint in one file, with tensors replaced, added, or taken away (None)."""
     held = {name: t for path in source.glob("*.safetensors") for name, t in load_file(path).items()} | tensors
