@@ -105,6 +105,34 @@ def test_two_processes_over_gloo_and_one_that_dies():
         child.join()
 
 
+def second_gpu(port: int) -> None:
+    group = join_group(find_store("127.0.0.1", port), 1, 2, "cuda:1")
+    group.sum(ones(1).cuda(1))
+    group.gather_columns(ones(1).cuda(1))
+    torch.cuda.synchronize(1)
+    group.close()
+
+
+@pytest.mark.multi_gpu(2)
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs on one host")
+def test_two_gpus_over_nccl():
+    store = open_store()
+    child = multiprocessing.get_context("spawn").Process(target=second_gpu, args=(store.port,))
+    child.start()
+    try:
+        group = join_group(store, 0, 2, "cuda:0")
+        assert torch.equal(group.sum(ones(0).cuda(0)).cpu(), torch.full((2, 3), 3.0))
+        columns = group.gather_columns(ones(0).cuda(0))
+        assert columns is not None
+        assert torch.equal(columns.cpu(), torch.cat([ones(0), ones(1)], dim=1))
+        child.join(60)
+        assert child.exitcode == 0
+        group.close()
+    finally:
+        child.kill()
+        child.join()
+
+
 def joined(size: int) -> list[DistributedGroup]:
     """Ranks over gloo in threads of this process: nothing global is in the way."""
     store = open_store()
