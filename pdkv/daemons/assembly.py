@@ -23,7 +23,8 @@ from pdkv.daemons.rank_link import ArenaWanted, RankReady, RankSetup, ShareLoade
 from pdkv.daemons.rank_share import ArenaOrder, RankMemory, RankShare, cache_layout, furnish, load_share
 from pdkv.daemons.ranked_runner import RankedRunner
 from pdkv.daemons.sizing import choose_num_pages
-from pdkv.errors import ConfigError, RankLostError
+from pdkv.daemons.transport_choice import describe, make_transport
+from pdkv.errors import RankLostError
 from pdkv.m3.config import M3Config, model_fingerprint
 from pdkv.m3.engine import Engine
 from pdkv.m3.prefix_cache import seed_of
@@ -34,7 +35,6 @@ from pdkv.memory.pages import PagePool
 from pdkv.memory.row import RowLayout
 from pdkv.schema import Incarnation
 from pdkv.transport.base import Transport
-from pdkv.transport.ucx import UcxOptions, UcxTransport
 from pdkv.wire.channel import Channel, NoSecurity
 from pdkv.wire.messages import RankOffer
 
@@ -157,19 +157,6 @@ def new_incarnation() -> Incarnation:
 def session_policy(lease_ttl_s: float) -> SessionPolicy:
     """A tenth of the lease as margin, four renewals in its life."""
     return SessionPolicy(LeasePolicy(ttl_s=lease_ttl_s, margin_s=lease_ttl_s / 10, renew_every_s=lease_ttl_s / 4))
-
-
-def make_transport(settings: WorkerSettings) -> Transport:
-    """``--transport auto`` is UCX, until others can be better for a pair of workers."""
-    if settings.transport not in ("auto", "ucx"):
-        raise ConfigError(f"transport {settings.transport!r} is not one of auto, ucx")
-    return UcxTransport(UcxOptions(tls=settings.ucx_tls, library=settings.ucx_library))
-
-
-def describe(transport: Transport) -> str:
-    if isinstance(transport, UcxTransport):
-        return f"ucx {transport.library.version} from {transport.library.source}, {transport.library.path}"
-    return transport.name
 
 
 def advertised(endpoint: str, host: str) -> str:

@@ -153,7 +153,10 @@ class ServedConfig(RoleConfig):
         int, Field(ge=0, description="Sparse layers before --index-topk-freq begins to count."), _ADVANCED
     ] = 0
     no_prefix_cache: Annotated[bool, Field(description="Compute and move every prompt whole.")] = False
-    transport: Annotated[Literal["auto", "ucx"], Field(description="What moves the pages.")] = "auto"
+    transport: Annotated[
+        Literal["auto", "shm", "sockets", "ucx"],
+        Field(description="What moves the pages; auto: shared memory on one host, RDMA where both have it, else TCP."),
+    ] = "auto"
     require_transport: Annotated[
         Literal["rdma", "cuda_ipc", "shm", "tcp"] | None, Field(description="Refuse a peer reached by a lesser path.")
     ] = None

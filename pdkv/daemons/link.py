@@ -39,7 +39,7 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     num_threads: int
     """torch threads; 0 = all cores."""
     transport: str
-    """"auto", "ucx"."""
+    """"auto", "shm", "sockets", "ucx"."""
     ucx_tls: str | None
     ucx_library: str | None
     require_transport: str | None

@@ -7,12 +7,12 @@ import socket
 import time
 
 from pdkv.daemons import lifeline
-from pdkv.daemons.assembly import make_transport
 from pdkv.daemons.link import BlockingLink, WorkerSettings
 from pdkv.daemons.logs import configure_logging
 from pdkv.daemons.other_ranks import OnLost, OtherRanks, RankEnd
 from pdkv.daemons.rank_link import RankSetup
 from pdkv.daemons.rank_side import RankSide
+from pdkv.daemons.transport_choice import make_transport
 from pdkv.m3.parallel import LOOPBACK, DistributedGroup, Group, find_store, join_group, open_store
 from pdkv.transport.base import Transport
 

@@ -11,10 +11,11 @@ from pdkv.agent.paths import PathRequirement
 from pdkv.agent.peer_links import LinkState, PeerLink, PeerLinks
 from pdkv.agent.rank_group import RankGroup
 from pdkv.agent.rank_reads import LinkConnected, LinkProbed, RankReads
-from pdkv.daemons.assembly import enroll, make_transport, new_incarnation
+from pdkv.daemons.assembly import enroll, new_incarnation
 from pdkv.daemons.description import fetch_info
 from pdkv.daemons.link import WorkerSettings
 from pdkv.daemons.model_settings import config_of
+from pdkv.daemons.transport_choice import make_transport
 from pdkv.errors import HandshakeError, PdkvError
 from pdkv.memory.arena import Arena
 from pdkv.schema import Incarnation, ReadBatch

@@ -58,6 +58,16 @@ def make_sockets(argument: str) -> Transport:
     return SocketTransport(msgspec.json.decode(argument, type=SocketOptions) if argument else None)
 
 
+def make_auto(_argument: str) -> Transport:
+    """Factory of ``auto`` over all ways that need no special hardware."""
+    from pdkv.transport.auto import AutoTransport, Way  # noqa: PLC0415
+    from pdkv.transport.shm import ShmTransport  # noqa: PLC0415
+    from pdkv.transport.sockets import SocketTransport  # noqa: PLC0415
+    from pdkv.transport.ucx import UcxTransport  # noqa: PLC0415
+
+    return AutoTransport([Way(ShmTransport(), "shm"), Way(SocketTransport(), "tcp"), Way(UcxTransport(), "tcp")])
+
+
 def check_names(spec: TransportSpec) -> list[str]:
     """The checks that apply to ``spec``."""
     return [name for name in CHECKS if spec.separate_process or name not in SEPARATE_PROCESS_CHECKS]

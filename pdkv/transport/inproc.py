@@ -5,14 +5,13 @@ import itertools
 import os
 import random
 import threading
-from collections.abc import Callable
 
 import msgspec
-import numpy as np
 
 from pdkv.errors import TransportError
 from pdkv.schema import LocalMemory, MemoryDescriptor, ReadBatch, TransportAddress
 from pdkv.transport.base import Completion, PeerId, ReadId, ReadStatus, Transport
+from pdkv.transport.ranges import fault_of, int64_copy
 
 _registry: dict[bytes, "InprocTransport"] = {}
 """Open transports of this process by address. Guarded by ``_registry_lock``, also while bytes are copied, so that no
@@ -109,9 +108,7 @@ class InprocTransport(Transport):
 
     def submit(self, peer: PeerId, batch: ReadBatch) -> ReadId:
         self._check_open()
-        batch = ReadBatch(
-            *(np.array(a, dtype=np.int64) for a in (batch.memory, batch.remote, batch.local, batch.length))
-        )
+        batch = int64_copy(batch)
         if len({batch.memory.size, batch.remote.size, batch.local.size, batch.length.size}) != 1:
             raise TransportError("a batch that is none: its four arrays differ in length")
         read = self._draw(peer, batch)
@@ -185,30 +182,7 @@ class InprocTransport(Transport):
         address = self._peers.get(peer)
         if address is None:
             return f"peer {peer} is closed"
-        if batch.num_spans == 0:
-            return ""
-        lengths = np.array([memory.length for memory in address.memories] or [0], dtype=np.int64)
-        known = (batch.memory >= 0) & (batch.memory < len(address.memories))
-        room = lengths[np.where(known, batch.memory, 0)]
-        checks: tuple[tuple[str, Callable[[], bool]], ...] = (
-            ("the peer has no such memory", lambda: not known.all()),
-            ("the length is not positive", lambda: bool((batch.length <= 0).any())),
-            (
-                "the range lies outside the peer's memory",
-                # Subtracting keeps clear of overflow: both sides are non-negative here.
-                lambda: bool(((batch.remote < 0) | (batch.length > room) | (batch.remote > room - batch.length)).any()),
-            ),
-            ("the destination lies outside registered memory", lambda: not self._owns(batch)),
-        )
-        return next((fault for fault, found in checks if found()), "")
-
-    def _owns(self, batch: ReadBatch) -> bool:
-        owned = np.zeros(batch.num_spans, dtype=np.bool_)
-        for memory in self._memories:
-            offset = batch.local - memory.address
-            fits = batch.length <= memory.length
-            owned |= (batch.local >= memory.address) & fits & (offset <= memory.length - batch.length)
-        return bool(owned.all())
+        return fault_of(batch, address.memories, self._memories)
 
     def _finish(self, read: _Read) -> None:
         address = self._peers.get(read.peer)

@@ -32,8 +32,9 @@ class ShmOptions(msgspec.Struct, frozen=True):
 
 
 class _Key(msgspec.Struct, frozen=True, array_like=True):
-    inode: int
-    fd: int
+    inode: int = 0
+    fd: int = -1
+    """-1 = not a memfd: it can be read into, and not be read."""
 
 
 class _Address(msgspec.Struct, frozen=True, array_like=True):
@@ -48,7 +49,8 @@ class _Address(msgspec.Struct, frozen=True, array_like=True):
 
 
 class ShmTransport(PullingTransport):
-    """See ``Transport`` and ``PullingTransport``. Registers memory that is a whole memfd (``LocalMemory.memfd``).
+    """See ``Transport`` and ``PullingTransport``. Peers can read memory that is a whole memfd (``LocalMemory.memfd``);
+    other memory is a destination only, and ``connect`` refuses its address.
 
     A peer that is stopped is read all the same; one that ended is not, although its bytes are still mapped.
     """
@@ -67,7 +69,7 @@ class ShmTransport(PullingTransport):
 
     def _key_of(self, memory: LocalMemory) -> tuple[bytes, int]:
         if memory.memfd < 0:
-            raise TransportError(f"shm cannot register {memory.length} bytes at {memory.address:#x}: they are no memfd")
+            return seal(_MAGIC, msgspec.msgpack.encode(_Key())), -1
         try:
             _keep_size(memory)
             fd = os.open(f"/proc/self/fd/{memory.memfd}", os.O_RDONLY | os.O_CLOEXEC)
@@ -91,6 +93,8 @@ class ShmTransport(PullingTransport):
             raise TransportError(f"the peer's shm address says nothing that this version knows: {error}") from error
         if far.boot_id != _boot_id():
             raise TransportError("the peer is on another host")
+        if any(key.fd < 0 for key in keys):
+            raise TransportError("the peer's memory is no memfd, and cannot be mapped")
         pid = far.pid if far.pid_space == _pid_space() else 0
         memories = [
             FarMemory(memory.length, key.inode, key.fd) for memory, key in zip(address.memories, keys, strict=True)

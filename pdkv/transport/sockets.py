@@ -4,7 +4,7 @@ For hosts with neither RDMA nor memory that can be shared. Reads are authorised 
 channel; bytes on the wire are not encrypted.
 """
 
-import contextlib
+import errno
 import socket
 
 import msgspec
@@ -24,8 +24,8 @@ class SocketOptions(msgspec.Struct, frozen=True):
     """Address to listen on; "0.0.0.0" and "::" are all of this machine's."""
     advertise: str = ""
     """Host that peers connect to; empty = ``listen``."""
-    port: int = 0
-    """0 = any."""
+    ports: tuple[int, int] = (0, 0)
+    """First and last port to try; (0, 0) = any."""
     streams: int = 4
     """Connections to one peer."""
     slice_bytes: int = 1 << 20
@@ -53,7 +53,7 @@ class SocketTransport(PullingTransport):
         options = options or SocketOptions()
         if options.streams < 1 or options.slice_bytes < 1:
             raise TransportError("SocketOptions: streams and slice_bytes must be at least 1")
-        listener = _listen(options.listen, options.port)
+        listener = _listen(options)
         self._where = (options.advertise or options.listen, listener.getsockname()[1])
         super().__init__(listener, PullLimits(options.streams, options.streams, options.slice_bytes))
 
@@ -76,19 +76,30 @@ class SocketTransport(PullingTransport):
         return end, [FarMemory(memory.length) for memory in address.memories]
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    listener: socket.socket | None = None
+def _listen(options: SocketOptions) -> socket.socket:
+    """On the first port that is free."""
+    first, last = options.ports
+    for port in range(first, last + 1):
+        try:
+            return _listen_on(options.listen, port)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or port == last:
+                raise TransportError(f"cannot listen for readers on {options.listen} port {port}: {error}") from error
+    raise TransportError(f"SocketOptions: there are no ports from {first} to {last}")
+
+
+def _listen_on(host: str, port: int) -> socket.socket:
+    family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
+        0
+    ]
+    listener = socket.socket(family, kind, protocol)
     try:
-        family, kind, protocol, _, where = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, protocol)
         if family == socket.AF_INET6:
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # the last life's connections linger
         listener.bind(where)
         listener.listen(256)
-    except OSError as error:
-        with contextlib.suppress(AttributeError):
-            listener.close()  # type: ignore[union-attr]
-        raise TransportError(f"cannot listen for readers on {host} port {port}: {error}") from error
+    except OSError:
+        listener.close()
+        raise
     return listener

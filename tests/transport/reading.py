@@ -22,9 +22,12 @@ def span(remote: int, local: int, length: int, memory: int = 0) -> ReadBatch:
 
 
 def ended(transport: Transport) -> Completion:
-    """The next completion; an error if there is none, or more than one."""
-    assert select.select([transport.fileno()], [], [], PATIENCE_S)[0], "nothing completes"
-    (completion,) = transport.poll()
+    """The next completion; an error if there is none, or more than one at once."""
+    completions: list[Completion] = []
+    while not completions:
+        assert select.select([transport.fileno()], [], [], PATIENCE_S)[0], "nothing completes"
+        completions = transport.poll()
+    (completion,) = completions
     return completion
 
 

@@ -22,6 +22,7 @@ UCX_TCP = TransportSpec(factory=f"{KIT}:make_ucx", argument="tcp", path="tcp")
 UCX_SHM = TransportSpec(factory=f"{KIT}:make_ucx", argument="posix,self", path="shm")
 SHM = TransportSpec(factory=f"{KIT}:make_shm", path="shm")
 SOCKETS = TransportSpec(factory=f"{KIT}:make_sockets", path="tcp")
+AUTO = TransportSpec(factory=f"{KIT}:make_auto", path="shm")
 
 
 def cases():
@@ -30,6 +31,7 @@ def cases():
         "inproc-slow": INPROC_SLOW,
         "shm": SHM,
         "sockets": SOCKETS,
+        "auto": AUTO,
         "ucx-tcp": UCX_TCP,
         "ucx-shm": UCX_SHM,
     }

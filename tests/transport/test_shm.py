@@ -18,7 +18,7 @@ from pdkv.transport.base import ReadStatus
 from pdkv.transport.sealed import seal, unseal
 from pdkv.transport.shm import ShmTransport
 
-from .reading import filled, read
+from .reading import ended, filled, read, span
 
 MAGIC = b"pdkvshm1"
 
@@ -110,18 +110,28 @@ def test_shared_memory_can_neither_shrink_nor_be_written_by_readers(ends):
     assert fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
 
 
-def test_memory_that_cannot_be_shared_is_refused():
-    transport = ShmTransport()
+def test_memory_that_is_no_memfd_is_read_into_and_not_read(ends):
+    target, reader, _ = ends
     private = np.zeros(4096, dtype=np.uint8)
-    plain = os.memfd_create("pdkv-test")  # not sealable
-    os.ftruncate(plain, 4096)
+    reader.register(LocalMemory(private.ctypes.data, private.size))
+    reader.submit(reader.connect(target.address()), span(0, private.ctypes.data, 4096))
+    assert ended(reader).status is ReadStatus.OK
+    assert (private == 7).all()
+    with pytest.raises(TransportError, match="no memfd, and cannot be mapped"):
+        target.connect(reader.address())
+
+
+def test_memory_that_cannot_keep_its_size_is_refused():
+    transport = ShmTransport()
+    fd = os.memfd_create("pdkv-test")  # not sealable
+    os.ftruncate(fd, 4096)
+    mapping = mmap.mmap(fd, 4096)
+    address = np.frombuffer(mapping, dtype=np.uint8).ctypes.data
     try:
-        with pytest.raises(TransportError, match="no memfd"):
-            transport.register(LocalMemory(private.ctypes.data, private.size))
         with pytest.raises(TransportError, match="cannot be shared"):
-            transport.register(LocalMemory(private.ctypes.data, private.size, memfd=plain))
+            transport.register(LocalMemory(address, 4096, memfd=fd))
     finally:
-        os.close(plain)
+        os.close(fd)
         transport.close()
 
 

@@ -131,12 +131,26 @@ def test_listens_where_it_is_told():
         assert inner(transport).host == "localhost"
         with socket.create_connection(("::1", inner(transport).port), timeout=60):
             pass
+        taken = inner(transport).port
         with pytest.raises(TransportError, match="cannot listen"):
-            SocketTransport(SocketOptions(listen="::1", port=inner(transport).port))
+            SocketTransport(SocketOptions(listen="::1", ports=(taken, taken)))
     finally:
         transport.close()
     with pytest.raises(TransportError, match="at least 1"):
         SocketTransport(SocketOptions(streams=0))
+
+
+def test_takes_the_first_free_port_of_a_range():
+    first = SocketTransport()
+    start = inner(first).port
+    second = SocketTransport(SocketOptions(ports=(start, min(start + 50, 65_535))))
+    try:
+        assert start < inner(second).port <= start + 50
+    finally:
+        second.close()
+        first.close()
+    with pytest.raises(TransportError, match="no ports from 9 to 8"):
+        SocketTransport(SocketOptions(ports=(9, 8)))
 
 
 def test_refuses_a_port_that_cannot_be():

@@ -1,0 +1,91 @@
+"""Which transport a worker's settings mean: the ways that ``--transport auto`` has, and what is told of them."""
+
+import logging
+import os
+from pathlib import Path
+
+from pdkv.agent.paths import PathRequirement
+from pdkv.daemons.link import WorkerSettings
+from pdkv.errors import ConfigError, TransportError
+from pdkv.transport.auto import AutoTransport, Way
+from pdkv.transport.base import Transport
+from pdkv.transport.shm import ShmTransport
+from pdkv.transport.sockets import SocketOptions, SocketTransport
+from pdkv.transport.ucx import UcxOptions, UcxTransport
+
+log = logging.getLogger("pdkv.daemons.transport_choice")
+
+_PORTS = "UCX_TCP_PORT_RANGE"
+
+_CARDS = Path("/sys/class/infiniband")
+
+
+def make_transport(settings: WorkerSettings) -> Transport:
+    """``--transport auto``: a mapping of the peer's memory on the same host, RDMA where both have it, else TCP. Whoever
+    says what UCX is to use (``--ucx-tls``) means UCX. Raises ``TransportError`` when what is asked for cannot start."""
+    match settings.transport:
+        case "auto" if settings.ucx_tls is None:
+            return AutoTransport(_ways(settings))
+        case "auto" | "ucx":
+            return _ucx(settings)
+        case "shm":
+            return ShmTransport()
+        case "sockets":
+            return _sockets(settings)
+        case unknown:
+            raise ConfigError(f"transport {unknown!r} is not one of auto, shm, sockets, ucx")
+
+
+def describe(transport: Transport) -> str:
+    """One line: what it is, of which version, and where it was found."""
+    if isinstance(transport, AutoTransport):
+        return f"auto: {'; '.join(describe(way.transport) for way in transport.ways)}"
+    if isinstance(transport, UcxTransport):
+        return f"ucx {transport.library.version} from {transport.library.source}, {transport.library.path}"
+    return transport.name
+
+
+def _ways(settings: WorkerSettings) -> list[Way]:
+    """Those that ``--require-transport`` allows. UCX is always there: it alone knows what it can reach."""
+    required = PathRequirement(settings.require_transport)
+    ways = []
+    if required.allows("shm"):
+        ways.append(Way(ShmTransport(), "shm"))
+    if required.allows("tcp"):
+        ways.append(Way(_sockets(settings), "tcp"))
+    try:
+        ucx = _ucx(settings)
+        ways.append(Way(ucx, "rdma" if ucx.library.has_infiniband and _has_cards() else "tcp"))
+    except TransportError as error:
+        if not ways or settings.ucx_library is not None:
+            for way in ways:
+                way.transport.close()
+            raise
+        log.warning(f"going without UCX, and so without RDMA: {error}")
+    return ways
+
+
+def _has_cards() -> bool:
+    return _CARDS.is_dir() and any(_CARDS.iterdir())
+
+
+def _ucx(settings: WorkerSettings) -> UcxTransport:
+    return UcxTransport(UcxOptions(tls=settings.ucx_tls, library=settings.ucx_library))
+
+
+def _sockets(settings: WorkerSettings) -> SocketTransport:
+    """Listens where the control channel does: whoever is to reach one is to reach the other."""
+    host = settings.control_listen.removeprefix("tcp://").rpartition(":")[0].strip("[]")
+    ports = _data_ports(os.environ.get(_PORTS, ""))
+    return SocketTransport(SocketOptions(listen=host, advertise=settings.advertise_host, ports=ports))
+
+
+def _data_ports(text: str) -> tuple[int, int]:
+    """The ports that a firewall lets through: UCX has a variable for them, and one for both is enough."""
+    if not text:
+        return 0, 0
+    first, _, last = text.partition("-")
+    try:
+        return int(first), int(last or first)
+    except ValueError:
+        raise ConfigError(f"{_PORTS}={text!r} is no range of ports; write it as 7401-7499") from None

@@ -1,0 +1,64 @@
+"""Which transports the settings of a worker mean."""
+
+import msgspec
+import pytest
+
+from pdkv.daemons.doctor import doctor_settings
+from pdkv.daemons.link import WorkerSettings
+from pdkv.daemons.transport_choice import describe, make_transport
+from pdkv.errors import ConfigError, TransportError
+
+
+def settings(**changes) -> WorkerSettings:
+    fields = {"require_transport": None, "max_model_len": 1024, "ucx_library": None, "insecure": False}
+    return msgspec.structs.replace(doctor_settings(None, **fields), **changes)
+
+
+def kinds(**changes) -> list[str]:
+    transport = make_transport(settings(**changes))
+    try:
+        return [way.transport.name for way in transport.ways] if transport.name == "auto" else [transport.name]
+    finally:
+        transport.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, ["shm", "sockets", "ucx"]),
+        ({"require_transport": "tcp"}, ["shm", "sockets", "ucx"]),
+        ({"require_transport": "shm"}, ["shm", "ucx"]),
+        ({"require_transport": "rdma"}, ["ucx"]),
+        ({"ucx_tls": "tcp"}, ["ucx"]),
+        ({"transport": "ucx"}, ["ucx"]),
+        ({"transport": "shm"}, ["shm"]),
+        ({"transport": "sockets"}, ["sockets"]),
+    ],
+)
+def test_ways_of_a_worker(changes, expected):
+    assert kinds(**changes) == expected
+
+
+def test_a_library_that_is_named_must_load(tmp_path):
+    with pytest.raises(TransportError):
+        make_transport(settings(ucx_library=str(tmp_path / "nothing")))
+
+
+def test_listens_on_the_data_ports(monkeypatch):
+    monkeypatch.setenv("UCX_TCP_PORT_RANGE", "many")
+    with pytest.raises(ConfigError, match="'many' is no range of ports"):
+        make_transport(settings(transport="sockets"))
+    monkeypatch.setenv("UCX_TCP_PORT_RANGE", "39000-39100")
+    transport = make_transport(settings(transport="sockets"))
+    try:
+        assert 39_000 <= transport._where[1] <= 39_100
+    finally:
+        transport.close()
+
+
+def test_description_names_all_ways():
+    transport = make_transport(settings())
+    try:
+        assert describe(transport).startswith("auto: shm; sockets; ucx 1.")
+    finally:
+        transport.close()
