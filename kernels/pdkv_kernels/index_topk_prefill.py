@@ -1,0 +1,250 @@
+"""The lightning indexer for many query rows: block scores by tiles of rows and heads, then the best few of each.
+
+Scores go through a bounded buffer, a slice of rows at a time, blocks outermost: a tile writes one run of columns for
+each block, and selection reads runs too.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pdkv_kernels.fp8_widen import kernel_view, widen
+from pdkv_kernels.paged import BLOCK, RaggedQueries
+
+_TRITON_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_SCORE_BYTES = 160 << 20
+"""Most that scores take at one time, whatever the chunk and the context."""
+_ROW_MULTIPLE = 64
+
+
+@dataclass(frozen=True)
+class ScoreTuning:
+    """What was measured best; scores do not depend on it, selection is exact whatever it is."""
+
+    tile_rows: int = 128
+    """Query rows times heads of a tile."""
+    warps: int = 4
+    stages: int = 3
+    programs: int = 528
+    """So many programs are wanted at least: long contexts are split where tiles alone do not give as many."""
+    columns: int = 16
+    """Rows times heads whose blocks one program selects."""
+    chunk_blocks: int = 64
+    select_warps: int = 1
+
+
+DEFAULT_TUNING = ScoreTuning()
+
+
+def index_topk_prefill(
+    index_q: Tensor,
+    index_k: Tensor,
+    queries: RaggedQueries,
+    topk: int,
+    init_blocks: int,
+    local_blocks: int,
+    out: Tensor | None = None,
+    tuning: ScoreTuning = DEFAULT_TUNING,
+) -> Tensor:
+    """``index_topk_ref`` for many rows a sequence: int32 [num_rows, heads, topk]. Rows behind the last are all -1.
+
+    fp8 keys with fp8 queries of the same format are multiplied natively; otherwise keys are widened exactly. Sums are
+    float32. Blocks come in the total order of ``select_blocks_ref``.
+    """
+    num_rows, heads, dim = index_q.shape
+    assert index_q.stride(2) == 1
+    assert index_k.stride(2) == 1
+    if out is None:
+        out = torch.empty(num_rows, heads, topk, dtype=torch.int32, device=index_q.device)
+    if num_rows == 0:
+        return out
+    max_blocks = queries.page_table.shape[1]
+    slice_rows = _SCORE_BYTES // (4 * heads * max_blocks) // _ROW_MULTIPLE * _ROW_MULTIPLE
+    slice_rows = min(max(slice_rows, _ROW_MULTIPLE), triton.cdiv(num_rows, _ROW_MULTIPLE) * _ROW_MULTIPLE)
+    scores = torch.empty(max_blocks, slice_rows * heads, dtype=torch.float32, device=index_q.device)
+    for first in range(0, num_rows, slice_rows):
+        end = min(first + slice_rows, num_rows)
+        _score(index_q, index_k, queries, scores, (first, end), tuning)
+        _select(scores, queries, (first, end), (topk, init_blocks, local_blocks), out, tuning)
+    return out
+
+
+def _score(
+    index_q: Tensor, index_k: Tensor, queries: RaggedQueries, scores: Tensor, rows: tuple[int, int], tuning: ScoreTuning
+) -> None:
+    _, heads, dim = index_q.shape
+    num_seqs = queries.context_lens.numel()
+    heads_padded = triton.next_power_of_2(heads)
+    tile_queries = max(1, tuning.tile_rows // heads_padded)
+    most_tiles = triton.cdiv(rows[1] - rows[0], tile_queries) + num_seqs - 1
+    splits = max(1, min(tuning.programs // most_tiles, scores.shape[0] // 4))
+    k, form, native = kernel_view(index_k)
+    if native and index_q.dtype == index_k.dtype:
+        form, q, dtype = "plain", index_q, index_q.dtype
+    else:
+        q, q_form, _ = kernel_view(index_q)
+        assert q_form in ("plain", form), "fp8 queries need keys of the same format"
+        dtype = index_q.dtype if q_form == "plain" else torch.bfloat16
+    _score_blocks[(most_tiles, splits)](
+        q, k, scores, queries.query_starts, queries.context_lens, queries.page_table,
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), queries.page_table.stride(0), scores.stride(0),
+        num_seqs, *rows,
+        FORMAT=form, NATIVE=native, TYPE=_TRITON_TYPES.get(dtype, tl.float8e4nv if dtype == torch.float8_e4m3fn else tl.float8e5),
+        HEADS=heads, HEADS_P=heads_padded, DIM=dim, BLOCK=BLOCK, QUERIES=max(tile_queries, 16 // heads_padded),
+        STAGES=tuning.stages, PORTABLE=triton.knobs.runtime.interpret, num_warps=tuning.warps, num_stages=tuning.stages,
+    )  # fmt: skip
+
+
+def _select(
+    scores: Tensor,
+    queries: RaggedQueries,
+    rows: tuple[int, int],
+    choice: tuple[int, int, int],
+    out: Tensor,
+    tuning: ScoreTuning,
+) -> None:
+    heads = out.shape[1]
+    topk, init_blocks, local_blocks = choice
+    columns = (rows[1] - rows[0]) * heads
+    chunk = min(tuning.chunk_blocks, max(16, triton.next_power_of_2(scores.shape[0])))
+    _select_blocks[(triton.cdiv(columns, tuning.columns),)](
+        scores, out, queries.query_starts, queries.context_lens, scores.stride(0), out.stride(0), out.stride(1),
+        queries.context_lens.numel(), *rows, init_blocks, local_blocks,
+        HEADS=heads, TOPK=topk, TOPK_P=triton.next_power_of_2(topk), BLOCK=BLOCK, COLUMNS=tuning.columns, CHUNK=chunk,
+        num_warps=tuning.select_warps,
+    )  # fmt: skip
+
+
+@triton.jit
+def _nan_max(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _best_of_block(dots, PORTABLE: tl.constexpr):
+    """Largest of each row, NaN if one is NaN."""
+    if PORTABLE:  # the interpreter takes custom reductions element by element
+        best = tl.max(tl.where(dots == dots, dots, -float("inf")), axis=1)
+        return tl.where(tl.max((dots != dots).to(tl.int32), axis=1) > 0, float("nan"), best)
+    else:
+        return tl.reduce(dots, 1, _nan_max)
+
+
+@triton.jit(do_not_specialize=["num_seqs", "first_row", "end_row"])
+def _score_blocks(
+    q, k, scores, query_starts, context_lens, page_table,
+    q_row, q_head, k_page, k_token, table_row, scores_block, num_seqs, first_row, end_row,
+    FORMAT: tl.constexpr, NATIVE: tl.constexpr, TYPE: tl.constexpr, HEADS: tl.constexpr, HEADS_P: tl.constexpr,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, QUERIES: tl.constexpr, STAGES: tl.constexpr, PORTABLE: tl.constexpr,
+):  # fmt: skip
+    """Tile of consecutive rows of one sequence, all heads, against its split of the blocks that the tile sees."""
+    tile = tl.program_id(0)
+    seq, before, tiles_before = -1, 0, 0
+    for first_seq in range(0, num_seqs, 16):
+        some = first_seq + tl.arange(0, 16)
+        begin = tl.maximum(tl.load(query_starts + some, mask=some < num_seqs, other=0), first_row)
+        end = tl.minimum(tl.load(query_starts + some + 1, mask=some < num_seqs, other=0), end_row)
+        tiles = (tl.maximum(end - begin, 0) + QUERIES - 1) // QUERIES
+        ends = tiles_before + tl.cumsum(tiles, axis=0)
+        mine = (tile < ends) & (tile >= ends - tiles)
+        seq = tl.maximum(seq, tl.max(tl.where(mine, some, -1), axis=0))
+        before = tl.maximum(before, tl.max(tl.where(mine, ends - tiles, 0), axis=0))
+        tiles_before += tl.sum(tiles, axis=0)
+    if seq >= 0:
+        start = tl.load(query_starts + seq)
+        row = tl.maximum(start, first_row) + (tile - before) * QUERIES
+        end = tl.minimum(tl.load(query_starts + seq + 1), end_row)
+        position = row - start + tl.load(context_lens + seq)  # of the tile's first row
+        last = position + tl.minimum(QUERIES, end - row) - 1
+        num_blocks = last // BLOCK + 1
+        share = (num_blocks + tl.num_programs(1) - 1) // tl.num_programs(1)
+        first_block = tl.program_id(1) * share
+        end_block = tl.minimum(first_block + share, num_blocks)
+        full_end = tl.minimum(tl.maximum((position + 1) // BLOCK, first_block), end_block)
+
+        m = tl.arange(0, QUERIES * HEADS_P)
+        n = tl.arange(0, BLOCK)
+        d = tl.arange(0, DIM)
+        nth, head = m // HEADS_P, m % HEADS_P
+        asks = (row + nth < end) & (head < HEADS)
+        q_at = q + (row + nth).to(tl.int64) * q_row + head.to(tl.int64) * q_head
+        q_tile = tl.load(q_at[:, None] + d[None, :], mask=asks[:, None], other=0.0)
+        q_tile = widen(q_tile, FORMAT, TYPE, NATIVE) if q.dtype.element_ty == tl.uint8 else q_tile
+        to = scores + first_block.to(tl.int64) * scores_block + (row - first_row + nth) * HEADS + head
+        k_tile_at = k + n[:, None] * k_token + d[None, :]
+        table = page_table + seq.to(tl.int64) * table_row
+        page = tl.load(table + first_block, mask=first_block < end_block, other=0).to(tl.int64)
+        for block in tl.range(first_block, full_end, num_stages=STAGES):
+            keys = widen(tl.load(k_tile_at + page * k_page), FORMAT, TYPE, NATIVE)
+            # The next page's number is fetched an iteration ahead of the keys that wait for it.
+            page = tl.load(table + tl.minimum(block + 1, end_block - 1)).to(tl.int64)
+            dots = tl.dot(q_tile, tl.trans(keys), input_precision="ieee")
+            tl.store(to, _best_of_block(dots, PORTABLE), mask=asks)
+            to += scores_block
+        for block in range(full_end, end_block):
+            page = tl.load(table + block).to(tl.int64)
+            keys = widen(tl.load(k_tile_at + page * k_page), FORMAT, TYPE, NATIVE)
+            dots = tl.dot(q_tile, tl.trans(keys), input_precision="ieee")
+            seen = block * BLOCK + n[None, :] <= (position + nth)[:, None]
+            best = _best_of_block(tl.where(seen, dots, -float("inf")), PORTABLE)
+            tl.store(to, best, mask=asks)
+            to += scores_block
+
+
+@triton.jit(do_not_specialize=["num_seqs", "first_row", "end_row", "init_blocks", "local_blocks"])
+def _select_blocks(
+    scores, out, query_starts, context_lens, scores_block, out_row, out_head, num_seqs, first_row, end_row,
+    init_blocks, local_blocks,
+    HEADS: tl.constexpr, TOPK: tl.constexpr, TOPK_P: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    """The best of some columns. A key holds rank and complement of the block's number, so that all keys differ."""
+    NEVER: tl.constexpr = -(1 << 62)
+    LOW: tl.constexpr = (1 << 24) - 1
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    row = first_row + column // HEADS
+    seq = tl.zeros([COLUMNS], tl.int32)
+    for first_seq in range(0, num_seqs, 16):
+        some = first_seq + tl.arange(0, 16)
+        ends = tl.load(query_starts + some + 1, mask=some < num_seqs, other=2147483647)
+        seq += tl.sum((row[:, None] >= ends[None, :]).to(tl.int32), axis=1)
+    exists = (row < end_row) & (seq < num_seqs)
+    start = tl.load(query_starts + seq, mask=exists, other=0)
+    position = row - start + tl.load(context_lens + seq, mask=exists, other=0)
+    visible = tl.where(exists, position // BLOCK + 1, 0)
+
+    place = tl.arange(0, TOPK_P)
+    best = tl.full([TOPK_P, COLUMNS], NEVER, tl.int64) - place[:, None]  # all different
+    # Places beyond the wanted number are taken from the start, by keys that nothing displaces.
+    best = tl.where(place[:, None] < TOPK, best, (1 << 62) + place[:, None].to(tl.int64))
+    worst = tl.min(best, axis=0)
+    for first in range(0, tl.max(visible, axis=0), CHUNK):
+        block = first + tl.arange(0, CHUNK)
+        seen = block[:, None] < visible[None, :]
+        score = tl.load(scores + block[:, None].to(tl.int64) * scores_block + column[None, :], mask=seen, other=0.0)
+        bits = (score + 0.0).to(tl.int32, bitcast=True)  # adding +0 turns -0 into +0
+        rank = tl.where(bits < 0, -(bits & 0x7FFFFFFF), bits).to(tl.int64)
+        rank = tl.where(score != score, -(1 << 32), rank)
+        rank = tl.where(block[:, None] >= visible[None, :] - local_blocks, 1 << 32, rank)
+        rank = tl.where(block[:, None] < init_blocks, 1 << 33, rank)
+        key = tl.where(seen, (rank << 24) + (LOW - block[:, None]), -(1 << 63))
+        top = tl.max(key, axis=0)
+        while tl.max((top > worst).to(tl.int32), axis=0) > 0:
+            enters = top > worst
+            best = tl.where(enters[None, :] & (best == worst[None, :]), top[None, :], best)
+            worst = tl.min(best, axis=0)
+            key = tl.where(key == top[None, :], -(1 << 63), key)
+            top = tl.max(key, axis=0)
+
+    best = tl.where(place[:, None] < TOPK, best, -(1 << 63))
+    chosen = tl.full([COLUMNS, TOPK_P], -1, tl.int32)
+    for nth in tl.static_range(TOPK):
+        top = tl.max(best, axis=0)
+        block = tl.where(top > NEVER, LOW - (top & LOW), -1).to(tl.int32)
+        chosen = tl.where(place[None, :] == nth, block[:, None], chosen)
+        best = tl.where(best == top[None, :], -(1 << 63), best)
+    to = out + row.to(tl.int64) * out_row + (column % HEADS) * out_head
+    tl.store(to[:, None] + place[None, :], chosen, mask=(row < end_row)[:, None] & (place[None, :] < TOPK))
