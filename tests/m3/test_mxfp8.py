@@ -10,14 +10,14 @@ from pdkv.errors import CheckpointError, ModelError
 from pdkv.m3.config import load_config
 from pdkv.m3.model import load_model
 from pdkv.m3.mxfp8 import dequantise
-from pdkv.m3.parallel import SOLO, Group, run_ranks
+from pdkv.m3.parallel import run_ranks
 from pdkv.m3.quantisation import scale_columns
 from pdkv.m3.sharding import model_share
 from pdkv.m3.weights import M3Weights, load_weights
 from pdkv.verify.equality import compare_logits
 from tests.checkpoints import Oracle, OracleCase, write_random_checkpoint, write_shards
 from tests.m3.mxfp8_checkpoint import QUANTIZATION, change_config, dequantised, write_mxfp8
-from tests.m3.paged_run import PagedRun
+from tests.m3.rank_work import Asked, answer
 from tests.m3.weight_tensors import tensors
 
 MOE = "language_model.model.layers.2.block_sparse_moe."
@@ -44,12 +44,6 @@ def weights(directory: Path, rank: int = 0, size: int = 1) -> M3Weights:
     return load_weights(directory, config, "cpu", torch.float32, model_share(config, rank, size))
 
 
-def answer(directory: Path, case: OracleCase, group: Group = SOLO) -> torch.Tensor | None:
-    run = PagedRun(load_model(directory, group=group), LENGTH + 3)
-    parts = [run.feed(case.prompt), *(run.feed([token]) for token in case.tokens[:-1])]
-    return torch.cat(parts) if group.rank == 0 else None
-
-
 @pytest.mark.parametrize("form", ["released", "fused"])
 def test_values_are_exact(folder: Path, form: str):
     expected = tensors(weights(folder / "oracle"))
@@ -74,7 +68,7 @@ def test_slices_that_begin_and_end_inside_a_group_of_scales(folder: Path, size: 
 
 @pytest.mark.parametrize(("form", "size"), [("released", 1), ("fused", 1), ("released", 2), ("fused", 8)])
 def test_answers_equal_transformers_on_the_values(folder: Path, case: OracleCase, form: str, size: int):
-    logits = run_ranks(size, lambda group: answer(folder / form, case, group))[0]
+    logits = run_ranks(size, lambda group: answer(folder / form, Asked(case.prompt, case.tokens), group))[0]
     verdict = compare_logits(logits.numpy(), case.logits)
     print(verdict)  # noqa: T201
     assert verdict.equal, verdict
@@ -86,7 +80,7 @@ def test_plain_checkpoints_of_half_precision(tmp_path: Path, dtype: torch.dtype)
     case = Oracle(tmp_path).case(LENGTH, 3, 32)
     assert load_config(tmp_path).dtype == str(dtype).removeprefix("torch.")
     for size in (1, 2):
-        logits = run_ranks(size, lambda group: answer(tmp_path, case, group))[0]
+        logits = run_ranks(size, lambda group: answer(tmp_path, Asked(case.prompt, case.tokens), group))[0]
         verdict = compare_logits(logits.numpy(), case.logits)
         assert verdict.equal, verdict
 

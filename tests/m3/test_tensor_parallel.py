@@ -10,16 +10,15 @@ import torch
 from pdkv.errors import ConfigError, ModelError, RankLostError
 from pdkv.m3.config import load_config
 from pdkv.m3.model import load_model
-from pdkv.m3.parallel import SOLO, Group, find_store, join_group, open_store, run_ranks
-from pdkv.m3.run import Run
-from pdkv.m3.sampling import SamplingParams
+from pdkv.m3.parallel import SOLO, Group, join_group, open_store, run_ranks
 from pdkv.m3.sharding import model_share, working_sizes
-from pdkv.m3.step import StepOutput, StepRunner
+from pdkv.m3.step import StepOutput
 from pdkv.m3.weights import MoeWeights, load_weights, weight_bytes
 from pdkv.memory.arena import Arena
 from pdkv.verify.equality import compare_logits
 from tests.checkpoints import Oracle, OracleCase, write_random_checkpoint, write_released_form
 from tests.m3.paged_run import PagedRun
+from tests.m3.rank_work import Asked, answer, second_rank, step
 from tests.m3.weight_tensors import tensors
 
 LENGTH = 700
@@ -30,6 +29,10 @@ LENGTH = 700
 class Checkpoint:
     directory: Path
     case: OracleCase
+
+    @property
+    def asked(self) -> Asked:
+        return Asked(self.case.prompt, self.case.tokens)
 
 
 def made(directory: Path, seed: int, **overrides: object) -> Checkpoint:
@@ -53,18 +56,9 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return Checkpoint(target, case)
 
 
-def answer(directory: Path, case: OracleCase, group: Group, expert_parallel: bool = False) -> torch.Tensor | None:
-    """Logits that gave the case's tokens, [num_tokens, vocab], with the prompt in chunks; on rank 0."""
-    model = load_model(directory, group=group, expert_parallel=expert_parallel)
-    run = PagedRun(model, LENGTH + 4)
-    run.feed(case.prompt[:300], [])
-    parts = [run.feed(case.prompt[300:]), *(run.feed([token]) for token in case.tokens[:-1])]
-    return torch.cat(parts) if group.rank == 0 else None
-
-
 def check(checkpoint: Checkpoint, size: int, expert_parallel: bool = False) -> None:
     first, *others = run_ranks(
-        size, lambda group: answer(checkpoint.directory, checkpoint.case, group, expert_parallel)
+        size, lambda group: answer(checkpoint.directory, checkpoint.asked, group, expert_parallel)
     )
     assert others == [None] * (size - 1)
     verdict = compare_logits(first.numpy(), checkpoint.case.logits)
@@ -108,25 +102,6 @@ def test_ranks_keep_their_heads_and_the_same_index_keys(small: Checkpoint, size:
             torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0, equal_nan=True)
 
 
-def two_runs(pages: tuple[int, ...]) -> list[Run]:
-    """One that wants a token and scores more prompt tokens than are looked at at once, and one that only scores."""
-    prompt = tuple(3 + i % 300 for i in range(200))
-    first = Run(
-        id=1, tokens=prompt, start=0, pages=pages[:2], sampling=SamplingParams(), targets=prompt[1:], prompt_top=2
-    )
-    other = Run(id=2, tokens=prompt[:90], start=0, pages=pages[2:], sampling=None, targets=prompt[1:80], prompt_top=0)
-    return [first, other]
-
-
-def step(directory: Path, group: Group, damage: bool = False) -> StepOutput:
-    model = load_model(directory, group=group)
-    if damage:
-        model._weights.norm[0] = torch.inf
-    run = PagedRun(model, 384)
-    run.arena.rows().zero_()
-    return StepRunner(model, run.arena).run(two_runs(tuple(run.page_table[0].tolist())))
-
-
 def test_tokens_and_scores_come_from_rank_0_alone(small: Checkpoint):
     alone = step(small.directory, SOLO)
     first, other = run_ranks(2, lambda group: step(small.directory, group))
@@ -158,22 +133,15 @@ def test_a_rank_that_dies_in_a_step_ends_the_others(small: Checkpoint):
         run_ranks(2, work)
 
 
-def second_rank(directory: Path, case: OracleCase, port: int) -> None:
-    group = join_group(find_store("127.0.0.1", port), 1, 2, timeout_s=60)
-    assert answer(directory, case, group) is None
-    assert step(directory, group) == StepOutput([], {})
-    group.close()
-
-
 def test_two_processes_over_gloo(small: Checkpoint):
     store = open_store()
     child = multiprocessing.get_context("spawn").Process(
-        target=second_rank, args=(small.directory, small.case, store.port)
+        target=second_rank, args=(small.directory, small.asked, store.port)
     )
     child.start()
     try:
         group = join_group(store, 0, 2, timeout_s=60)
-        logits = answer(small.directory, small.case, group)
+        logits = answer(small.directory, small.asked, group)
         assert logits is not None
         verdict = compare_logits(logits.numpy(), small.case.logits)
         assert verdict.equal, verdict
