@@ -51,11 +51,14 @@ class DemoResult(msgspec.Struct, frozen=True):
 @app.command("demo-model", epilog=keep_lines(_MODEL_EXAMPLES), context_settings=CONTEXT)
 def demo_model(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write; made if missing.")],
+    index_topk_freq: Annotated[
+        int, typer.Option(metavar="N", min=1, help="For a model of which every N-th sparse layer selects.")
+    ] = 1,
 ) -> None:
     """Write the link-chasing checkpoint: config.json, model.safetensors and tokenizer.json."""
 
     def run() -> int:
-        _write_checkpoint(folder)
+        _write_checkpoint(folder, index_topk_freq)
         typer.echo(str(folder))
         return 0
 
@@ -121,11 +124,11 @@ def _run_demo(tokens: int, steps: int, seed: int, verbose: bool) -> DemoResult:
     )
 
 
-def _write_checkpoint(folder: Path) -> None:
+def _write_checkpoint(folder: Path, index_topk_freq: int = 1) -> None:
     from pdkv.verify.link_chasing_checkpoint import write_checkpoint  # noqa: PLC0415
 
     try:
-        write_checkpoint(folder)
+        write_checkpoint(folder, index_topk_freq)
     except OSError as exc:
         raise PdkvError(f"cannot write the checkpoint to {folder}: {exc.strerror or exc}") from exc
 

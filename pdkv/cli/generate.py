@@ -60,6 +60,11 @@ def generate(  # noqa: PLR0913  a command's parameters are its flags
     temperature: Annotated[float, typer.Option(metavar="T", min=0, max=2, help="0 = greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of the sampling.")] = 0,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on to --max-tokens.")] = False,
+    kv_dtype: Annotated[str | None, typer.Option(metavar="NAME", help="Storage of K/V, as of a worker.")] = None,
+    index_dtype: Annotated[str | None, typer.Option(metavar="NAME", help="Storage of index keys.")] = None,
+    index_topk_freq: Annotated[
+        int | None, typer.Option(metavar="N", min=0, help="Every N-th sparse layer selects; 0 = as config.json says.")
+    ] = None,
     undivided: Annotated[bool, typer.Option("--undivided", help="One engine in this process, no transfer.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object with ids, text and transfer.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what the workers log.")] = False,
@@ -68,7 +73,9 @@ def generate(  # noqa: PLR0913  a command's parameters are its flags
 
     def run() -> int:
         asked = _Asked(_read_prompt(model, prompt, prompt_ids), max_tokens, temperature, seed, ignore_eos)
-        generated = _undivided(model, asked) if undivided else _divided(model, asked, verbose)
+        stored = {"kv_dtype": kv_dtype, "index_dtype": index_dtype, "index_topk_freq": index_topk_freq}
+        config = _config(model, asked, {name: value for name, value in stored.items() if value is not None}, verbose)
+        generated = _undivided(config, asked) if undivided else _divided(config, asked)
         shown = generated.text or " ".join(map(str, generated.token_ids))
         typer.echo(msgspec.json.encode(generated).decode() if as_json else shown)
         return 0
@@ -110,18 +117,39 @@ def _parse_ids(file: str) -> list[int]:
         raise ConfigError(f"--prompt-ids {file} must hold a JSON list of numbers or numbers alone: {exc}") from exc
 
 
-def _undivided(model: Path, asked: _Asked) -> Generated:
+def _config(model: Path, asked: _Asked, stored: dict[str, object], verbose: bool) -> UpConfig:
+    """Of the workers that are started, or would be: an undivided run heeds the same settings."""
+    room = {"max_model_len": len(asked.prompt) + asked.max_tokens, "max_batch": 1}
+    level = "info" if verbose else "warning"
+    return load(UpConfig, {**room, **stored, "model": model, "port": 0, "log_level": level})
+
+
+def _undivided(config: UpConfig, asked: _Asked) -> Generated:
     from pdkv.daemons.tokenization import TextCodec  # noqa: PLC0415
+    from pdkv.m3.config import IndexScheduleOverride  # noqa: PLC0415
     from pdkv.m3.sampling import SamplingParams  # noqa: PLC0415
-    from pdkv.verify.undivided import complete  # noqa: PLC0415
+    from pdkv.verify.undivided import CacheOptions, complete  # noqa: PLC0415
 
     sampling = SamplingParams(temperature=asked.temperature, seed=asked.seed)
-    answer = complete(model, asked.prompt, asked.max_tokens, sampling, ignore_eos=asked.ignore_eos)
+    schedule = IndexScheduleOverride(
+        topk_freq=config.index_topk_freq,
+        topk_pattern=config.index_topk_pattern,
+        skip_topk_offset=config.index_skip_topk_offset,
+    )
+    answer = complete(
+        config.model,
+        asked.prompt,
+        asked.max_tokens,
+        sampling,
+        ignore_eos=asked.ignore_eos,
+        dtype=config.dtype,
+        cache=CacheOptions(config.kv_dtype, config.index_dtype, schedule),
+    )
     ids = list(answer.token_ids)
-    codec = TextCodec.load(model)
+    codec = TextCodec.load(config.model)
     return Generated(
         schema=_SCHEMA,
-        model=str(model),
+        model=str(config.model),
         undivided=True,
         prompt_tokens=len(asked.prompt),
         token_ids=ids,
@@ -130,12 +158,10 @@ def _undivided(model: Path, asked: _Asked) -> Generated:
     )
 
 
-def _divided(model: Path, asked: _Asked, verbose: bool) -> Generated:
+def _divided(config: UpConfig, asked: _Asked) -> Generated:
     from pdkv.cli.local_run import ask, token_ids  # noqa: PLC0415
     from pdkv.daemons.logs import configure_logging  # noqa: PLC0415
 
-    room = {"max_model_len": len(asked.prompt) + asked.max_tokens, "max_batch": 1}
-    config = load(UpConfig, {**room, "model": model, "port": 0, "log_level": "info" if verbose else "warning"})
     configure_logging(config.log_level, "generate", config.log_format)
     body = msgspec.to_builtins(asked)
     answer = ask(config, body)
@@ -143,7 +169,7 @@ def _divided(model: Path, asked: _Asked, verbose: bool) -> Generated:
     transfer = None if block is msgspec.UNSET else block.transfer
     return Generated(
         schema=_SCHEMA,
-        model=str(model),
+        model=str(config.model),
         undivided=False,
         prompt_tokens=len(asked.prompt),
         token_ids=token_ids(answer),

@@ -185,10 +185,21 @@ def test_demo_proves_itself(tmp_path: Path) -> None:
         assert word in ended.stdout
 
 
-def test_generate_answers_through_a_deployment_of_its_own(link_chasing_model: Path) -> None:
+def test_generate_answers_through_a_deployment_of_its_own_over_fp8(link_chasing_model: Path) -> None:
     prompt = make_prompt(3, 200)
+    stored = ("--kv-dtype", "fp8", "--index-dtype", "fp8")
     ended = subprocess.run(
-        [sys.executable, "-m", "pdkv", "generate", "--model", str(link_chasing_model), "--prompt", prompt.text],
+        [
+            sys.executable,
+            "-m",
+            "pdkv",
+            "generate",
+            "--model",
+            str(link_chasing_model),
+            "--prompt",
+            prompt.text,
+            *stored,
+        ],
         capture_output=True,
         text=True,
         timeout=120,
