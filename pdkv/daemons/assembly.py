@@ -20,7 +20,7 @@ from pdkv.core.manifest import pairing_digest
 from pdkv.daemons.link import WorkerSettings
 from pdkv.daemons.other_ranks import OtherRanks
 from pdkv.daemons.rank_link import ArenaWanted, RankReady, RankSetup, ShareLoaded
-from pdkv.daemons.rank_share import ArenaOrder, RankMemory, RankShare, cache_layout, furnish, load_share
+from pdkv.daemons.rank_share import ArenaOrder, RankMemory, RankShare, cache_layout, device_of, furnish, load_share
 from pdkv.daemons.ranked_runner import RankedRunner
 from pdkv.daemons.sizing import choose_num_pages
 from pdkv.daemons.transport_choice import describe, make_transport
@@ -106,9 +106,9 @@ def assemble(settings: WorkerSettings, emit: Emit, others: OtherRanks, transport
 def _load_all(settings: WorkerSettings, others: OtherRanks) -> RankShare:
     """Every rank loads its share at the same time; returns rank 0's when all have."""
     port = others.meeting.open()
-    others.tell(lambda rank: RankSetup(settings, rank, port))
+    others.tell_each(lambda rank: RankSetup(settings, rank, port))
     try:
-        group = others.meeting.join(settings.device)
+        group = others.meeting.join(device_of(settings, 0))
     except RankLostError as exc:
         raise others.loss() or exc from exc
     share = load_share(settings, group)

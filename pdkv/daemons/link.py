@@ -288,7 +288,10 @@ class BlockingLink:
 
     def send(self, message: msgspec.Struct) -> None:
         """Send one message; silently nothing when the other process has gone, as ``receive_bytes`` will tell."""
-        frame = encode_frame(message)
+        self.send_frame(encode_frame(message))
+
+    def send_frame(self, frame: bytes) -> None:
+        """The same with what ``encode_frame`` made, for a message that goes to several."""
         with self._send_lock:
             try:
                 self._sock.sendall(frame)

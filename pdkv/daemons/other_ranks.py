@@ -9,7 +9,7 @@ from typing import Protocol, TypeVar
 import msgspec
 
 from pdkv.agent.rank_reads import LinkConnected, LinkProbed, PagesRead, RankOrder, RankReport
-from pdkv.daemons.link import BlockingLink
+from pdkv.daemons.link import BlockingLink, encode_frame
 from pdkv.daemons.rank_link import (
     FromRank,
     RankAnswer,
@@ -79,8 +79,8 @@ class OtherRanks:
     """Ranks 1 to n - 1 of a worker; ``members[i]`` is rank i + 1. Made before the worker's threads, started by
     ``listen``, which makes one thread a rank that does nothing but read its link.
 
-    ``tell``, ``beat_age_s`` and what ``carriers`` returns may be called from any thread; ``gather`` belongs to the
-    engine thread.
+    ``gather`` and ``tell_each`` belong to the engine thread; ``tell``, ``beat_age_s`` and what ``carriers`` returns may
+    be called from any.
     """
 
     def __init__(
@@ -124,10 +124,17 @@ class OtherRanks:
         for thread in self._threads:
             thread.start()
 
-    def tell(self, message: Callable[[int], ToRank] | ToRank) -> None:
-        """Send all ranks the same message, or each what ``message`` makes for its number."""
+    def tell(self, message: ToRank) -> None:
+        """Send every rank the same message."""
+        if self._members:
+            frame = encode_frame(message)
+            for member in self._members:
+                member.link.send_frame(frame)
+
+    def tell_each(self, message: Callable[[int], ToRank]) -> None:
+        """Send each rank what ``message`` makes for its number."""
         for index, member in enumerate(self._members):
-            member.link.send(message(index + 1) if callable(message) else message)
+            member.link.send(message(index + 1))
 
     def carriers(self) -> list[Callable[[RankOrder], None]]:
         """For each rank, in order, what carries an order to it."""

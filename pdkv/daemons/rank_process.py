@@ -11,6 +11,7 @@ from pdkv.daemons.link import BlockingLink, WorkerSettings
 from pdkv.daemons.logs import configure_logging
 from pdkv.daemons.other_ranks import OnLost, OtherRanks, RankEnd
 from pdkv.daemons.rank_link import RankSetup
+from pdkv.daemons.rank_share import device_of
 from pdkv.daemons.rank_side import RankSide
 from pdkv.daemons.transport_choice import make_transport
 from pdkv.m3.parallel import LOOPBACK, DistributedGroup, Group, find_store, join_group, open_store
@@ -102,7 +103,7 @@ class _ProcessSurroundings:
     def join(self, setup: RankSetup) -> Group:
         settings = setup.settings
         self._store = find_store(LOOPBACK, setup.store_port)
-        return join_group(self._store, setup.rank, settings.tp_size, settings.device)
+        return join_group(self._store, setup.rank, settings.tp_size, device_of(settings, setup.rank))
 
     def make_transport(self, settings: WorkerSettings) -> Transport:
         return make_transport(settings)

@@ -52,7 +52,7 @@ def load_share(settings: WorkerSettings, group: Group) -> RankShare:
     torch.set_num_threads(threads_per_rank(settings))
     model = load_model(
         Path(settings.model_dir),
-        device=settings.device,
+        device=device_of(settings, group.rank),
         dtype=settings.dtype,
         schedule=schedule_of(settings),
         group=group,
@@ -64,6 +64,11 @@ def load_share(settings: WorkerSettings, group: Group) -> RankShare:
 def cache_layout(settings: WorkerSettings, config: M3Config) -> KvLayout:
     """What a token leaves behind in a worker's pages. ``config``: with ``dtype`` as the worker serves it."""
     return layout_of(settings, config)
+
+
+def device_of(settings: WorkerSettings, rank: int) -> str:
+    """A rank's device: where GPUs are asked for without a number, ranks take them in order."""
+    return f"cuda:{rank}" if settings.device == "cuda" and settings.tp_size > 1 else settings.device
 
 
 def threads_per_rank(settings: WorkerSettings) -> int:

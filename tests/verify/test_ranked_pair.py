@@ -76,3 +76,14 @@ def test_a_pair_answers_again_and_again(link_chasing_model: Path) -> None:
         for seed in range(3):
             prompt = make_prompt(seed, 200 + 60 * seed)
             assert pair.ask(prompt.token_ids, 4).token_ids == prompt.expected(4)
+
+
+@pytest.mark.parametrize(("prefill", "decode"), [(2, 4), (4, 2)])
+def test_fp8_state_and_its_scales_reach_the_right_ranks(prefill: int, decode: int, link_chasing_model: Path) -> None:
+    prompt = make_prompt(11, 300)
+    stored = {"kv_dtype": "fp8", "index_dtype": "fp8"}
+    with DividedPair(link_chasing_model, 310, prefill_tp=prefill, decode_tp=decode, **stored) as pair:
+        answer = pair.ask(prompt.token_ids, 8)
+    assert answer.token_ids == prompt.expected(8)
+    scales = {answer.report.bytes_by_region[name] for name in ("k_scale", "v_scale")}
+    assert scales == {3 * 4 * 4 * 128 * 4}, "pages x layers x heads x tokens x float32"
