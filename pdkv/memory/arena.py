@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from pdkv.errors import CapacityError, ConfigError
+from pdkv.memory.device_memory import allocate_on
 from pdkv.memory.row import RowLayout, RowSlot
 from pdkv.schema import LocalMemory, Region, Shard
 
@@ -67,11 +68,14 @@ class Arena:
                 self._views[slot.spec.name, slot.spec.layer] = self._make_view(slot)
 
     @classmethod
-    def allocate(cls, layout: RowLayout, num_pages: int) -> "Arena":
-        """An arena in zeroed shared host memory."""
+    def allocate(cls, layout: RowLayout, num_pages: int, device: str | torch.device = "cpu") -> "Arena":
+        """An arena in zeroed memory that peers can map: shared memory of the host, or an allocation of a GPU."""
         if num_pages < 1:
             raise ConfigError(f"an arena needs at least one page, not {num_pages}")
-        return cls(layout, *map_shared(num_pages * layout.pitch))
+        place = torch.device(device)
+        if place.type == "cpu":
+            return cls(layout, *map_shared(num_pages * layout.pitch))
+        return cls(layout, allocate_on(place, num_pages * layout.pitch))
 
     @property
     def memory(self) -> LocalMemory:

@@ -48,12 +48,20 @@ class ProbePages:
             for key in self._keys:
                 target = self._arena.page_bytes(key.name, key.layer, key.head, page)
                 target.copy_(torch.from_numpy(pattern(incarnation, page, key, target.numel())))
+        self._settle()
 
     def poison(self) -> None:
         """Overwrite both pages, so that what a peer did not send cannot look right."""
         for page in self.pages:
             for key in self._keys:
                 self._arena.page_bytes(key.name, key.layer, key.head, page).fill_(POISON)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Peers and transports do not wait for our streams: what was written must be in memory when we return."""
+        device = self._arena.rows().device
+        if device.type != "cpu":
+            torch.accelerator.current_stream(device).synchronize()
 
     def mismatches(self, peer: Incarnation, source_page: int, page: int) -> list[RegionKey]:
         """Regions of local ``page`` that differ from what ``peer`` wrote into ``source_page``, byte for byte."""

@@ -5,7 +5,6 @@ from pathlib import Path
 from time import perf_counter
 
 import msgspec
-import torch
 
 from pdkv.errors import RequestError
 from pdkv.m3.config import IndexScheduleOverride, kv_layout
@@ -47,10 +46,7 @@ def local_worker(
 ) -> LocalWorker:
     """A worker on the model's device. ``auto``: state is stored in the model's dtype."""
     layout = RowLayout.of(kv_layout(model.config, kv_dtype, index_dtype))
-    if model.device.type == "cpu":
-        arena = Arena.allocate(layout, num_pages)
-    else:
-        arena = Arena(layout, torch.zeros(num_pages * layout.pitch, dtype=torch.uint8, device=model.device))
+    arena = Arena.allocate(layout, num_pages, model.device)
     return LocalWorker(Engine(StepRunner(model, arena), PagePool(num_pages), settings), arena)
 
 
