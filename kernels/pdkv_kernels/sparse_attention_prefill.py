@@ -31,6 +31,7 @@ class PrefillTuning:
     page_warps: int = 4
     page_stages: int = 2
     page_programs: int = 264
+    page_registers: int | None = None
     readers_per_item: int = 64
     tile_rows: int = 128
     """Rows times q heads of a tile that attends to its shared pages."""
@@ -143,7 +144,8 @@ class _Pass:
             self._q.stride(0), self._q.stride(1), self._kv.k.shape[0], window, most_items,
             self._shape.window_rows, self._scale,
             READERS_PER_ITEM=self._shape.readers_per_item, ROWS=tile, STAGES=tuning.page_stages,
-            num_warps=tuning.page_warps, num_stages=tuning.page_stages, **self._constants,
+            num_warps=tuning.page_warps, num_stages=tuning.page_stages, maxnreg=tuning.page_registers,
+            **self._constants,
         )  # fmt: skip
 
     def attend_tiles(self, window: int, out: tuple[Tensor, Tensor]) -> None:
@@ -322,7 +324,7 @@ def _attend_tiles(
             total = total * fade + tl.sum(p, axis=1)
             if SCALED:
                 new_unit = tl.maximum(unit, tl.max(tl.abs(weight), axis=0))
-                p = p * (weight / new_unit)[None, :]
+                p = p * (weight * (1.0 / new_unit))[None, :]
                 fade = fade * (unit / new_unit)
                 unit = new_unit
             acc = acc * fade[:, None]
