@@ -65,6 +65,7 @@ ENGINE_INFO = _gauge(
     Label("model"),
     Label("manifest_hash"),
     Label("block_size"),
+    Label("tp_size"),
 )
 READY = _gauge("pdkv_ready", "1 while /readyz says so.", ALL)
 LIVE = _gauge("pdkv_live", "1 while /livez says so.", ALL)

@@ -299,8 +299,8 @@ class BlockingLink:
                 return
 
     def end(self) -> None:
-        """Let both ends read that it is over. Idempotent."""
-        with self._send_lock, contextlib.suppress(OSError):
+        """Let both ends read that it is over, and end a ``send`` that the other end does not take. Idempotent."""
+        with contextlib.suppress(OSError):  # not under the lock, which that sender holds
             self._sock.shutdown(socket.SHUT_RDWR)
 
     def release(self) -> None:

@@ -26,7 +26,8 @@ class WorkerMetrics:
         """Everything that this worker has counted."""
         ready = self._link.ready
         if ready is not None:
-            self._meter.set(ENGINE_INFO, self._model, ready.manifest_digest[:12], str(ready.block_size), to=1)
+            sizes = (str(ready.block_size), str(ready.tp_size))
+            self._meter.set(ENGINE_INFO, self._model, ready.manifest_digest[:12], *sizes, to=1)
             with contextlib.suppress(EngineGoneError, TimeoutError):
                 async with asyncio.timeout(_FRESH_WITHIN_S):
                     self._engine = (await self._link.status(with_series=True)).series

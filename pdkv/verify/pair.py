@@ -60,7 +60,7 @@ class DividedPair:
         self.witness = WitnessTransport(InprocTransport())
         prefill, decode = (
             msgspec.structs.replace(
-                _settings(role, model_dir, max_model_len, num_pages, prefill_chunk), tp_size=tp_size, **settings
+                worker_settings(role, model_dir, max_model_len, num_pages, prefill_chunk), tp_size=tp_size, **settings
             )
             for role, tp_size in (("prefill", prefill_tp), ("decode", decode_tp))
         )
@@ -124,7 +124,10 @@ class DividedPair:
         return None
 
 
-def _settings(role: str, model_dir: Path, max_model_len: int, num_pages: int, prefill_chunk: int) -> WorkerSettings:
+def worker_settings(
+    role: str, model_dir: Path, max_model_len: int, num_pages: int, prefill_chunk: int
+) -> WorkerSettings:
+    """A worker of one rank on this machine's CPU, for one request at a time, over ``inproc``."""
     return WorkerSettings(
         role=role,
         model_dir=str(model_dir),

@@ -84,6 +84,8 @@ def test_two_ranks_to_four(ranked: Trio) -> None:
     assert sum(facts["bytes_by_region"].values()) == 4 * 24 * 128 * bytes_per_token
     assert facts["num_spans"] <= 24 * (4 + 2)
     assert [process.info()["tp_size"] for process in (ranked.prefill, ranked.decode)] == [2, 4]
+    (told,) = [name for name in ranked.decode.metrics() if name.startswith("pdkv_engine_info")]
+    assert "tp_size=4" in told
     wait_until(lambda: ranked.prefill.holds_nothing() and ranked.decode.holds_nothing(), "pages back")
 
 
@@ -97,6 +99,7 @@ def test_a_rank_that_hangs_shows_in_liveness(ranked: Trio) -> None:
     finally:
         os.kill(pid, signal.SIGCONT)
     wait_until(lambda: HTTP.get(livez).status_code == 200, "it lives again")
+    wait_until(lambda: ranked.router.health() == 200, "the router sends it requests again")
 
 
 def test_a_rank_killed_in_mid_step_ends_the_request_with_an_error(ranked: Trio) -> None:
