@@ -1,0 +1,264 @@
+"""Many requests at once through a real prefill and decode worker whose pages are few, each compared with its undivided
+answer."""
+
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import msgspec
+
+from pdkv.daemons.engine_side import EngineSide
+from pdkv.daemons.link import (
+    AbortJob,
+    DecodeJob,
+    JobFailed,
+    JobFinished,
+    PrefillJob,
+    Sampling,
+    Status,
+    StatusQuery,
+    ToFront,
+    TokensOut,
+    TransferReport,
+    WorkerSettings,
+)
+from pdkv.m3.model import M3Model
+from pdkv.m3.requests import CompleteRequest, EngineSettings, RequestId, TokenGenerated
+from pdkv.m3.sampling import SamplingParams
+from pdkv.memory.pages import PagePool
+from pdkv.transport.inproc import InprocTransport
+from pdkv.verify.undivided import local_worker
+from tests.checkpoints import write_random_checkpoint
+
+BLOCK = 128
+PATIENCE_S = 300.0
+NEAR_TIE = 1e-3
+"""Below this gap between the two likeliest tokens, another order of sums may choose the other (design.md 8)."""
+
+
+def write_tiny_checkpoint(directory: Path, seed: int = 3) -> None:
+    """Three layers, two of them sparse, two blocks a query."""
+    write_random_checkpoint(
+        directory,
+        seed,
+        num_hidden_layers=3,
+        layer_types=["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"],
+        mlp_layer_types=["dense", "sparse", "sparse"],
+        head_dim=16,
+        rotary_dim=8,
+        index_head_dim=16,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        index_n_heads=2,
+    )
+
+
+@dataclass(frozen=True)
+class Job:
+    prompt: tuple[int, ...]
+    max_tokens: int
+    sampling: Sampling
+    cancel_at: int | None = None
+    """Turn of the workers in which the client goes away."""
+
+
+class Outcome:
+    """What the front heard of one job."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.largest_piece = 0
+        self.report: TransferReport | None = None
+        self.error: JobFailed | None = None
+        self.over = False
+
+
+def make_jobs(rng: random.Random, lengths: Sequence[int], cancelled: float, last_turn: int) -> list[Job]:
+    """Prompts of about these lengths in random order, most of which begin as others do, some periodic; ``cancelled``:
+    share of those whose client goes away in some turn up to ``last_turn``."""
+    shared = [[rng.randrange(3, 320) for _ in range(max(lengths))] for _ in range(3)]
+    jobs = []
+    for length in lengths:
+        kind = rng.random()
+        if kind < 0.2:
+            period = [rng.randrange(3, 320) for _ in range(rng.randrange(1, 9))]
+            prompt = (period * length)[:length]
+        else:
+            common = rng.randrange(length) if kind < 0.8 else 0
+            prompt = rng.choice(shared)[:common] + [rng.randrange(3, 320) for _ in range(length - common)]
+        sampling = Sampling() if rng.random() < 0.7 else Sampling(temperature=1.0, seed=rng.randrange(1 << 32))
+        cancel_at = rng.randrange(last_turn) if rng.random() < cancelled else None
+        jobs.append(Job(tuple(prompt), rng.randrange(1, 25), sampling, cancel_at))
+    rng.shuffle(jobs)
+    return jobs
+
+
+class Pair:
+    """One P and one D over ``inproc``, driven by the calling thread. Use as a context."""
+
+    def __init__(self, model_dir: Path, pages: tuple[int, int], max_model_len: int, **settings: object) -> None:
+        """``pages``: of P's arena and of D's, the probe's two included. ``settings``: other fields of both workers."""
+        self._heard: list[ToFront] = []
+        self._status: list[Status] = []
+        self._round = 0
+        self._outcomes: list[Outcome] = []
+        self.sides = []
+        for role, num_pages in zip(("prefill", "decode"), pages, strict=True):
+            plain = _settings(role, model_dir, num_pages, max_model_len)
+            mine = msgspec.structs.replace(plain, **settings)
+            self.sides.append(EngineSide(mine, self._heard.append, InprocTransport()))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        for side in reversed(self.sides):
+            side.close()
+
+    def run(self, jobs: Sequence[Job]) -> list[Outcome]:
+        """All jobs at once; returns when each has ended and both workers have let go of everything."""
+        prefill, decode = self.sides
+        ready = prefill.ready()
+        outcomes = self._outcomes = [Outcome() for _ in jobs]
+        self._round += 1  # every try has a transfer id of its own
+        for number, job in enumerate(jobs):
+            transfer = self._transfer(number)
+            prefill.hear(PrefillJob(transfer, list(job.prompt), job.sampling, PATIENCE_S))
+            message = DecodeJob(
+                transfer=transfer,
+                prompt=list(job.prompt),
+                max_tokens=job.max_tokens,
+                sampling=job.sampling,
+                ignore_eos=True,
+                prefill_control=ready.control,
+                prefill_incarnation=ready.incarnation,
+                deadline_s=PATIENCE_S,
+            )
+            decode.hear(message)
+        turn, give_up = 0, time.monotonic() + PATIENCE_S
+        while not all(outcome.over for outcome in outcomes):
+            assert time.monotonic() < give_up, f"{sum(not o.over for o in outcomes)} jobs have not ended"
+            for number, job in enumerate(jobs):
+                if job.cancel_at == turn and not outcomes[number].over:
+                    prefill.hear(AbortJob(self._transfer(number)))
+                    decode.hear(AbortJob(self._transfer(number)))
+            self._turn(outcomes)
+            turn += 1
+        while any(status.pages_free != status.pages_usable for status in self.status()):
+            assert time.monotonic() < give_up, f"pages leak: {self.status()}"
+        return outcomes
+
+    def status(self) -> list[Status]:
+        """Of P and D, with all series."""
+        self._status.clear()
+        for side in self.sides:
+            side.hear(StatusQuery(0, with_series=True))
+        while len(self._status) < 2:
+            self._turn(self._outcomes)
+        return sorted(self._status, key=lambda status: status.role, reverse=True)
+
+    def counted(self, name: str, label: str) -> float:
+        """A counter's value over both workers."""
+        series = [series for status in self.status() for series in status.series]
+        return sum(one.value for one in series if one.name == name and label in one.labels)
+
+    def pools(self) -> list[PagePool]:
+        return [side._parts.pool for side in self.sides]
+
+    def _transfer(self, number: int) -> bytes:
+        return self._round.to_bytes(8, "big") + number.to_bytes(8, "big")
+
+    def _turn(self, outcomes: list[Outcome]) -> None:
+        for side in self.sides:
+            side.turn(0.001)
+        while self._heard:
+            message = self._heard.pop(0)
+            if isinstance(message, Status):
+                self._status.append(message)
+            elif isinstance(message, TokensOut | JobFinished | JobFailed) and self._is_current(message.transfer):
+                _take(message, outcomes[int.from_bytes(message.transfer[8:], "big")])
+
+    def _is_current(self, transfer: bytes) -> bool:
+        """Not of jobs that were over before; what is told of those nobody waits for."""
+        return transfer[:8] == self._round.to_bytes(8, "big")
+
+
+def _take(message: TokensOut | JobFinished | JobFailed, outcome: Outcome) -> None:
+    match message:
+        case TokensOut(tokens=tokens):
+            assert not outcome.over, "tokens after the end"
+            outcome.tokens += tokens
+            outcome.largest_piece = max(outcome.largest_piece, len(tokens))
+        case JobFinished(reason="length", report=report):
+            outcome.report = report
+            outcome.over = True
+        case JobFailed(code=code) if not outcome.over:  # the other worker may have told it before
+            assert code == "cancelled", message
+            outcome.error = message
+            outcome.over = True
+
+
+def assert_all_right(model: M3Model, jobs: Sequence[Job], outcomes: Sequence[Outcome]) -> None:
+    """Every answer is the undivided one, or its beginning where the client went away. Names the first that is not."""
+    num_near_ties = num_tokens = 0
+    for ordinal, (job, outcome) in enumerate(zip(jobs, outcomes, strict=True)):
+        if outcome.error is not None:
+            assert job.cancel_at is not None, f"request {ordinal}: {outcome.error}"
+        expected = undivided(model, job)
+        told = outcome.tokens
+        assert outcome.error is not None or len(told) == job.max_tokens
+        num_tokens += len(told)
+        wrong = next((i for i, token in enumerate(told) if token != expected[i].token), None)
+        if wrong is None:
+            continue
+        best, second = expected[wrong].top.logprobs[:2]
+        where = f"request {ordinal} of {len(jobs)} ({len(job.prompt)} tokens) is wrong from token {wrong} on"
+        assert job.sampling.temperature == 0 and best - second < NEAR_TIE, f"{where}: {told}"  # noqa: PT018
+        num_near_ties += 1
+    assert num_near_ties * 500 <= num_tokens, f"{num_near_ties} near ties in {num_tokens} tokens"
+
+
+def undivided(model: M3Model, job: Job) -> list[TokenGenerated]:
+    """What an engine without cache, proposals or company answers."""
+    num_tokens = len(job.prompt) + job.max_tokens
+    engine = local_worker(model, -(-num_tokens // BLOCK), EngineSettings(max_model_len=num_tokens)).engine
+    request = CompleteRequest(
+        id=RequestId(b"alone"),
+        prompt=job.prompt,
+        max_tokens=job.max_tokens,
+        sampling=SamplingParams(job.sampling.temperature, job.sampling.seed),
+        ignore_eos=True,
+        num_top=2,
+    )
+    events = engine.submit(request)
+    while engine.has_work:
+        events += engine.step()
+    return [event for event in events if isinstance(event, TokenGenerated)]
+
+
+def _settings(role: str, model_dir: Path, num_pages: int, max_model_len: int) -> WorkerSettings:
+    return WorkerSettings(
+        role=role,
+        model_dir=str(model_dir),
+        name=f"soak-{role}",
+        control_listen="tcp://127.0.0.1:0",
+        advertise_host="127.0.0.1",
+        num_pages=num_pages,
+        max_model_len=max_model_len,
+        max_batch=16,
+        prefill_chunk=512,
+        dtype="auto",
+        device="cpu",
+        num_threads=1,
+        transport="inproc",
+        ucx_tls=None,
+        ucx_library=None,
+        require_transport=None,
+        lease_ttl_s=60.0,
+        insecure=False,
+        log_level="warning",
+    )
