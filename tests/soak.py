@@ -26,6 +26,7 @@ from pdkv.daemons.link import (
     TransferReport,
     WorkerSettings,
 )
+from pdkv.daemons.rank_threads import thread_ranks
 from pdkv.m3.model import M3Model
 from pdkv.m3.requests import CompleteRequest, EngineSettings, RequestId, TokenGenerated
 from pdkv.m3.sampling import SamplingParams
@@ -100,17 +101,27 @@ def make_jobs(rng: random.Random, lengths: Sequence[int], cancelled: float, last
 class Pair:
     """One P and one D over ``inproc``, driven by the calling thread. Use as a context."""
 
-    def __init__(self, model_dir: Path, pages: tuple[int, int], max_model_len: int, **settings: object) -> None:
-        """``pages``: of P's arena and of D's, the probe's two included. ``settings``: other fields of both workers."""
+    def __init__(
+        self,
+        model_dir: Path,
+        pages: tuple[int, int],
+        max_model_len: int,
+        *,
+        tp: tuple[int, int] = (1, 1),
+        **settings: object,
+    ) -> None:
+        """``pages``: of P's arena and of D's, the probe's two included; ``tp``: ranks of each, threads of this process.
+        ``settings``: other fields of both workers."""
         self._heard: list[ToFront] = []
         self._status: list[Status] = []
         self._round = 0
         self._outcomes: list[Outcome] = []
         self.sides = []
-        for role, num_pages in zip(("prefill", "decode"), pages, strict=True):
+        for role, num_pages, tp_size in zip(("prefill", "decode"), pages, tp, strict=True):
             plain = _settings(role, model_dir, num_pages, max_model_len)
-            mine = msgspec.structs.replace(plain, **settings)
-            self.sides.append(EngineSide(mine, self._heard.append, InprocTransport()))
+            mine = msgspec.structs.replace(plain, tp_size=tp_size, **settings)
+            others = thread_ranks(tp_size, InprocTransport)
+            self.sides.append(EngineSide(mine, self._heard.append, InprocTransport(), others))
 
     def __enter__(self) -> Self:
         return self

@@ -40,6 +40,15 @@ def test_many_requests_with_few_pages(checkpoint: Path, model: M3Model, speculat
             assert pool.statistics().largest_run == pool.num_usable
 
 
+def test_ranks_reuse_and_verify_together(checkpoint: Path, model: M3Model) -> None:
+    rng = random.Random(7)
+    jobs = make_jobs(rng, [rng.randrange(1, 500) for _ in range(12)], 0.2, 60)
+    with Pair(checkpoint, (10, 12), 600, tp=(1, 2), speculative_tokens=3, prefill_chunk=200) as pair:
+        assert_all_right(model, jobs, pair.run(jobs))
+        assert pair.counted("pdkv_prefix_cache_blocks_total", "hit") > 0
+        assert pair.counted("pdkv_draft_tokens_total", "accepted") > 0
+
+
 @pytest.mark.parametrize(
     ("num_first", "num_common", "num_second", "cached", "resident"),
     [
