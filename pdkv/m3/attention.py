@@ -3,17 +3,17 @@
 from dataclasses import dataclass
 from typing import Protocol
 
-from pdkv_kernels.index_topk_ref import index_topk_ref
-from pdkv_kernels.kv_store_ref import HeadNorms, PackedHeads, Queries, TokenRows, kv_store_ref
+import torch
+from pdkv_kernels.decode_batch import DecodeBatch
+from pdkv_kernels.kv_store_ref import HeadNorms, PackedHeads, Queries, TokenRows
 from pdkv_kernels.paged import BLOCK, LayerPages, PagedKv, RaggedQueries, row_sequences
-from pdkv_kernels.paged_attention_ref import paged_attention_ref
 from pdkv_kernels.rope_ref import rope_table_ref
-from pdkv_kernels.sparse_attention_ref import sparse_attention_ref
 from torch import Tensor
 from torch.nn import functional
 
 from pdkv.errors import ModelError
 from pdkv.m3.config import M3Config
+from pdkv.m3.operations import Operations, StepQueries
 from pdkv.m3.weights import AttentionWeights
 
 
@@ -34,20 +34,51 @@ class KvViews(Protocol):
 
 
 @dataclass(frozen=True)
+class StepBatch:
+    """One step for several sequences, ragged; prefill chunks and decode rows mix freely. All on the model's device.
+
+    Sequence s owns the rows ``query_starts[s]`` to ``query_starts[s + 1]`` of the flattened tokens; its row i stands
+    at position ``context_lens[s] + i``. Its pages must hold room for every position up to its last row.
+    """
+
+    token_ids: Tensor  # int64 [num_tokens]
+    positions: Tensor  # int64 [num_tokens]
+    query_starts: Tensor  # int32 [num_seqs + 1]
+    context_lens: Tensor  # int32 [num_seqs], tokens in the cache before this step
+    page_table: Tensor  # int32 [num_seqs, max_blocks], physical page of each block, padded with -1
+    logits_rows: Tensor  # int64 [num_logits], rows of the flattened tokens whose logits are wanted
+    query_len: int = 0
+    """Rows of every sequence, where all have equally many and few (a decode step); else 0."""
+    stored_from: Tensor | None = None  # int32 [num_seqs]
+    """Rows at earlier positions fill a decode step up to its shape: nothing of them is stored."""
+
+
+@dataclass(frozen=True)
 class AttentionStep:
-    """What all layers of one step share: who asks, where new tokens are stored, and the rope table."""
+    """What all layers of one step share: who asks, where new tokens are stored, the rope table, and what computes."""
 
-    queries: RaggedQueries
+    queries: StepQueries
     rows: TokenRows
+    operations: Operations
 
 
-def attention_step(queries: RaggedQueries, positions: Tensor, config: M3Config) -> AttentionStep:
-    """Positions: int64 [num_rows]. Every row's page must be in the page table."""
-    seqs = row_sequences(queries.query_starts)
-    page_ids = queries.page_table[seqs, positions // BLOCK].long()
+def attention_step(batch: StepBatch, config: M3Config, operations: Operations) -> AttentionStep:
+    """Every row that is stored must have its page in the page table."""
+    ragged = RaggedQueries(batch.query_starts, batch.context_lens, batch.page_table)
+    positions = batch.positions
+    decode = None
+    if batch.query_len:
+        decode = DecodeBatch(batch.context_lens + batch.query_len, batch.page_table, batch.query_len)
+        seqs = torch.arange(positions.numel(), device=positions.device) // batch.query_len
+    else:
+        seqs = row_sequences(batch.query_starts)
+    page_ids = batch.page_table[seqs, (positions // BLOCK).clamp(min=0)].long()
+    slots = page_ids * BLOCK + positions % BLOCK
+    if batch.stored_from is not None:
+        slots = torch.where(positions >= batch.stored_from[seqs], slots, -1)
     assert page_ids.is_cuda or int(page_ids.min()) >= 0, "a token of the step has no page"
     cos, sin = rope_table_ref(positions, config.rotary_dim, config.rope_theta)
-    return AttentionStep(queries, TokenRows(page_ids * BLOCK + positions % BLOCK, cos, sin))
+    return AttentionStep(StepQueries(ragged, decode), TokenRows(slots, cos, sin), operations)
 
 
 def store(
@@ -65,7 +96,7 @@ def store(
     heads = PackedHeads(num_q, num_kv, num_kv if config.sparse_layers[layer] else 0)
     packed = functional.linear(x, weights.inputs).view(x.shape[0], -1, config.head_dim)
     norms = HeadNorms(weights.q_norm, weights.k_norm, weights.index_q_norm, weights.index_k_norm, config.rms_norm_eps)
-    return kv_store_ref(packed, heads, norms, step.rows, LayerPages(kv, index_k))
+    return step.operations.kv_store(packed, heads, norms, step.rows, LayerPages(kv, index_k))
 
 
 def select(
@@ -79,7 +110,7 @@ def select(
     if config.selecting_layers[layer]:
         assert asked.index_q is not None, "a layer that selects has stored its index keys"
         forced = (config.topk_blocks, config.init_blocks, config.local_blocks)
-        return index_topk_ref(asked.index_q, cache.view("index_k", layer), step.queries, *forced)
+        return step.operations.select(asked.index_q, cache.view("index_k", layer), step.queries, forced)
     if before is None:
         raise ModelError(
             f"layer {layer} reuses a selection, and no layer of this step has made one; index schedule: layers "
@@ -98,9 +129,9 @@ def attend(
     kv = _paged_kv(cache, layer)
     scale = asked.q.shape[-1] ** -0.5
     if blocks is None:
-        out, _ = paged_attention_ref(asked.q, kv, step.queries, scale)
+        out = step.operations.attend_to_all(asked.q, kv, step.queries, scale)
     else:
-        out, _ = sparse_attention_ref(asked.q, kv, blocks, step.queries, scale)
+        out = step.operations.attend_to_chosen(asked.q, kv, blocks, step.queries, scale)
     return functional.linear(out.flatten(1), weights.output)
 
 

@@ -1,18 +1,17 @@
 """MiniMax-M3's text model: one forward step over a ragged batch, with all its state in pages."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 import torch
-from pdkv_kernels.paged import RaggedQueries
 from torch import Tensor
 from torch.nn import functional
 
 from pdkv.errors import ModelError
-from pdkv.m3.attention import KvViews, attend, attention_step, select, store
+from pdkv.m3.attention import KvViews, StepBatch, attend, attention_step, select, store
 from pdkv.m3.config import IndexScheduleOverride, M3Config, load_config
 from pdkv.m3.layers import feed_forward, norm
+from pdkv.m3.operations import operations_for
 from pdkv.m3.parallel import SOLO, Group
 from pdkv.m3.sharding import model_share
 from pdkv.m3.weights import M3Weights, load_weights
@@ -20,22 +19,6 @@ from pdkv.m3.weights import M3Weights, load_weights
 __all__ = ["KvViews", "M3Model", "StepBatch", "load_model"]
 
 _DTYPES = ("float32", "bfloat16", "float16")
-
-
-@dataclass(frozen=True)
-class StepBatch:
-    """One step for several sequences, ragged; prefill chunks and decode rows mix freely. All on the model's device.
-
-    Sequence s owns the rows ``query_starts[s]`` to ``query_starts[s + 1]`` of the flattened tokens; its row i stands
-    at position ``context_lens[s] + i``. Its pages must hold room for every position up to its last row.
-    """
-
-    token_ids: Tensor  # int64 [num_tokens]
-    positions: Tensor  # int64 [num_tokens]
-    query_starts: Tensor  # int32 [num_seqs + 1]
-    context_lens: Tensor  # int32 [num_seqs], tokens in the cache before this step
-    page_table: Tensor  # int32 [num_seqs, max_blocks], physical page of each block, padded with -1
-    logits_rows: Tensor  # int64 [num_logits], rows of the flattened tokens whose logits are wanted
 
 
 class M3Model:
@@ -55,6 +38,9 @@ class M3Model:
         self.dtype: torch.dtype = getattr(torch, config.dtype)
         """What K/V and index keys are stored in unless told otherwise; maths on a CPU is float32 all the same."""
         self._weights = weights
+        self._operations = operations_for(config, self.device, weights.embed.dtype)
+        self.can_capture = self._operations.can_capture and group.size == 1
+        """Decode steps may be captured in CUDA graphs."""
 
     @torch.no_grad()
     def forward(self, batch: StepBatch, cache: KvViews) -> Tensor | None:
@@ -80,8 +66,7 @@ class M3Model:
         that the pages held for earlier positions. Bytes of later positions are never looked at.
         """
         config, weights = self.config, self._weights
-        queries = RaggedQueries(batch.query_starts, batch.context_lens, batch.page_table)
-        step = attention_step(queries, batch.positions, config)
+        step = attention_step(batch, config, self._operations)
         x = self._embedded(batch.token_ids)  # [num_tokens, hidden]
         last = config.num_layers - 1
         blocks = None  # of the last sparse layer of this step, for those that reuse a selection
@@ -93,7 +78,9 @@ class M3Model:
             if sparse:
                 blocks = select(asked, number, step, cache, config, blocks)
             x = x + self.group.sum(attend(asked, blocks if sparse else None, number, layer.attention, step, cache))
-            x = x + self.group.sum(feed_forward(self._normed(x, layer.post_attention_norm), layer.mlp, config))
+            x = x + self.group.sum(
+                feed_forward(self._normed(x, layer.post_attention_norm), layer.mlp, config, self._operations)
+            )
         return self._normed(x[batch.logits_rows], weights.norm)
 
     def _embedded(self, token_ids: Tensor) -> Tensor:

@@ -1,0 +1,64 @@
+"""Operations on GPUs by our Triton kernels and torch's grouped matrix product."""
+
+import torch
+from pdkv_kernels.index_topk_decode import IndexWorkspace, SelectionRule, index_topk_decode_into
+from pdkv_kernels.index_topk_prefill import index_topk_prefill
+from pdkv_kernels.kv_store import kv_store
+from pdkv_kernels.kv_store_ref import HeadNorms, PackedHeads, Queries, TokenRows
+from pdkv_kernels.moe_grouped import can_group, moe_grouped
+from pdkv_kernels.paged import LayerPages, PagedKv
+from pdkv_kernels.paged_attention_ref import paged_attention_ref
+from pdkv_kernels.softmax_merge import MergeWorkspace
+from pdkv_kernels.sparse_attention_decode import attend_plan, sparse_attention_decode_into
+from pdkv_kernels.sparse_attention_prefill import sparse_attention_prefill
+from torch import Tensor
+
+from pdkv.m3.operations import Experts, ReferenceOperations, StepQueries
+
+_GROUPED_FROM = (9, 0)
+"""Compute capability from which torch's grouped product is one kernel, and no loop that reads group sizes."""
+
+
+class TritonOperations:
+    """See ``Operations``. Workspaces come from torch's allocator for each call: a CUDA graph keeps its own."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        grouped = torch.version.hip is None and torch.cuda.get_device_capability(device) >= _GROUPED_FROM
+        self.can_capture = grouped and dtype == torch.bfloat16
+        self._references = ReferenceOperations()
+
+    def kv_store(
+        self, packed: Tensor, heads: PackedHeads, norms: HeadNorms, rows: TokenRows, pages: LayerPages
+    ) -> Queries:
+        return kv_store(packed, heads, norms, rows, pages)
+
+    def select(self, index_q: Tensor, index_k: Tensor, queries: StepQueries, forced: tuple[int, int, int]) -> Tensor:
+        if queries.decode is None:
+            return index_topk_prefill(index_q, index_k, queries.ragged, *forced)
+        num_rows, heads, _ = index_q.shape
+        out = torch.empty(num_rows, heads, forced[0], dtype=torch.int32, device=index_q.device)
+        workspace = IndexWorkspace(num_rows, heads, queries.ragged.page_table.shape[1], index_q.device)
+        index_topk_decode_into(out, index_q, index_k, queries.decode, SelectionRule(*forced), workspace)
+        return out
+
+    def attend_to_all(self, q: Tensor, kv: PagedKv, queries: StepQueries, scale: float) -> Tensor:
+        if queries.decode is None:
+            return paged_attention_ref(q, kv, queries.ragged, scale)[0]
+        every = torch.arange(queries.ragged.page_table.shape[1], dtype=torch.int32, device=q.device)
+        blocks = every.expand(q.shape[0], kv.k.shape[1], -1)  # more than a row sees are passed over
+        return self.attend_to_chosen(q, kv, blocks, queries, scale)
+
+    def attend_to_chosen(self, q: Tensor, kv: PagedKv, blocks: Tensor, queries: StepQueries, scale: float) -> Tensor:
+        if queries.decode is None:
+            return sparse_attention_prefill(q, kv, blocks, queries.ragged, scale)[0]
+        out = torch.empty_like(q)
+        lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+        plan = attend_plan(q.shape[0] * blocks.shape[1], blocks.shape[2], kv.k)
+        workspace = MergeWorkspace(q.shape[0], q.shape[1], q.shape[2], plan.splits, q.device)
+        sparse_attention_decode_into(out, lse, q, kv, blocks, queries.decode, scale, workspace, plan)
+        return out
+
+    def mix(self, x: Tensor, ids: Tensor, weights: Tensor, experts: Experts) -> Tensor:
+        if not can_group(x, experts.gate_up, experts.down):
+            return self._references.mix(x, ids, weights, experts)
+        return moe_grouped(x, ids, weights, experts.gate_up, experts.down, experts.activation, experts.first)
