@@ -169,6 +169,16 @@ class OtherRanks:
             thread.join(_END_S)
 
     def _read(self, index: int, member: Member) -> None:
+        try:
+            self._hear_all(index, member)
+        finally:  # also when it says something that cannot be understood: nobody would listen to it any more
+            member.link.end()
+            end = member.ended()
+            if not self._closing.is_set():
+                self._on_end(index, end)
+            member.link.release()
+
+    def _hear_all(self, index: int, member: Member) -> None:
         decoder = msgspec.msgpack.Decoder(FromRank)
         while (body := member.link.receive_bytes()) is not None:
             self._heard_at[index] = time.monotonic()
@@ -182,10 +192,6 @@ class OtherRanks:
                     pass
                 case answer:
                     self._answers[index].put(answer)
-        end = member.ended()
-        if not self._closing.is_set():
-            self._on_end(index, end)
-        member.link.release()
 
     def _beat(self) -> None:
         while not self._closing.wait(_BEAT_EVERY_S):

@@ -185,3 +185,10 @@ def test_a_worker_of_one_rank_waits_for_nobody() -> None:
     assert RankedRunner(Computes(), others).run(RUNS) == StepOutput([], {})  # type: ignore[arg-type]
     assert others.beat_age_s() == 0.0
     others.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_rank_that_talks_nonsense_is_lost(watched: Watched) -> None:
+    watched.members[0].end = RankEnd("exited with 0", by_force=False)
+    watched.members[0].far.send_frame(b"\x01\x00\x00\x00\xc1")
+    assert str(watched.lost.get(timeout=PATIENCE_S)) == "rank 1 of this worker's 3 exited with 0"
