@@ -6,6 +6,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from pdkv.m3.config import M3Config
+from pdkv.m3.decode_graphs import MAX_QUERY_LEN, DecodeGraphs, DecodeShapes
 from pdkv.m3.model import KvViews, M3Model, StepBatch
 from pdkv.m3.requests import PromptScored, RequestId, RequestRefused
 from pdkv.m3.run import NOT_FINITE, Run
@@ -48,9 +49,16 @@ class _Choice(NamedTuple):
 class StepRunner:
     """Steps of one rank's model over its cache, on the model's device. Collective: every rank runs the same steps."""
 
-    def __init__(self, model: M3Model, cache: KvViews) -> None:
+    def __init__(self, model: M3Model, cache: KvViews, decode: DecodeShapes | None = None) -> None:
+        """``decode``: shapes in which steps that only decode run, on a device that replays them as CUDA graphs."""
         self._model = model
         self._cache = cache
+        self._graphs = DecodeGraphs(model, cache, decode) if decode is not None and model.can_capture else None
+
+    def prepare(self) -> None:
+        """Do now what the first steps would take time for."""
+        if self._graphs is not None:
+            self._graphs.prepare()
 
     @property
     def config(self) -> M3Config:
@@ -58,6 +66,8 @@ class StepRunner:
 
     @torch.inference_mode()
     def run(self, runs: Sequence[Run]) -> StepOutput:
+        if self._graphs is not None and self._graphs.takes(runs):
+            return self._decode(self._graphs, runs)
         device = self._model.device
         hidden = self._model.hidden(step_batch(runs, device), self._cache)  # [num_rows, hidden]
         rows = torch.split(hidden, [len(run.wanted_rows) for run in runs])
@@ -77,6 +87,18 @@ class StepRunner:
             torch.accelerator.current_stream(device).synchronize()
         return StepOutput(samples, scored)
 
+    def _decode(self, graphs: DecodeGraphs, runs: Sequence[Run]) -> StepOutput:
+        """Greedy choices come with the step; where something else is asked for, the row's logits are computed again."""
+        result = graphs.run(runs)
+        choices = [choice for run in runs for choice in _choices(run)]
+        others = [row for row, choice in enumerate(choices) if choice.num_top or choice.sampling.temperature]
+        samples: list[Sample | None] = [Sample(c.token, c.logprob) if c.finite else None for c in result.chosen]
+        if others:
+            found = self._choose(result.hidden[others], [choices[row] for row in others])
+            for row, sample_or_none in zip(others, found, strict=True):
+                samples[row] = sample_or_none
+        return StepOutput(samples, {})
+
     def _choose(self, hidden: torch.Tensor, choices: Sequence[_Choice]) -> list[Sample | None]:
         """hidden: [num_choices, hidden], as lm_head takes it; a limited number of rows becomes logits at a time."""
         samples: list[Sample | None] = []  # stay empty on every rank but the first
@@ -93,6 +115,7 @@ def step_batch(runs: Sequence[Run], device: torch.device) -> StepBatch:
     for run in runs:
         starts.append(starts[-1] + len(run.tokens))
     width = max(len(run.pages) for run in runs)
+    lengths = {len(run.tokens) for run in runs}
     return StepBatch(
         token_ids=torch.tensor([token for run in runs for token in run.tokens], dtype=torch.int64, device=device),
         positions=torch.cat([torch.arange(run.start, run.end, dtype=torch.int64) for run in runs]).to(device),
@@ -106,6 +129,7 @@ def step_batch(runs: Sequence[Run], device: torch.device) -> StepBatch:
             dtype=torch.int64,
             device=device,
         ),
+        query_len=next(iter(lengths)) if len(lengths) == 1 and max(lengths) <= MAX_QUERY_LEN else 0,
     )
 
 
