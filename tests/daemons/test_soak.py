@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 
 from pdkv.m3.model import M3Model, load_model
+from pdkv.transport.inproc import Faults
 from tests.soak import BLOCK, Job, Pair, Sampling, assert_all_right, make_jobs, write_tiny_checkpoint
+
+_LOST = frozenset({"read_failed", "peer_lost", "probe", "lease_expired"})
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +41,24 @@ def test_many_requests_with_few_pages(checkpoint: Path, model: M3Model, speculat
             assert pool.statistics().num_evictions > 0, "the pool was never too small"
             pool.keep_nothing()
             assert pool.statistics().largest_run == pool.num_usable
+
+
+def test_what_reads_that_fail_have_left_behind_is_never_used(checkpoint: Path, model: M3Model) -> None:
+    """Reads that tear, fail and overtake one another; what failed is tried again under a new id, as the router does."""
+    jobs = make_jobs(random.Random(9), [random.Random(9).randrange(200, 700) for _ in range(8)], 0.0, 1)
+    faults = Faults(seed=4, max_delay_polls=4, reorder=0.3, fail=0.04, truncate=0.04)
+    num_failed = 0
+    with Pair(checkpoint, (20, 20), 800, faults=faults, prefill_chunk=130, lease_ttl_s=1.0) as pair:
+        for _ in range(60):
+            outcomes = pair.run(jobs)
+            assert_all_right(model, jobs, outcomes, _LOST)
+            jobs = [job for job, outcome in zip(jobs, outcomes, strict=True) if outcome.error is not None]
+            num_failed += len(jobs)
+            if not jobs:
+                break
+        assert not jobs
+        assert num_failed > 0
+        assert pair.counted("pdkv_prefix_cache_blocks_total", "hit") > 0
 
 
 def test_ranks_reuse_and_verify_together(checkpoint: Path, model: M3Model) -> None:
