@@ -48,7 +48,10 @@ class PrefillRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DecodeRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """Hold pages for a prompt computed elsewhere; starts when ``resume`` says that its state is resident."""
+    """Hold pages for a prompt computed elsewhere; starts when ``resume`` says that its state is resident.
+
+    The prompt's tokens say which of its pages are here already, and what may be proposed.
+    """
 
     id: RequestId
     prompt: tuple[int, ...]
