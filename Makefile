@@ -6,6 +6,8 @@ STAMP  := $(VENV)/.pdkv-installed
 # Apart, because it brings 700 MB that pdkv never needs; it is a client, so it need not share anything with us.
 EVAL_VENV  := .venv-eval
 EVAL_STAMP := $(EVAL_VENV)/.lm-eval-0.4.13
+# Likewise the movers that pdkv bench races against: 480 MB, and their own UCX.
+BENCH_VENV := .venv-bench
 NATIVE := $(wildcard pdkv/transport/*.pyx pdkv/transport/native/*.c pdkv/transport/native/*.h)
 
 # The first Python that is new enough; override with make PYTHON=...
@@ -21,7 +23,7 @@ PIP_FLAGS   ?=
 WORKERS     ?= $(shell n=$$(nproc); echo $$((n > 4 ? 4 : n)))
 TESTS       ?= tests
 
-.PHONY: help demo test eval check wheel fmt install clean
+.PHONY: help demo test eval bench-tools check wheel fmt install clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -38,6 +40,9 @@ test-long: $(STAMP)  ## Run the tests that take minutes: thirty kills under load
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup tests/long
 
 eval: $(EVAL_STAMP)  ## Install lm-eval beside pdkv; where it is there, the tests run it against a deployment
+
+bench-tools:  ## Install NIXL and Mooncake beside pdkv, for pdkv bench xfer --vs nixl,mooncake
+	PIP_FLAGS="$(PIP_FLAGS)" scripts/bench_tools.sh $(PYTHON) $(BENCH_VENV)
 
 check: $(STAMP)  ## Lint, formatting, types and import contracts
 	$(BIN)/ruff check
@@ -57,7 +62,7 @@ fmt: $(STAMP)  ## Format the code and mend what the linter can
 install: $(STAMP)  ## Make .venv with pdkv in it (the others do it by themselves)
 
 clean:  ## Remove .venv and what was built
-	rm -rf $(VENV) $(EVAL_VENV) build dist *.egg-info pdkv/transport/_ucp.c pdkv/transport/_pull.c pdkv/transport/_*.so
+	rm -rf $(VENV) $(EVAL_VENV) $(BENCH_VENV) build dist *.egg-info pdkv/transport/_ucp.c pdkv/transport/_pull.c pdkv/transport/_*.so
 
 $(STAMP): pyproject.toml setup.py $(CONSTRAINTS) $(NATIVE)
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or newer found; install one or name it: make PYTHON=..." >&2; exit 1; }

@@ -14,6 +14,7 @@ app = application(
         Subcommand("demo-model", "pdkv.cli.demo", "Write the demo's checkpoint into a folder."),
         Subcommand("verify", "pdkv.cli.verify", "Prove that all state arrives, with controls that must fail."),
         Subcommand("matrix", "pdkv.cli.matrix", "Try every pair of rank counts in every kind of cache."),
+        Subcommand("bench", "pdkv.cli.bench", "Measure what a move costs, beside other movers."),
         Subcommand("doctor", "pdkv.cli.doctor", "Look for what would keep a worker from serving."),
         Subcommand("describe", "pdkv.cli.doctor", "Show a worker's manifest, pages, leases and peers."),
         Subcommand("checkpoint", "pdkv.cli.checkpoint", "Look at a checkpoint, without loading it."),

@@ -1,0 +1,87 @@
+"""``pdkv bench``: what a move costs, beside other movers."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+
+from pdkv.cli.lazy import CONTEXT, command_module, ending, keep_lines
+
+app = command_module()
+bench = typer.Typer(rich_markup_mode=None, help="Measure what a move costs, beside other movers.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+bench.callback()(lambda: None)
+
+WRONG = 4
+"""Exit code: bytes of ours came over wrong, or not at all."""
+
+_EXAMPLES = """
+Examples:
+
+  pdkv bench xfer
+  pdkv bench xfer --tokens 32768 --tp 4 --kv-dtype fp8 --vs nixl,mooncake --json
+  pdkv bench xfer --path tcp --source-prefix "ip netns exec far" --host 10.9.0.1
+
+Other movers come from `make bench-tools`. Exit code 4 when bytes of ours came over wrong.
+"""
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _show(step: str) -> None:
+    """On a line of its own, for whoever watches."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r\033[K{step}")
+        sys.stderr.flush()
+
+
+@bench.command("xfer", epilog=keep_lines(_EXAMPLES), context_settings=CONTEXT)
+def xfer(  # noqa: PLR0913  a command's parameters are its flags
+    *,
+    tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Length of the prompt whose state moves.")] = 32_768,
+    tp: Annotated[int, typer.Option(metavar="N", help="Ranks; the state of one of them moves.")] = 4,
+    kv_dtype: Annotated[str, typer.Option(metavar="NAME", help="Storage of K/V.")] = "fp8",
+    index_dtype: Annotated[str, typer.Option(metavar="NAME", help="Storage of index keys.")] = "fp8",
+    layout: Annotated[str, typer.Option(metavar="LIST", help="arena, per-layer.")] = "arena,per-layer",
+    path: Annotated[str, typer.Option(metavar="LIST", help="shm, tcp.")] = "shm,tcp",
+    vs: Annotated[str, typer.Option(metavar="LIST", help="Rivals: nixl, mooncake, ucx.")] = "",
+    repeats: Annotated[int, typer.Option(metavar="N", min=1, help="Moves of each contestant.")] = 5,
+    tools: Annotated[Path, typer.Option(metavar="DIR", help="Where the rivals are installed.")] = Path(".venv-bench"),
+    source_prefix: Annotated[str, typer.Option(metavar="CMD", help="Before the source's command.")] = "",
+    host: Annotated[str, typer.Option(metavar="ADDR", help="The source's address.")] = "127.0.0.1",
+    chart: Annotated[Path | None, typer.Option(metavar="FILE", help="Write bars as SVG.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Move the state of one prompt of MiniMax-M3 between two processes, in turn with others, and check every byte."""
+
+    def run() -> int:
+        from pdkv.bench import chart as charts  # noqa: PLC0415
+        from pdkv.bench import race  # noqa: PLC0415
+        from pdkv.bench.geometry import Workload  # noqa: PLC0415
+
+        plan = race.checked(
+            race.Plan(
+                Workload(tokens, tp, kv_dtype, index_dtype),
+                _names(path),
+                _names(layout),
+                _names(vs),
+                repeats,
+                tools,
+                tuple(shlex.split(source_prefix)),
+                host,
+            )
+        )
+        report = race.run(plan, _show)
+        _show("")
+        if chart is not None:
+            title = f"{tokens:,} tokens, one rank of {tp}, {kv_dtype}: GB/s, median and spread of {repeats} moves"
+            chart.write_text(charts.svg(report, title), encoding="utf-8")
+        sys.stdout.write((msgspec.json.encode(report).decode() if as_json else charts.table(report)) + "\n")
+        return 0 if all(result.correct for result in report.results if result.contestant == "pdkv") else WRONG
+
+    ending(run)
