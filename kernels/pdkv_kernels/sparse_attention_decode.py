@@ -1,12 +1,7 @@
 """Attention of decode rows to selected blocks, the choice of each row and kv head shared out among programs.
 
-A program takes some of the blocks that one row chose for one kv head, with all query heads of that kv head. Keys lie
-along the tall side of both products: ``K q`` gives [tokens, heads] and ``V^T p`` gives [dim, heads], so that tiles of
-K and V feed the matrix units as they lie in memory. fp8 V is widened to float16, exactly; fp8 K is multiplied as it
-is, with q as the sum of two fp8 numbers.
-
-Scales cost no pass over a tile. K's go into the logits. V's go into the exponent: with ``w = exp2(s + log2(v_scale) -
-top)`` the weighted sum needs w alone, and the softmax's sum is that of ``w / v_scale``.
+A program takes some of the blocks that one row chose for one kv head, with all query heads of that kv head as the rows
+of its tiles (``decode_tile``). Where several share a row and kv head, a second launch puts their results together.
 """
 
 from dataclasses import dataclass
@@ -18,7 +13,7 @@ from torch import Tensor
 
 from pdkv_kernels.decode_batch import DecodeBatch, uniform_batch
 from pdkv_kernels.decode_tile import attend_tile, finish, prepare_q
-from pdkv_kernels.fp8_bits import CONVERT, fp8_code
+from pdkv_kernels.fp8_bits import CONVERT, CONVERT_E5M2, fp8_code
 from pdkv_kernels.launch import chained, launch_options
 from pdkv_kernels.paged import BLOCK, PagedKv, RaggedQueries
 from pdkv_kernels.softmax_merge import MergeWorkspace, merge_parts
@@ -32,7 +27,6 @@ class AttendPlan:
     tile: int  # tokens of a tile: BLOCK or a part of it
     num_warps: int
     num_stages: int
-    split_q: bool = True  # multiply fp8 keys natively by q in two fp8 parts; otherwise widen them to float16
 
 
 def sparse_attention_decode(
@@ -76,6 +70,9 @@ def sparse_attention_decode_into(
     plan = plan or attend_plan(num_rows * kv_heads, topk, kv.k)
     code, k = fp8_code(kv.k)
     _, v = fp8_code(kv.v)
+    pairs = code in (CONVERT, CONVERT_E5M2) and all(stride % 2 == 0 for stride in v.stride()[:3])
+    if pairs:
+        v = v.view(torch.int16)
     k_scale, v_scale = kv.k_scale, kv.v_scale
     scaled = k_scale is not None and v_scale is not None
     if k_scale is None or v_scale is None:
@@ -130,7 +127,7 @@ def sparse_attention_decode_into(
         TILE=plan.tile,
         CODE=code,
         SCALED=scaled,
-        SPLIT_Q=plan.split_q and code == CONVERT and k.dtype == torch.float8_e4m3fn,
+        PAIRS=pairs,
         LAST=direct,
         EARLY=early,
         **launch_options(early, plan.num_warps, plan.num_stages),
@@ -150,7 +147,7 @@ def attend_plan(groups: int, topk: int, k: Tensor) -> AttendPlan:
 def _attend_kernel(
     q_ptr,  # [num_rows, num_heads, DIM]
     k_ptr,  # [num_pages, kv_heads, TOKENS, DIM]
-    v_ptr,  # [num_pages, kv_heads, TOKENS, DIM]
+    v_ptr,  # [num_pages, kv_heads, TOKENS, DIM], or int16 with half of DIM where PAIRS
     k_scale_ptr,  # float32 [num_pages, kv_heads, TOKENS]
     v_scale_ptr,  # float32 [num_pages, kv_heads, TOKENS]
     blocks_ptr,  # int32 [num_rows, kv_heads, TOPK]
@@ -192,7 +189,7 @@ def _attend_kernel(
     TILE: tl.constexpr,
     CODE: tl.constexpr,
     SCALED: tl.constexpr,
-    SPLIT_Q: tl.constexpr,
+    PAIRS: tl.constexpr,
     LAST: tl.constexpr,
     EARLY: tl.constexpr,
 ):
@@ -210,7 +207,7 @@ def _attend_kernel(
     num_blocks = (visible + TOKENS - 1) // TOKENS
     q_at = q_ptr + row.to(tl.int64) * q_row_stride + (kv_head * SHARE + heads[:, None]) * q_head_stride + dims[None, :]
     q = tl.load(q_at, mask=heads[:, None] < SHARE, other=0.0)  # [SHARE_TILE, DIM]
-    q, unit = prepare_q(q, k_ptr.dtype.element_ty, CODE, SPLIT_Q)
+    q, unit = prepare_q(q, k_ptr.dtype.element_ty, CODE)
     unit = unit * scale
     # Which pages, before the loop: inside it, each load would wait for two others in turn.
     place = tl.arange(0, PLACE_TILE)
@@ -221,13 +218,14 @@ def _attend_kernel(
     pages = tl.load(page_table_ptr + seq.to(tl.int64) * table_stride + blocks, mask=live, other=0)
     lefts = tl.where(live, visible - blocks * TOKENS, 0)  # [PLACE_TILE], visible tokens from the block's start on
     k_at = k_ptr + kv_head.to(tl.int64) * k_head_stride + token[:, None] * k_token_stride + dims[None, :]
-    v_at = v_ptr + kv_head.to(tl.int64) * v_head_stride + token[:, None] * v_token_stride + dims[None, :]
+    v_dims = tl.arange(0, DIM // 2 if PAIRS else DIM)
+    v_at = v_ptr + kv_head.to(tl.int64) * v_head_stride + token[:, None] * v_token_stride + v_dims[None, :]
     k_scale_at = k_scale_ptr + kv_head.to(tl.int64) * k_scale_head_stride + token
     v_scale_at = v_scale_ptr + kv_head.to(tl.int64) * v_scale_head_stride + token
     # A finite floor instead of -inf: the difference of two of them is 0, not NaN.
     top = tl.full((SHARE_TILE,), -1.0e38, tl.float32)
-    total = tl.zeros((TILE, SHARE_TILE), tl.float32)
-    sums = tl.zeros((DIM, SHARE_TILE), tl.float32)
+    total = tl.zeros((SHARE_TILE, TILE), tl.float32)
+    sums = tl.zeros((SHARE_TILE, DIM), tl.float32)
     PIECES: tl.constexpr = TOKENS // TILE
     for step in tl.range(0, PLACES * PIECES):
         this = place == step // PIECES
@@ -243,13 +241,13 @@ def _attend_kernel(
             k_scale = tl.load(k_scale_at + page * k_scale_page_stride + start, mask=mask, other=1.0)
             v_scale = tl.load(v_scale_at + page * v_scale_page_stride + start, mask=mask, other=1.0)
         top, total, sums = attend_tile(
-            q, unit, k, v, k_scale, v_scale, mask[:, None], top, total, sums, CODE, SCALED, SPLIT_Q
+            q, unit, k, v, k_scale, v_scale, mask[None, :], top, total, sums, CODE, PAIRS, SCALED
         )
     result, log_sum = finish(top, total, sums)
     head = kv_head * SHARE + heads
     real = heads < SHARE
     out_at = out_ptr + split.to(tl.int64) * out_split_stride + row.to(tl.int64) * out_row_stride
-    out_at += head[None, :] * out_head_stride + dims[:, None]
-    tl.store(out_at, result.to(out_ptr.dtype.element_ty), mask=real[None, :])
+    out_at += head[:, None] * out_head_stride + dims[None, :]
+    tl.store(out_at, result.to(out_ptr.dtype.element_ty), mask=real[:, None])
     lse_at = lse_ptr + split.to(tl.int64) * lse_split_stride + row.to(tl.int64) * lse_row_stride
     tl.store(lse_at + head * lse_head_stride, log_sum * 0.6931471805599453 if LAST else log_sum, mask=real)

@@ -105,7 +105,7 @@ def test_real_dimensions(device: str, dtype: torch.dtype, heads: tuple[int, int]
     case = make_decode(device, dtype, lengths, query_len=query_len, heads=heads, dim=128)
     blocks = pick(case, 16)
     check(case, blocks)
-    for plan in (AttendPlan(1, 128, 4, 2), AttendPlan(2, 64, 4, 3), AttendPlan(16, 64, 8, 2, split_q=False)):
+    for plan in (AttendPlan(1, 128, 4, 2), AttendPlan(2, 64, 4, 3), AttendPlan(16, 64, 8, 2)):
         check(case, blocks, plan)
 
 
