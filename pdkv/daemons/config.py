@@ -154,8 +154,7 @@ class ServedConfig(RoleConfig):
     ] = 0
     no_prefix_cache: Annotated[bool, Field(description="Compute and move every prompt whole.")] = False
     transport: Annotated[
-        Literal["auto", "shm", "sockets", "ucx"],
-        Field(description="What moves the pages; auto: shared memory on one host, RDMA where both have it, else TCP."),
+        Literal["auto", "shm", "sockets", "ucx"], Field(description="What moves pages, auto: what can.")
     ] = "auto"
     require_transport: Annotated[
         Literal["rdma", "cuda_ipc", "shm", "tcp"] | None, Field(description="Refuse a peer reached by a lesser path.")
