@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pdkv_kernels.fp8_widen import kernel_view, widen
+from pdkv_kernels.fp8_bits import PLAIN, fp8_code, half_of_bits
 from pdkv_kernels.paged import BLOCK, RaggedQueries
 
 _TRITON_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -81,18 +81,16 @@ def _score(
     tile_queries = max(1, tuning.tile_rows // heads_padded)
     most_tiles = triton.cdiv(rows[1] - rows[0], tile_queries) + num_seqs - 1
     splits = max(1, min(tuning.programs // most_tiles, scores.shape[0] // 4))
-    k, form, native = kernel_view(index_k)
-    if native and index_q.dtype == index_k.dtype:
-        form, q, dtype = "plain", index_q, index_q.dtype
-    else:
-        q, q_form, _ = kernel_view(index_q)
-        assert q_form in ("plain", form), "fp8 queries need keys of the same format"
-        dtype = index_q.dtype if q_form == "plain" else torch.bfloat16
+    code, k = fp8_code(index_k, beside=index_q.dtype)
+    # Equal native formats meet as they are; where either side is widened, so is the other.
+    q_code, q = (PLAIN, index_q) if code == PLAIN else fp8_code(index_q)
+    assert q_code in (PLAIN, code), "fp8 queries need keys of the same format"
+    meets = _TRITON_TYPES.get(index_q.dtype, tl.float16)
     _score_blocks[(most_tiles, splits)](
         q, k, scores, queries.query_starts, queries.context_lens, queries.page_table,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), queries.page_table.stride(0), scores.stride(0),
         num_seqs, *rows,
-        FORMAT=form, NATIVE=native, TYPE=_TRITON_TYPES.get(dtype, tl.float8e4nv if dtype == torch.float8_e4m3fn else tl.float8e5),
+        CODE=code, Q_CODE=q_code, TYPE=meets,
         HEADS=heads, HEADS_P=heads_padded, DIM=dim, BLOCK=BLOCK, QUERIES=max(tile_queries, 16 // heads_padded),
         STAGES=tuning.stages, PORTABLE=triton.knobs.runtime.interpret, num_warps=tuning.warps, num_stages=tuning.stages,
     )  # fmt: skip
@@ -137,7 +135,7 @@ def _best_of_block(dots, PORTABLE: tl.constexpr):
 def _score_blocks(
     q, k, scores, query_starts, context_lens, page_table,
     q_row, q_head, k_page, k_token, table_row, scores_block, num_seqs, first_row, end_row,
-    FORMAT: tl.constexpr, NATIVE: tl.constexpr, TYPE: tl.constexpr, HEADS: tl.constexpr, HEADS_P: tl.constexpr,
+    CODE: tl.constexpr, Q_CODE: tl.constexpr, TYPE: tl.constexpr, HEADS: tl.constexpr, HEADS_P: tl.constexpr,
     DIM: tl.constexpr, BLOCK: tl.constexpr, QUERIES: tl.constexpr, STAGES: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
     """Tile of consecutive rows of one sequence, all heads, against its split of the blocks that the tile sees."""
@@ -172,13 +170,14 @@ def _score_blocks(
         asks = (row + nth < end) & (head < HEADS)
         q_at = q + (row + nth).to(tl.int64) * q_row + head.to(tl.int64) * q_head
         q_tile = tl.load(q_at[:, None] + d[None, :], mask=asks[:, None], other=0.0)
-        q_tile = widen(q_tile, FORMAT, TYPE, NATIVE) if q.dtype.element_ty == tl.uint8 else q_tile
+        q_tile = half_of_bits(q_tile, Q_CODE)
         to = scores + first_block.to(tl.int64) * scores_block + (row - first_row + nth) * HEADS + head
         k_tile_at = k + n[:, None] * k_token + d[None, :]
         table = page_table + seq.to(tl.int64) * table_row
         page = tl.load(table + first_block, mask=first_block < end_block, other=0).to(tl.int64)
         for block in tl.range(first_block, full_end, num_stages=STAGES):
-            keys = widen(tl.load(k_tile_at + page * k_page), FORMAT, TYPE, NATIVE)
+            keys = tl.load(k_tile_at + page * k_page)
+            keys = keys if CODE == 0 else half_of_bits(keys, CODE).to(TYPE)
             # The next page's number is fetched an iteration ahead of the keys that wait for it.
             page = tl.load(table + tl.minimum(block + 1, end_block - 1)).to(tl.int64)
             dots = tl.dot(q_tile, tl.trans(keys), input_precision="ieee")
@@ -186,7 +185,8 @@ def _score_blocks(
             to += scores_block
         for block in range(full_end, end_block):
             page = tl.load(table + block).to(tl.int64)
-            keys = widen(tl.load(k_tile_at + page * k_page), FORMAT, TYPE, NATIVE)
+            keys = tl.load(k_tile_at + page * k_page)
+            keys = keys if CODE == 0 else half_of_bits(keys, CODE).to(TYPE)
             dots = tl.dot(q_tile, tl.trans(keys), input_precision="ieee")
             seen = block * BLOCK + n[None, :] <= (position + nth)[:, None]
             best = _best_of_block(tl.where(seen, dots, -float("inf")), PORTABLE)

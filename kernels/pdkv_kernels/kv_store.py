@@ -9,7 +9,9 @@ from pdkv_kernels.kv_store_ref import HeadNorms, PackedHeads, Queries, TokenRows
 from pdkv_kernels.paged import BLOCK, LayerPages
 from pdkv_kernels.rounding import FORMATS, MAX, magnitude_bits, round_once, store_view, token_scale
 
-_HEADS_PER_PROGRAM = 16
+_VECTORS = 16
+"""Heads times rows that a program takes."""
+_WARPS = 4
 _TRITON_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -48,23 +50,25 @@ def kv_store(
     assert norms.k.stride(0) == norms.q.stride(0) == 1
     rotary_half = rows.cos.shape[1]
     rest = dim - 2 * rotary_half
-    grid = (num_rows, triton.cdiv(total, _HEADS_PER_PROGRAM))
-    _kv_store[grid](
+    others = triton.next_power_of_2(total - heads.q)
+    q_programs = triton.cdiv(num_rows * heads.q, _VECTORS)
+    other_programs = triton.cdiv(num_rows, max(1, _VECTORS // others))
+    _kv_store[(other_programs + q_programs,)](
         packed, norms.q, norms.k, norms.index_q if index_k is not None else norms.q,
         norms.index_k if index_k is not None else norms.q, rows.slots, rows.cos, rows.sin,
         q, index_q, k, v, k_scale, v_scale, index_pages,
-        packed.stride(0), packed.stride(1), rows.cos.stride(0), q.stride(0), q.stride(1),
+        num_rows, other_programs, packed.stride(0), packed.stride(1), rows.cos.stride(0), q.stride(0), q.stride(1),
         index_q.stride(0), index_q.stride(1),
         k.stride(0), k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2), *scale_strides,
         index_pages.stride(0), index_pages.stride(1),
-        HEADS_Q=heads.q, HEADS_KV=heads.kv, HEADS_INDEX=heads.index_q, TOTAL=total, DIM=dim, EPS=norms.eps,
-        INDEX=index_k is not None, SCALED=pages.kv.k_scale is not None,
+        HEADS_Q=heads.q, HEADS_KV=heads.kv, HEADS_INDEX=heads.index_q, OTHERS=total - heads.q, OTHERS_P=others,
+        DIM=dim, EPS=norms.eps, INDEX=index_k is not None, SCALED=pages.kv.k_scale is not None,
         HALF=rotary_half, HALF_P=triton.next_power_of_2(rotary_half), REST=rest,
         REST_P=triton.next_power_of_2(max(rest, 1)),
         KV_FORM=kv_form, KV_TYPE=_type(k), KV_MAX=MAX[kv_form], INDEX_FORM=index_form, INDEX_TYPE=_type(index_pages),
         INDEX_Q_FORM=index_q_form, INDEX_Q_TYPE=_type(index_q), Q_FORM=q_form, Q_TYPE=_type(q),
-        BLOCK=BLOCK, GROUP=_HEADS_PER_PROGRAM, PORTABLE=triton.knobs.runtime.interpret,
-        num_warps=4, enable_fp_fusion=False,
+        BLOCK=BLOCK, VECTORS=max(_VECTORS, others), PORTABLE=triton.knobs.runtime.interpret,
+        num_warps=_WARPS, enable_fp_fusion=False,
     )  # fmt: skip
     return out
 
@@ -74,124 +78,141 @@ def _type(data: Tensor) -> tl.dtype:
 
 
 @triton.jit
-def _pieces(first, index_q_weight, index_k_weight, k_weight, q_weight, column, wanted, kind):
-    """1 + the norm's weight at these columns, by kind of head: float32 [heads, columns]."""
-    gain = tl.load(q_weight + column, mask=wanted, other=0.0).to(tl.float32)[None, :]
-    if first:
-        return 1.0 + gain
-    else:
-        k_gain = tl.load(k_weight + column, mask=wanted, other=0.0).to(tl.float32)[None, :]
-        index_q_gain = tl.load(index_q_weight + column, mask=wanted, other=0.0).to(tl.float32)[None, :]
-        index_k_gain = tl.load(index_k_weight + column, mask=wanted, other=0.0).to(tl.float32)[None, :]
-        gain = tl.where(kind[:, None] == 1, k_gain, gain)
-        gain = tl.where(kind[:, None] == 3, index_q_gain, gain)
-        gain = tl.where(kind[:, None] == 4, index_k_gain, gain)
-        return 1.0 + gain
+def _inverse_root(x):
+    """1 / sqrt(x) of float64, rounded to float32: two steps of Newton from float32's estimate."""
+    root = tl.rsqrt(x.to(tl.float32)).to(tl.float64)
+    root = root * (1.5 - 0.5 * x * root * root)
+    root = root * (1.5 - 0.5 * x * root * root)
+    return tl.where(x == float("inf"), 0.0, root).to(tl.float32)
+
+
+@triton.jit
+def _rotated(
+    a, b, c, weights, a_column, turns, c_column, stays, cosine, sine,
+    DIM: tl.constexpr, EPS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """Norm, then rope: the three parts of each vector, float32. weights: where each vector's weights begin."""
+    # In float64 the sum does not depend on its order, so every device and tile size rounds to the same float32.
+    squares = tl.sum((a * a).to(tl.float64), axis=1) + tl.sum((b * b).to(tl.float64), axis=1)
+    squares += tl.sum((c * c).to(tl.float64), axis=1)
+    inverse = _inverse_root(squares / DIM + tl.full(squares.shape, EPS, tl.float64))[:, None]
+    w = weights[:, None]
+    x = a * inverse * (1.0 + tl.load(w + a_column[None, :], mask=turns[None, :], other=0.0).to(tl.float32))
+    y = b * inverse * (1.0 + tl.load(w + HALF + a_column[None, :], mask=turns[None, :], other=0.0).to(tl.float32))
+    z = c * inverse * (1.0 + tl.load(w + c_column[None, :], mask=stays[None, :], other=0.0).to(tl.float32))
+    return x * cosine - y * sine, y * cosine + x * sine, z
 
 
 @triton.jit
 def _store_others(
-    y, scale, column, wanted, kind, q_at, index_q_at, kv_at, index_at, stores,
+    y, scale, column, wanted, kind, index_q_at, kv_at, index_at, stores,
     INDEX: tl.constexpr, SCALED: tl.constexpr, KV_FORM: tl.constexpr, KV_TYPE: tl.constexpr,
     INDEX_FORM: tl.constexpr, INDEX_TYPE: tl.constexpr, INDEX_Q_FORM: tl.constexpr, INDEX_Q_TYPE: tl.constexpr,
-    Q_FORM: tl.constexpr, Q_TYPE: tl.constexpr, PORTABLE: tl.constexpr,
+    PORTABLE: tl.constexpr,
 ):  # fmt: skip
-    """Some columns of heads of several kinds, each to where its kind goes."""
+    """Some columns of heads of several kinds, each to where its kind goes. Scales of heads that have none are 1."""
     c, w = column[None, :], wanted[None, :]
-    tl.store(q_at[:, None] + c, round_once(y, Q_FORM, Q_TYPE, PORTABLE), mask=(kind == 0)[:, None] & w)
-    scaled = tl.div_rn(y, tl.broadcast_to(scale[:, None], y.shape)) if SCALED else y
-    is_kv = ((kind == 1) | (kind == 2)) & stores
-    tl.store(kv_at[:, None] + c, round_once(scaled, KV_FORM, KV_TYPE, PORTABLE), mask=is_kv[:, None] & w)
+    if SCALED:
+        y = tl.div_rn(y, tl.broadcast_to(scale[:, None], y.shape))
+    kv = round_once(y, KV_FORM, KV_TYPE, PORTABLE)
+    is_kv = (kind == 1) | (kind == 2)
+    tl.store(kv_at[:, None] + c, kv, mask=(is_kv & stores)[:, None] & w)
     if INDEX:
-        asked = round_once(y, INDEX_Q_FORM, INDEX_Q_TYPE, PORTABLE)
+        same: tl.constexpr = INDEX_FORM == KV_FORM and INDEX_TYPE == KV_TYPE
+        kept = kv if same else round_once(y, INDEX_FORM, INDEX_TYPE, PORTABLE)
+        tl.store(index_at[:, None] + c, kept, mask=((kind == 4) & stores)[:, None] & w)
+        asks_same: tl.constexpr = INDEX_FORM == INDEX_Q_FORM and INDEX_TYPE == INDEX_Q_TYPE
+        asked = kept if asks_same else round_once(y, INDEX_Q_FORM, INDEX_Q_TYPE, PORTABLE)
         tl.store(index_q_at[:, None] + c, asked, mask=(kind == 3)[:, None] & w)
-        kept = round_once(y, INDEX_FORM, INDEX_TYPE, PORTABLE)
-        tl.store(index_at + c + tl.zeros_like(kind)[:, None], kept, mask=((kind == 4) & stores)[:, None] & w)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "other_programs"])
 def _kv_store(
     packed, q_weight, k_weight, index_q_weight, index_k_weight, slots, cos, sin,
     q, index_q, k, v, k_scale, v_scale, index_k,
-    packed_row, packed_head, table_row, q_row, q_head, iq_row, iq_head,
+    num_rows, other_programs, packed_row, packed_head, table_row, q_row, q_head, iq_row, iq_head,
     k_page, k_head, k_token, v_page, v_head, v_token, s_page, s_head, s_token, i_page, i_token,
-    HEADS_Q: tl.constexpr, HEADS_KV: tl.constexpr, HEADS_INDEX: tl.constexpr, TOTAL: tl.constexpr, DIM: tl.constexpr,
-    EPS: tl.constexpr, INDEX: tl.constexpr, SCALED: tl.constexpr,
+    HEADS_Q: tl.constexpr, HEADS_KV: tl.constexpr, HEADS_INDEX: tl.constexpr, OTHERS: tl.constexpr,
+    OTHERS_P: tl.constexpr, DIM: tl.constexpr, EPS: tl.constexpr, INDEX: tl.constexpr, SCALED: tl.constexpr,
     HALF: tl.constexpr, HALF_P: tl.constexpr, REST: tl.constexpr, REST_P: tl.constexpr,
     KV_FORM: tl.constexpr, KV_TYPE: tl.constexpr, KV_MAX: tl.constexpr, INDEX_FORM: tl.constexpr,
     INDEX_TYPE: tl.constexpr, INDEX_Q_FORM: tl.constexpr, INDEX_Q_TYPE: tl.constexpr, Q_FORM: tl.constexpr,
-    Q_TYPE: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, PORTABLE: tl.constexpr,
+    Q_TYPE: tl.constexpr, BLOCK: tl.constexpr, VECTORS: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
-    """One row, GROUP of its heads. Columns go in three parts: the two that rotate against each other, and the rest."""
-    row = tl.program_id(0).to(tl.int64)
-    first = tl.program_id(1) * GROUP
-    head = first + tl.arange(0, GROUP)
-    # 0: q, 1: k, 2: v, 3: index_q, 4: index_k, 5: nothing that this layer wants
-    kind = (head >= HEADS_Q).to(tl.int32) + (head >= HEADS_Q + HEADS_KV).to(tl.int32)
-    kind += (head >= HEADS_Q + 2 * HEADS_KV).to(tl.int32) + (head == TOTAL - 1).to(tl.int32) * (HEADS_INDEX > 0)
-    kind = tl.where((head >= TOTAL) | ((kind >= 3) & (not INDEX)), 5, kind)
+    """Some vectors: heads of q, or, in the first programs, all other heads of some rows.
+
+    Columns go in three parts: the two that rotate against each other, and the rest.
+    """
+    nth = tl.arange(0, VECTORS)
     a_column = tl.arange(0, HALF_P)
     turns = a_column < HALF
     c_column = 2 * HALF + tl.arange(0, REST_P)
     stays = c_column < 2 * HALF + REST
-    at = packed + row * packed_row + head[:, None] * packed_head
-    wanted = (kind < 5)[:, None]
-    a = tl.load(at + a_column[None, :], mask=wanted & turns[None, :], other=0.0).to(tl.float32)
-    b = tl.load(at + HALF + a_column[None, :], mask=wanted & turns[None, :], other=0.0).to(tl.float32)
-    c = tl.load(at + c_column[None, :], mask=wanted & stays[None, :], other=0.0).to(tl.float32)
-    # In float64 the sum does not depend on its order, so every device and tile size rounds to the same float32.
-    squares = tl.sum((a * a).to(tl.float64), axis=1) + tl.sum((b * b).to(tl.float64), axis=1)
-    squares += tl.sum((c * c).to(tl.float64), axis=1)
-    inverse = (1.0 / tl.sqrt(squares / DIM + tl.full([GROUP], EPS, tl.float64))).to(tl.float32)[:, None]
-    cosine = tl.load(cos + row * table_row + a_column, mask=turns, other=0.0)[None, :]
-    sine = tl.load(sin + row * table_row + a_column, mask=turns, other=0.0)[None, :]
-    q_at = q + row * q_row + head.to(tl.int64) * q_head
-    b_column = HALF + a_column
-    if first + GROUP <= HEADS_Q:
-        x = a * inverse * _pieces(True, index_q_weight, index_k_weight, k_weight, q_weight, a_column, turns, kind)
-        y = b * inverse * _pieces(True, index_q_weight, index_k_weight, k_weight, q_weight, b_column, turns, kind)
-        c = c * inverse * _pieces(True, index_q_weight, index_k_weight, k_weight, q_weight, c_column, stays, kind)
-        a, b = x * cosine - y * sine, y * cosine + x * sine
-        at = q_at[:, None]
-        tl.store(at + a_column[None, :], round_once(a, Q_FORM, Q_TYPE, PORTABLE), mask=wanted & turns[None, :])
-        tl.store(at + b_column[None, :], round_once(b, Q_FORM, Q_TYPE, PORTABLE), mask=wanted & turns[None, :])
-        tl.store(at + c_column[None, :], round_once(c, Q_FORM, Q_TYPE, PORTABLE), mask=wanted & stays[None, :])
+    if tl.program_id(0) >= other_programs:
+        vector = (tl.program_id(0) - other_programs).to(tl.int64) * VECTORS + nth
+        row, head = vector // HEADS_Q, vector % HEADS_Q
+        exists = row < num_rows
+        wanted = exists[:, None]
+        at = packed + (row * packed_row + head * packed_head)[:, None]
+        a = tl.load(at + a_column[None, :], mask=wanted & turns[None, :], other=0.0).to(tl.float32)
+        b = tl.load(at + HALF + a_column[None, :], mask=wanted & turns[None, :], other=0.0).to(tl.float32)
+        c = tl.load(at + c_column[None, :], mask=wanted & stays[None, :], other=0.0).to(tl.float32)
+        turned = (row * table_row)[:, None] + a_column[None, :]
+        cosine = tl.load(cos + turned, mask=wanted & turns[None, :], other=0.0)
+        sine = tl.load(sin + turned, mask=wanted & turns[None, :], other=0.0)
+        weights = q_weight + tl.zeros([VECTORS], tl.int32)
+        a, b, c = _rotated(a, b, c, weights, a_column, turns, c_column, stays, cosine, sine, DIM, EPS, HALF)
+        to = q + (row * q_row + head * q_head)[:, None]
+        tl.store(to + a_column[None, :], round_once(a, Q_FORM, Q_TYPE, PORTABLE), mask=wanted & turns[None, :])
+        tl.store(to + HALF + a_column[None, :], round_once(b, Q_FORM, Q_TYPE, PORTABLE), mask=wanted & turns[None, :])
+        tl.store(to + c_column[None, :], round_once(c, Q_FORM, Q_TYPE, PORTABLE), mask=wanted & stays[None, :])
     else:
+        row = tl.program_id(0).to(tl.int64) * (VECTORS // OTHERS_P) + nth // OTHERS_P
+        head = (nth % OTHERS_P).to(tl.int64)  # behind q's
+        # 1: k, 2: v, 3: index_q, 4: index_k, 5: nothing that this layer wants
+        kind = 1 + (head >= HEADS_KV).to(tl.int32) + (head >= 2 * HEADS_KV).to(tl.int32)
+        kind += (head == OTHERS - 1).to(tl.int32) * (HEADS_INDEX > 0)
+        kind = tl.where((head >= OTHERS) | (row >= num_rows) | ((kind >= 3) & (not INDEX)), 5, kind)
+        wanted = (kind < 5)[:, None]
+        at = packed + (row * packed_row + (HEADS_Q + head) * packed_head)[:, None]
+        a = tl.load(at + a_column[None, :], mask=wanted & turns[None, :], other=0.0).to(tl.float32)
+        b = tl.load(at + HALF + a_column[None, :], mask=wanted & turns[None, :], other=0.0).to(tl.float32)
+        c = tl.load(at + c_column[None, :], mask=wanted & stays[None, :], other=0.0).to(tl.float32)
+        turned = (row * table_row)[:, None] + a_column[None, :]
+        cosine = tl.load(cos + turned, mask=wanted & turns[None, :], other=0.0)
+        sine = tl.load(sin + turned, mask=wanted & turns[None, :], other=0.0)
+        weights = tl.where(kind == 3, index_q_weight, tl.where(kind == 4, index_k_weight, k_weight))
+        x, y, z = _rotated(a, b, c, weights, a_column, turns, c_column, stays, cosine, sine, DIM, EPS, HALF)
         plain = (kind == 2)[:, None]
-        x = a * inverse * _pieces(False, index_q_weight, index_k_weight, k_weight, q_weight, a_column, turns, kind)
-        y = b * inverse * _pieces(False, index_q_weight, index_k_weight, k_weight, q_weight, b_column, turns, kind)
-        z = c * inverse * _pieces(False, index_q_weight, index_k_weight, k_weight, q_weight, c_column, stays, kind)
-        a = tl.where(plain, a, x * cosine - y * sine)
-        b = tl.where(plain, b, y * cosine + x * sine)
-        c = tl.where(plain, c, z)
-        slot = tl.load(slots + row)
+        a, b, c = tl.where(plain, a, x), tl.where(plain, b, y), tl.where(plain, c, z)
+        slot = tl.load(slots + row, mask=row < num_rows, other=-1)
         stores = slot >= 0
         page, offset = slot // BLOCK, slot % BLOCK
-        kv_head = tl.where(kind == 1, head - HEADS_Q, head - HEADS_Q - HEADS_KV).to(tl.int64)
+        kv_head = head % HEADS_KV
         is_k = kind == 1
         kv_at = tl.where(
             is_k, k + page * k_page + kv_head * k_head + offset * k_token,
             v + page * v_page + kv_head * v_head + offset * v_token,
         )  # fmt: skip
         index_at = index_k + page * i_page + offset * i_token
-        index_q_at = index_q + row * iq_row + (head - HEADS_Q - 2 * HEADS_KV).to(tl.int64) * iq_head
-        scale = tl.full([GROUP], 1.0, tl.float32)
+        index_q_at = index_q + row * iq_row + (head - 2 * HEADS_KV) * iq_head
+        scale = tl.full([VECTORS], 1.0, tl.float32)
         if SCALED:
             largest = tl.maximum(tl.max(magnitude_bits(a), axis=1), tl.max(magnitude_bits(b), axis=1))
             largest = tl.maximum(largest, tl.max(magnitude_bits(c), axis=1))
             is_kv = (kind == 1) | (kind == 2)
             scale = token_scale(largest, is_kv, KV_FORM, KV_MAX)
-            to = page * s_page + kv_head * s_head + offset * s_token
-            tl.store(tl.where(is_k, k_scale + to, v_scale + to), scale, mask=is_kv & stores)
+            s_at = page * s_page + kv_head * s_head + offset * s_token
+            tl.store(tl.where(is_k, k_scale + s_at, v_scale + s_at), scale, mask=is_kv & stores)
         _store_others(
-            a, scale, a_column, turns, kind, q_at, index_q_at, kv_at, index_at, stores, INDEX, SCALED, KV_FORM,
-            KV_TYPE, INDEX_FORM, INDEX_TYPE, INDEX_Q_FORM, INDEX_Q_TYPE, Q_FORM, Q_TYPE, PORTABLE,
+            a, scale, a_column, turns, kind, index_q_at, kv_at, index_at, stores, INDEX, SCALED, KV_FORM,
+            KV_TYPE, INDEX_FORM, INDEX_TYPE, INDEX_Q_FORM, INDEX_Q_TYPE, PORTABLE,
         )  # fmt: skip
         _store_others(
-            b, scale, b_column, turns, kind, q_at, index_q_at, kv_at, index_at, stores, INDEX, SCALED, KV_FORM,
-            KV_TYPE, INDEX_FORM, INDEX_TYPE, INDEX_Q_FORM, INDEX_Q_TYPE, Q_FORM, Q_TYPE, PORTABLE,
+            b, scale, HALF + a_column, turns, kind, index_q_at, kv_at, index_at, stores, INDEX, SCALED, KV_FORM,
+            KV_TYPE, INDEX_FORM, INDEX_TYPE, INDEX_Q_FORM, INDEX_Q_TYPE, PORTABLE,
         )  # fmt: skip
         _store_others(
-            c, scale, c_column, stays, kind, q_at, index_q_at, kv_at, index_at, stores, INDEX, SCALED, KV_FORM,
-            KV_TYPE, INDEX_FORM, INDEX_TYPE, INDEX_Q_FORM, INDEX_Q_TYPE, Q_FORM, Q_TYPE, PORTABLE,
+            c, scale, c_column, stays, kind, index_q_at, kv_at, index_at, stores, INDEX, SCALED, KV_FORM,
+            KV_TYPE, INDEX_FORM, INDEX_TYPE, INDEX_Q_FORM, INDEX_Q_TYPE, PORTABLE,
         )  # fmt: skip

@@ -12,13 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pdkv_kernels.fp8_widen import kernel_view, widen
+from pdkv_kernels.fp8_bits import CONVERT, PLAIN, fp8_code, half_of_bits
 from pdkv_kernels.page_readers import PageReaders, TileShape, page_readers
 from pdkv_kernels.paged import BLOCK, PagedKv, RaggedQueries
 
 _TRITON_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _LOG2_E = 1.4426950408889634
-_WORKSPACE_SLOTS = 1 << 17
+_WORKSPACE_SLOTS = 1 << 18
 """Partial results that exist at one time, 4 KiB each for M3 in bfloat16."""
 
 
@@ -29,23 +29,32 @@ class PrefillTuning:
     page_rows: int = 64
     """Rows times q heads of a tile that attends page by page."""
     page_warps: int = 4
-    page_stages: int = 2
+    page_stages: int = 1
     page_programs: int = 264
-    page_registers: int | None = None
-    readers_per_item: int = 64
+    readers_per_item: int = 128
     tile_rows: int = 128
     """Rows times q heads of a tile that attends to its shared pages."""
+    tile_keys: int = 64
+    """Keys of a page that such a tile takes at a time."""
     tile_warps: int = 8
     tile_stages: int = 2
-    tile_keys: int = 128
-    """Keys of a page that a tile takes at a time."""
-    tile_registers: int | None = None
+    tile_registers: int | None = 128
+    """Bound for each thread, so that two programs share a multiprocessor; NVIDIA only."""
     share_from: int = 4
     split_q: bool = True
-    """fp8 keys: multiply them natively by q in two fp8 parts, instead of widening them."""
+    """e4m3 keys: multiply them natively by q in two fp8 parts, instead of widening them."""
 
 
-DEFAULT_TUNING = PrefillTuning()
+_PLAIN = PrefillTuning()
+_UNSCALED_FP8 = PrefillTuning(tile_rows=64, tile_warps=4, tile_registers=168)
+_SCALED_FP8 = PrefillTuning(tile_keys=128, tile_registers=None)
+
+
+def measured_tuning(kv: PagedKv) -> PrefillTuning:
+    """Best on an H200 for pages of this kind."""
+    if kv.k.dtype.itemsize > 1:
+        return _PLAIN
+    return _UNSCALED_FP8 if kv.k_scale is None else _SCALED_FP8
 
 
 def sparse_attention_prefill(
@@ -55,13 +64,14 @@ def sparse_attention_prefill(
     queries: RaggedQueries,
     scale: float,
     out: tuple[Tensor, Tensor] | None = None,
-    tuning: PrefillTuning = DEFAULT_TUNING,
+    tuning: PrefillTuning | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``sparse_attention_ref`` for many rows a sequence. Rows behind the last sequence's give 0 and -inf.
 
     fp8 K and V are widened exactly; with ``split_q`` the sum of two fp8 numbers stands for each element of q, within
     2^-8 of it as bfloat16 is. V's scales ride on the softmax weights, relative to the page's largest, in float16.
     """
+    tuning = tuning or measured_tuning(kv)
     num_rows, num_heads, dim = q.shape
     kv_heads, topk = blocks.shape[1:]
     share = num_heads // kv_heads
@@ -104,8 +114,8 @@ class _Pass:
         self._q, self._kv, self._readers, self._part, self._part_lse = q, kv, readers, part, part_lse
         self._topk, self._shape, self._tuning = topk, shape, tuning
         self._scale = scale * _LOG2_E
-        k, form, native = kernel_view(kv.k)
-        v, _, _ = kernel_view(kv.v)
+        code, k = fp8_code(kv.k)
+        _, v = fp8_code(kv.v)
         scaled = kv.k_scale is not None
         k_scale = kv.k_scale if kv.k_scale is not None else self._part_lse  # never read where there are none
         v_scale = kv.v_scale if kv.v_scale is not None else self._part_lse
@@ -116,10 +126,10 @@ class _Pass:
             k.stride(0), k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2), *scale_strides,
         )  # fmt: skip
         share = q.shape[1] // kv.k.shape[1]
-        value = q.dtype if form == "plain" or q.dtype == torch.float32 else torch.float16
+        value = q.dtype if code == PLAIN or q.dtype == torch.float32 else torch.float16
+        self._splits = tuning.split_q and code == CONVERT and kv.k.dtype == torch.float8_e4m3fn
         self._constants = {
-            "FORMAT": form,
-            "NATIVE": native,
+            "CODE": code,
             "SCALED": scaled,
             "QTYPE": _TRITON_TYPES[q.dtype],
             "VTYPE": _TRITON_TYPES[value],
@@ -144,8 +154,7 @@ class _Pass:
             self._q.stride(0), self._q.stride(1), self._kv.k.shape[0], window, most_items,
             self._shape.window_rows, self._scale,
             READERS_PER_ITEM=self._shape.readers_per_item, ROWS=tile, STAGES=tuning.page_stages,
-            num_warps=tuning.page_warps, num_stages=tuning.page_stages, maxnreg=tuning.page_registers,
-            **self._constants,
+            num_warps=tuning.page_warps, num_stages=tuning.page_stages, **self._constants,
         )  # fmt: skip
 
     def attend_tiles(self, window: int, out: tuple[Tensor, Tensor]) -> None:
@@ -155,15 +164,15 @@ class _Pass:
         tiles = self._shape.window_rows // self._shape.rows
         first_tile = window * tiles
         tiles = min(tiles, triton.cdiv(num_rows, self._shape.rows) - first_tile)
-        splits = tuning.split_q and self._constants["FORMAT"] == "e4m3fn" and self._constants["NATIVE"]
+        nvidia = self._q.is_cuda and torch.version.hip is None
+        bound = {"maxnreg": tuning.tile_registers} if nvidia and tuning.tile_registers else {}
         _attend_tiles[(tiles, self._kv.k.shape[1])](
             self._q, *self._pages, self._part, self._part_lse, *out,
             r.shared_count, r.whole_count, r.shared_page, r.shared_limit, r.shared_reach, r.loose_count,
             self._q.stride(0), self._q.stride(1), out[0].stride(0), out[0].stride(1), out[1].stride(0),
             out[1].stride(1), num_rows, first_tile, r.shared_page.shape[2], self._shape.window_rows, self._scale,
-            SPLIT_Q=splits, TILE_ROWS=self._shape.rows, KEYS=tuning.tile_keys, STAGES=tuning.tile_stages,
-            num_warps=tuning.tile_warps, num_stages=tuning.tile_stages, maxnreg=tuning.tile_registers,
-            **self._constants,
+            SPLIT_Q=self._splits, TILE_ROWS=self._shape.rows, KEYS=tuning.tile_keys, STAGES=tuning.tile_stages,
+            num_warps=tuning.tile_warps, num_stages=tuning.tile_stages, **bound, **self._constants,
         )  # fmt: skip
 
 
@@ -188,7 +197,7 @@ def _attend_pages(
     part, part_lse, item_count, item_key, item_first, key_count, key_limit, key_start, reader_slot, reader_limit,
     q_row, q_head, num_pages, window, most_items, window_rows, scale,
     READERS_PER_ITEM: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
-    FORMAT: tl.constexpr, NATIVE: tl.constexpr, SCALED: tl.constexpr, QTYPE: tl.constexpr, VTYPE: tl.constexpr,
+    CODE: tl.constexpr, SCALED: tl.constexpr, QTYPE: tl.constexpr, VTYPE: tl.constexpr,
     HEADS: tl.constexpr, TOPK: tl.constexpr, SHARE: tl.constexpr, SHARE_P: tl.constexpr, DIM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -212,8 +221,8 @@ def _attend_pages(
         v_at = v + page * v_page + head.to(tl.int64) * v_head
         k_tile = tl.load(k_at + n[:, None] * k_token + d[None, :], mask=there[:, None], other=0.0)
         v_tile = tl.load(v_at + n[:, None] * v_token + d[None, :], mask=there[:, None], other=0.0)
-        k_tile = widen(k_tile, FORMAT, QTYPE, NATIVE)
-        v_tile = widen(v_tile, FORMAT, VTYPE, NATIVE)
+        k_tile = half_of_bits(k_tile, CODE).to(QTYPE)
+        v_tile = half_of_bits(v_tile, CODE).to(VTYPE)
         column = tl.full([BLOCK], scale, tl.float32)
         weight = tl.full([BLOCK], 1.0, tl.float32)
         top_weight = 1.0
@@ -255,7 +264,7 @@ def _attend_tiles(
     part, part_lse, out, out_lse, shared_count, whole_count, shared_page, shared_limit, shared_reach, loose_count,
     q_row, q_head, o_row, o_head, lse_row, lse_head, num_rows, first_tile, capacity, window_rows, scale,
     SPLIT_Q: tl.constexpr, TILE_ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
-    FORMAT: tl.constexpr, NATIVE: tl.constexpr, SCALED: tl.constexpr, QTYPE: tl.constexpr, VTYPE: tl.constexpr,
+    CODE: tl.constexpr, SCALED: tl.constexpr, QTYPE: tl.constexpr, VTYPE: tl.constexpr,
     HEADS: tl.constexpr, TOPK: tl.constexpr, SHARE: tl.constexpr, SHARE_P: tl.constexpr, DIM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -309,7 +318,7 @@ def _attend_tiles(
                 logits = tl.dot(q_high, keys)
                 logits = tl.dot(q_low, keys, logits)
             else:
-                keys = tl.trans(widen(k_tile, FORMAT, QTYPE, NATIVE))
+                keys = tl.trans(half_of_bits(k_tile, CODE).to(QTYPE))
                 logits = tl.dot(q_tile, keys, input_precision="ieee")
             if SCALED:
                 s_at = page * s_page + head * s_head + begin * s_token
@@ -329,7 +338,7 @@ def _attend_tiles(
                 unit = new_unit
             acc = acc * fade[:, None]
             v_tile = tl.load(v_at) if masked == 0 else tl.load(v_at, mask=there[:, None], other=0.0)
-            acc = tl.dot(p.to(VTYPE), widen(v_tile, FORMAT, VTYPE, NATIVE), acc, input_precision="ieee")
+            acc = tl.dot(p.to(VTYPE), half_of_bits(v_tile, CODE).to(VTYPE), acc, input_precision="ieee")
             top = new_top
             # What the next page's loads wait for is fetched an iteration ahead of them.
             after = first + tl.minimum((step + 1) // PARTS, end_at - 1)
