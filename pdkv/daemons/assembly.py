@@ -17,6 +17,7 @@ from pdkv.agent.rank_reads import RankReads
 from pdkv.core.events import SessionPolicy
 from pdkv.core.lease import LeasePolicy
 from pdkv.core.manifest import pairing_digest
+from pdkv.daemons.gpu_sizing import chunk_on, room_on
 from pdkv.daemons.link import WorkerSettings
 from pdkv.daemons.other_ranks import OtherRanks
 from pdkv.daemons.rank_link import ArenaWanted, RankReady, RankSetup, ShareLoaded
@@ -26,7 +27,9 @@ from pdkv.daemons.sizing import choose_num_pages
 from pdkv.daemons.transport_choice import describe, make_transport
 from pdkv.errors import RankLostError
 from pdkv.m3.config import M3Config, model_fingerprint
+from pdkv.m3.decode_graphs import DecodeShapes
 from pdkv.m3.engine import Engine
+from pdkv.m3.model import M3Model
 from pdkv.m3.prefix_cache import seed_of
 from pdkv.m3.requests import EngineSettings
 from pdkv.m3.step import StepRunner
@@ -85,13 +88,13 @@ def assemble(settings: WorkerSettings, emit: Emit, others: OtherRanks, transport
         agent = DecodeAgent(identity, channel, ranks, links, emit)
     bounds = EngineSettings(
         max_model_len=settings.max_model_len,
-        prefill_chunk=settings.prefill_chunk,
+        prefill_chunk=chunk_on(settings, share.model),
         max_batch=settings.max_batch,
         prefix_seed=seed_of(identity.manifest.model_fingerprint, share.layout.kv) if settings.prefix_cache else None,
         speculative_tokens=settings.speculative_tokens,
     )
     return Assembly(
-        engine=Engine(RankedRunner(StepRunner(share.model, arena), others), pool, bounds),
+        engine=Engine(RankedRunner(_runner(settings, share.model, arena, bounds), others), pool, bounds),
         arena=arena,
         pool=pool,
         layout=share.layout,
@@ -101,6 +104,15 @@ def assemble(settings: WorkerSettings, emit: Emit, others: OtherRanks, transport
         loop=AgentLoop(channel, transport),
         agent=agent,  # type: ignore[arg-type]  # its own commands are all that its role posts
     )
+
+
+def _runner(settings: WorkerSettings, model: M3Model, arena: Arena, bounds: EngineSettings) -> StepRunner:
+    """Steps that only decode happen on a decode worker; on a GPU they are captured before anybody asks for one."""
+    decodes = settings.role == "decode"
+    shapes = DecodeShapes.of(bounds, model.config.block_size, arena.num_pages) if decodes else None
+    runner = StepRunner(model, arena, shapes)
+    runner.prepare()
+    return runner
 
 
 def _load_all(settings: WorkerSettings, others: OtherRanks) -> RankShare:
@@ -121,9 +133,9 @@ def _furnish_all(
 ) -> tuple[RankMemory, tuple[RankOffer, ...]]:
     """Rank 0's arena, and the offers of all ranks: as many pages on each, so that page numbers mean the same."""
     order = ArenaOrder(
-        num_pages=choose_num_pages(settings, share.layout),
+        num_pages=choose_num_pages(settings, share.layout, room_on(settings, share.model)),
         incarnation=incarnation,
-        fingerprint=model_fingerprint(Path(settings.model_dir), share.model.config),
+        fingerprint=_fingerprint(settings, share.model.config),
     )
     others.tell(ArenaWanted(order))
     memory = furnish(settings, share.layout, transport, order)
@@ -145,9 +157,13 @@ def enroll(
 ) -> tuple[RankMemory, WorkerIdentity]:
     """Pages without a model, registered with ``transport``, and who their only rank is to peers."""
     layout = RowLayout.of(cache_layout(settings, config))
-    order = ArenaOrder(num_pages, incarnation, model_fingerprint(Path(settings.model_dir), config))
+    order = ArenaOrder(num_pages, incarnation, _fingerprint(settings, config))
     memory = furnish(settings, layout, transport, order)
     return memory, _identity(settings, incarnation, (memory.offer,))
+
+
+def _fingerprint(settings: WorkerSettings, config: M3Config) -> str:
+    return model_fingerprint(None if settings.load_format == "dummy" else Path(settings.model_dir), config)
 
 
 def new_incarnation() -> Incarnation:

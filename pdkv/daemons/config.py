@@ -127,7 +127,22 @@ class ServedConfig(RoleConfig):
         int, Field(ge=0, description="Pages of 128 tokens per worker; 0 = sized for max-batch requests."), _ADVANCED
     ] = 0
     max_prompts: Annotated[int, Field(ge=1, description="Prompts that one request may hold."), _ADVANCED] = 128
-    prefill_chunk: Annotated[int, Field(ge=1, description="Prompt tokens computed at a time.")] = 512
+    prefill_chunk: Annotated[
+        int, Field(ge=0, description="Prompt tokens computed at a time; 0 = 512, on a GPU as many as it has room for.")
+    ] = 0
+    device: Annotated[
+        Literal["cpu", "cuda"], Field(description="Where models run; each rank has a GPU of its own."), _ADVANCED
+    ] = "cpu"
+    gpu_memory_utilization: Annotated[
+        float,
+        Field(gt=0, le=1, description="Share of a GPU's memory that a worker may fill, weights included."),
+        _ADVANCED,
+    ] = 0.9
+    load_format: Annotated[
+        Literal["auto", "dummy"],
+        Field(description="dummy: random weights in the shapes of config.json, for measuring."),
+        _ADVANCED,
+    ] = "auto"
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"], Field(description="Storage of weights and K/V; auto: the checkpoint's.")
     ] = "auto"
@@ -188,7 +203,6 @@ class WorkerConfig(ServedConfig):
     stall_timeout: Annotated[
         float, Field(gt=0, description="Not live when a thread takes longer for one step, in seconds."), _ADVANCED
     ] = 60.0
-    device: Annotated[Literal["cpu"], Field(description="Where the model runs."), _ADVANCED] = "cpu"
     threads: Annotated[int, Field(ge=0, description="Torch threads; 0 = all cores.")] = 0
     tp: Annotated[int, Field(ge=1, le=64, description="Tensor-parallel ranks, one process each.")] = 1
     ep: Annotated[bool, Field(description="Ranks hold whole experts instead of a slice of each."), _ADVANCED] = False

@@ -60,6 +60,8 @@ def engine_settings(config: WorkerConfig, served: ServedModel, listen: str) -> W
         index_topk_pattern=config.index_topk_pattern,
         index_skip_topk_offset=config.index_skip_topk_offset,
         prefix_cache=not config.no_prefix_cache,
+        load_format=config.load_format,
+        gpu_memory_utilization=config.gpu_memory_utilization,
         speculative_tokens=config.speculative_tokens if isinstance(config, DecodeConfig) else 0,
     )
 

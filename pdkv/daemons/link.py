@@ -34,6 +34,7 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int
     max_batch: int
     prefill_chunk: int
+    """Prompt tokens of one step; 0 = as the device has room for."""
     dtype: str
     device: str
     num_threads: int
@@ -60,6 +61,10 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     index_topk_pattern: str = ""
     index_skip_topk_offset: int = 0
     prefix_cache: bool = True
+    load_format: str = "auto"
+    """"auto": the checkpoint's weights; "dummy": random ones in the shapes of its config."""
+    gpu_memory_utilization: float = 0.9
+    """Share of each GPU's memory that this worker may fill, weights and work space included."""
     speculative_tokens: int = 0
     """Tokens that decode proposes by prompt lookup and verifies in one step; 0 = none."""
 

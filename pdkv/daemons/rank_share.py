@@ -8,6 +8,7 @@ import torch
 
 from pdkv.daemons.link import WorkerSettings
 from pdkv.daemons.model_settings import layout_of, schedule_of
+from pdkv.errors import ConfigError
 from pdkv.m3.config import M3Config
 from pdkv.m3.model import M3Model, load_model
 from pdkv.m3.parallel import Group
@@ -50,6 +51,7 @@ def load_share(settings: WorkerSettings, group: Group) -> RankShare:
     Raises whatever ``PdkvError`` keeps the model from being served so.
     """
     torch.set_num_threads(threads_per_rank(settings))
+    use_device(device_of(settings, group.rank))
     model = load_model(
         Path(settings.model_dir),
         device=device_of(settings, group.rank),
@@ -57,6 +59,7 @@ def load_share(settings: WorkerSettings, group: Group) -> RankShare:
         schedule=schedule_of(settings),
         group=group,
         expert_parallel=settings.expert_parallel,
+        load_format=settings.load_format,
     )
     return RankShare(model, RowLayout.of(cache_layout(settings, model.config), group.rank, group.size))
 
@@ -67,8 +70,23 @@ def cache_layout(settings: WorkerSettings, config: M3Config) -> KvLayout:
 
 
 def device_of(settings: WorkerSettings, rank: int) -> str:
-    """A rank's device: where GPUs are asked for without a number, ranks take them in order."""
-    return f"cuda:{rank}" if settings.device == "cuda" and settings.tp_size > 1 else settings.device
+    """A rank's device: ranks take GPUs in the order in which CUDA_VISIBLE_DEVICES has them."""
+    return f"cuda:{rank}" if settings.device == "cuda" else settings.device
+
+
+def use_device(device: str) -> None:
+    """Make the calling thread, which is the one that computes, launch on ``device``.
+
+    Raises ``ConfigError`` for a GPU that is not there.
+    """
+    if torch.device(device).type != "cuda":
+        return
+    index, count = torch.device(device).index, torch.cuda.device_count()
+    if index >= count:
+        raise ConfigError(f"rank {index} needs {device}, and torch sees {count} GPUs; use fewer ranks, or --device cpu")
+    torch.cuda.set_device(index)
+    # Partial sums of bfloat16 products are added in float32, whatever it costs.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
 def threads_per_rank(settings: WorkerSettings) -> int:
@@ -78,7 +96,7 @@ def threads_per_rank(settings: WorkerSettings) -> int:
 
 def furnish(settings: WorkerSettings, layout: RowLayout, transport: Transport, order: ArenaOrder) -> RankMemory:
     """Allocate a rank's arena and make it readable; a prefill worker's reserved pages get their pattern."""
-    arena = Arena.allocate(layout, order.num_pages)
+    arena = Arena.allocate(layout, order.num_pages, device_of(settings, layout.tp_rank))
     transport.register(arena.memory)
     probe = ProbePages(arena)
     if settings.role == "prefill":

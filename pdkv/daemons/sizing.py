@@ -4,6 +4,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
+
 from pdkv.daemons.link import WorkerSettings
 from pdkv.errors import CapacityError, ConfigError
 from pdkv.memory.row import RowLayout
@@ -13,8 +15,27 @@ _SHARE_OF_AVAILABLE = 0.3
 """Of the memory available at start; a worker of each role and their models fit one machine then."""
 
 
-def choose_num_pages(settings: WorkerSettings, layout: RowLayout) -> int:
-    """What ``num_pages`` says, else enough for ``max_batch`` requests of ``max_model_len`` within a share of memory.
+class GpuRoom(msgspec.Struct, frozen=True):
+    """How much of one GPU is there for pages, and how that came about. Bytes."""
+
+    for_pages: int
+    reserve: int
+    total: int
+    free: int
+    """Before pages were allocated, weights loaded."""
+    utilization: float
+
+    @property
+    def told(self) -> str:
+        return (
+            f"--gpu-memory-utilization {self.utilization:g} of {self.total:,} bytes, {self.free:,} of them free, "
+            f"leaves {max(0, self.for_pages):,} for pages beside the weights and a reserve of {self.reserve:,}"
+        )
+
+
+def choose_num_pages(settings: WorkerSettings, layout: RowLayout, room: GpuRoom | None = None) -> int:
+    """What ``num_pages`` says. Else, on a GPU, all that it has ``room`` for; on a CPU enough for ``max_batch`` requests
+    of ``max_model_len`` within a share of memory.
 
     Raises ``ConfigError`` when not even one request of ``max_model_len`` fits, ``CapacityError`` when memory lacks.
     """
@@ -26,6 +47,8 @@ def choose_num_pages(settings: WorkerSettings, layout: RowLayout) -> int:
                 f"{settings.max_model_len}: {one + PROBE_PAGES} pages are needed"
             )
         return settings.num_pages
+    if room is not None:
+        return _pages_on_gpu(settings, layout, room)
     available = memory_available_bytes()
     page_bytes = layout.pitch * settings.tp_size  # the ranks of a worker share one machine's memory
     affordable = int(available * _SHARE_OF_AVAILABLE) // page_bytes
@@ -36,6 +59,17 @@ def choose_num_pages(settings: WorkerSettings, layout: RowLayout) -> int:
             "--max-model-len, or set --num-pages to take more"
         )
     return min(one * settings.max_batch + PROBE_PAGES, affordable)
+
+
+def _pages_on_gpu(settings: WorkerSettings, layout: RowLayout, room: GpuRoom) -> int:
+    needed = (-(-settings.max_model_len // layout.kv.block_size) + PROBE_PAGES) * layout.pitch
+    if room.for_pages < needed:
+        raise CapacityError(
+            f"one request of --max-model-len {settings.max_model_len} needs {needed:,} bytes of pages: {room.told}. "
+            f"That is {needed - room.for_pages:,} bytes too few. Lower --max-model-len or --prefill-chunk, raise "
+            "--gpu-memory-utilization, or divide the model among more ranks (--tp)"
+        )
+    return room.for_pages // layout.pitch
 
 
 def memory_available_bytes(root: Path = Path("/")) -> int:

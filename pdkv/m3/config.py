@@ -81,15 +81,19 @@ def kv_layout(config: M3Config, kv_dtype: str = "auto", index_dtype: str = "auto
     )
 
 
-def model_fingerprint(model_dir: Path, config: M3Config) -> str:
+def model_fingerprint(model_dir: Path | None, config: M3Config) -> str:
     """Hex digest that two workers must share to be paired: of the config as understood, and of the weight *files*.
 
     The config counts by meaning, so it does not matter in which form it is written. The weights count by their files
     (``digest_weights``): the same model in another form, or cut into other shards, has another fingerprint, and two
     workers that loaded different files are not paired. That errs on the safe side, and costs no reading of all bytes.
+    Without a directory the weights are random ones (``random_weights``).
     """
     digest = hashlib.sha256(msgspec.json.encode(config, order="sorted"))
-    digest_weights(model_dir, digest)
+    if model_dir is None:
+        digest.update(b"random weights")
+    else:
+        digest_weights(model_dir, digest)
     return digest.hexdigest()
 
 

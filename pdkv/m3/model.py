@@ -7,14 +7,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pdkv.errors import ModelError
+from pdkv.errors import CapacityError, ModelError
 from pdkv.m3.attention import KvViews, StepBatch, attend, attention_step, select, store
 from pdkv.m3.config import IndexScheduleOverride, M3Config, load_config
 from pdkv.m3.layers import feed_forward, norm
 from pdkv.m3.operations import operations_for
 from pdkv.m3.parallel import SOLO, Group
-from pdkv.m3.sharding import model_share
-from pdkv.m3.weights import M3Weights, load_weights
+from pdkv.m3.random_weights import random_weights
+from pdkv.m3.sharding import ModelShare, model_share
+from pdkv.m3.weights import M3Weights, load_weights, weight_bytes
 
 __all__ = ["KvViews", "M3Model", "StepBatch", "load_model"]
 
@@ -106,15 +107,18 @@ def load_model(
     config: M3Config | None = None,
     group: Group = SOLO,
     expert_parallel: bool = False,
+    load_format: str = "auto",
 ) -> M3Model:
     """Load one rank's share of a checkpoint directory: all of it without a group.
 
     ``dtype``: float32, bfloat16, float16, or auto for the checkpoint's own; weights are rounded to it, and
     ``model.dtype`` is it. On a CPU they are then held, and all maths is done, in float32: faster there, and never less
     exact; a bfloat16 checkpoint takes twice its size. ``config`` goes before the checkpoint's own, and ``schedule``
-    before that one's. ``expert_parallel``: ranks hold whole experts instead of columns of all.
+    before that one's. ``expert_parallel``: ranks hold whole experts instead of columns of all. ``load_format``
+    dummy: the directory needs no more than a config.json, and weights are drawn at random.
 
-    Loading is no collective. Raises ``ModelError`` for a number of ranks that does not divide the model.
+    Loading is no collective. Raises ``ModelError`` for a number of ranks that does not divide the model, and
+    ``CapacityError`` that says by how much a GPU is too small for the weights.
     """
     config = load_config(model_dir, schedule) if config is None else config
     share = model_share(config, group.rank, group.size, expert_parallel)
@@ -123,4 +127,22 @@ def load_model(
             raise ModelError(f"dtype {dtype!r} is not one of auto, {', '.join(_DTYPES)}")
         config = msgspec.structs.replace(config, dtype=dtype)
     held = torch.float32 if torch.device(device).type == "cpu" else getattr(torch, config.dtype)
-    return M3Model(config, load_weights(model_dir, config, device, held, share), device, group)
+    _check_room(config, share, held, torch.device(device))
+    if load_format == "dummy":
+        weights = random_weights(config, device, held, share)
+    else:
+        weights = load_weights(model_dir, config, device, held, share)
+    return M3Model(config, weights, device, group)
+
+
+def _check_room(config: M3Config, share: ModelShare, held: torch.dtype, device: torch.device) -> None:
+    """Before anything is read: what does not fit fails after minutes otherwise, and says less."""
+    if device.type != "cuda":
+        return
+    free, total = torch.cuda.mem_get_info(device)
+    needed = weight_bytes(config, share, held.itemsize)
+    if needed > free:
+        raise CapacityError(
+            f"rank {share.rank} of {share.size} has {needed:,} bytes of weights, and {free:,} of {total:,} are free on "
+            f"{device}: {needed - free:,} too few. Divide the model among more ranks (--tp), or make room on the GPU"
+        )

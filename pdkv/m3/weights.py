@@ -4,6 +4,7 @@ import logging
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -92,7 +93,7 @@ def load_weights(
         share = share or model_share(config)
         held = weight_bytes(config, share, dtype.itemsize), str(dtype).removeprefix("torch.")
         _LOG.info("rank %d of %d holds %d bytes of weights, matrices in %s", share.rank, share.size, *held)
-        return _assemble(reader, naming, config, share)
+        return assemble_weights(reader, naming, config, share)
 
 
 def weight_bytes(config: M3Config, share: ModelShare, itemsize: int) -> int:
@@ -101,7 +102,16 @@ def weight_bytes(config: M3Config, share: ModelShare, itemsize: int) -> int:
     return sum(prod(slot.shape) * (4 if slot.exact else itemsize) for slot in slots)
 
 
-def _assemble(reader: "_Reader", naming: Naming, config: M3Config, share: ModelShare) -> M3Weights:
+class WeightSource(Protocol):
+    """Where the tensors of a model come from."""
+
+    def read(self, slots: Slots) -> dict[str, Tensor]:
+        """One whole tensor for each slot, in its shape."""
+        ...
+
+
+def assemble_weights(reader: WeightSource, naming: Naming, config: M3Config, share: ModelShare) -> M3Weights:
+    """All weights of one rank, layer by layer."""
     top = reader.read(tensor_names.model_slots(naming, config, share))
     layers = []
     for layer, moe in enumerate(config.moe_layers):

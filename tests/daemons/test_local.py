@@ -60,6 +60,9 @@ def test_workers_get_every_setting_that_was_made() -> None:
         "index_topk_freq": 4,
         "index_topk_pattern": "CSSC",
         "index_skip_topk_offset": 1,
+        "device": "cuda",
+        "gpu_memory_utilization": 0.4,
+        "load_format": "dummy",
     }
     switched_on = {"no_prefix_cache"}
     assert set(made) | switched_on | {"model", "log_level", "log_format"} == set(ServedConfig.model_fields)

@@ -68,7 +68,7 @@ def test_threads_are_shared_out(total: int, size: int, each: int, settings: Work
 def test_gpus_are_taken_in_order(settings: WorkerSettings) -> None:
     on_gpus = changed(settings, device="cuda", tp_size=2)
     assert [device_of(on_gpus, rank) for rank in range(2)] == ["cuda:0", "cuda:1"]
-    assert device_of(changed(on_gpus, tp_size=1), 0) == "cuda"
+    assert device_of(changed(on_gpus, tp_size=1), 0) == "cuda:0"
     assert device_of(changed(settings, tp_size=2), 1) == "cpu"
 
 

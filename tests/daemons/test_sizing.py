@@ -2,9 +2,14 @@
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from pdkv.daemons.sizing import memory_available_bytes
+from pdkv.daemons.sizing import GpuRoom, choose_num_pages, memory_available_bytes
+from pdkv.errors import CapacityError
+from pdkv.memory.row import RowLayout
+from pdkv.verify.pair import worker_settings
+from tests.layouts import make_layout
 
 MIB = 1 << 20
 
@@ -61,3 +66,16 @@ def test_version_one_of_control_groups_counts_too(machine: Path) -> None:
 
 def test_this_machine_can_be_read() -> None:
     assert memory_available_bytes() > 0
+
+
+def test_a_gpu_gives_what_it_has_room_for_or_says_what_it_lacks() -> None:
+    settings = msgspec.structs.replace(
+        worker_settings("decode", Path("m"), 1000, 0, 512), device="cuda", gpu_memory_utilization=0.5
+    )
+    rows = RowLayout.of(make_layout(num_layers=3, num_dense=1))
+    room = GpuRoom(for_pages=100 * rows.pitch + 5, reserve=7, total=2000 * rows.pitch, free=900, utilization=0.5)
+    assert choose_num_pages(settings, rows, room) == 100
+    crowded = msgspec.structs.replace(room, for_pages=9 * rows.pitch)  # eight blocks, and two pages for the probe
+    with pytest.raises(CapacityError, match=f"--gpu-memory-utilization 0.5 .* {rows.pitch:,} bytes too few. Lower"):
+        choose_num_pages(settings, rows, crowded)
+    assert choose_num_pages(msgspec.structs.replace(settings, num_pages=11), rows, crowded) == 11

@@ -1,0 +1,46 @@
+"""What of a GPU's memory a worker takes for pages, and how many prompt tokens it computes at a time."""
+
+import torch
+
+from pdkv.daemons.link import WorkerSettings
+from pdkv.daemons.sizing import GpuRoom
+from pdkv.m3.config import M3Config
+from pdkv.m3.model import M3Model
+
+_CHUNKS = (8192, 4096, 2048, 1024, 512)
+"""The last is a CPU's."""
+_SHARE_OF_CHUNK = 0.06
+"""Of a GPU's memory, for what one prefill step makes on its way."""
+_FIXED_RESERVE = 2 << 30
+"""Bytes: the context and the kernels' code, CUDA graphs, workspaces that do not grow with a chunk."""
+
+
+def room_on(settings: WorkerSettings, model: M3Model) -> GpuRoom | None:
+    """Room on the model's GPU, once its weights are there; None for a CPU. What other processes hold is theirs."""
+    if model.device.type != "cuda":
+        return None
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(model.device)
+    reserve = _FIXED_RESERVE + chunk_on(settings, model) * activation_bytes(model.config, model.dtype.itemsize)
+    ours = int(total * settings.gpu_memory_utilization) - torch.cuda.memory_reserved(model.device)
+    return GpuRoom(min(ours, free) - reserve, reserve, total, free, settings.gpu_memory_utilization)
+
+
+def chunk_on(settings: WorkerSettings, model: M3Model) -> int:
+    """What ``prefill_chunk`` says, else the most that takes no more than a small share of the model's GPU."""
+    if settings.prefill_chunk or model.device.type != "cuda":
+        return settings.prefill_chunk or _CHUNKS[-1]
+    room = torch.cuda.get_device_properties(model.device).total_memory * _SHARE_OF_CHUNK
+    a_token = activation_bytes(model.config, model.dtype.itemsize)
+    return next((chunk for chunk in _CHUNKS if chunk * a_token <= room), _CHUNKS[-1])
+
+
+def activation_bytes(config: M3Config, itemsize: int) -> int:
+    """What one prompt token takes at the widest place of a layer: all of its experts' inputs and outputs at once.
+
+    An upper bound for a rank: it counts the experts' full width.
+    """
+    expert = 2 * config.expert_intermediate_size * (itemsize + 3 * 4) + config.hidden_size * (itemsize + 3 * 4)
+    dense = 2 * config.dense_intermediate_size * (itemsize + 3 * 4)
+    norms = 3 * 8 * config.hidden_size
+    return max(config.experts_per_token * expert, dense) + norms
