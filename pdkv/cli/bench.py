@@ -85,3 +85,45 @@ def xfer(  # noqa: PLR0913  a command's parameters are its flags
         return 0 if all(result.correct for result in report.results if result.contestant == "pdkv") else WRONG
 
     ending(run)
+
+
+_PLAN_EXAMPLES = """
+Examples:
+
+  pdkv bench plan
+  pdkv bench plan --tokens 131072 --tp 1 --json
+"""
+
+
+@bench.command("plan", epilog=keep_lines(_PLAN_EXAMPLES), context_settings=CONTEXT)
+def plan(
+    *,
+    tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Length of the prompt.")] = 131_072,
+    tp: Annotated[int, typer.Option(metavar="N", help="Ranks; the reads of one of them are planned.")] = 4,
+    kv_dtype: Annotated[str, typer.Option(metavar="NAME", help="Storage of K/V.")] = "fp8",
+    index_dtype: Annotated[str, typer.Option(metavar="NAME", help="Storage of index keys.")] = "fp8",
+    requests: Annotated[int, typer.Option(metavar="N", min=1, help="Requests that use the pages first.")] = 10_000,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Time the planning of a transfer, and count spans once page pools have seen many requests."""
+
+    def run() -> int:
+        from pdkv.bench import planning  # noqa: PLC0415
+        from pdkv.bench.geometry import Workload  # noqa: PLC0415
+
+        report = planning.measure(Workload(tokens, tp, kv_dtype, index_dtype), requests)
+        if as_json:
+            sys.stdout.write(msgspec.json.encode(report).decode() + "\n")
+            return 0
+        for cost in report.costs:
+            sys.stdout.write(
+                f"{cost.layout}: {cost.raw_spans:,} regions of pages become {cost.spans:,} spans in "
+                f"{cost.plan_ms:.2f} ms of CPU, and {cost.copy_ms:.2f} ms to hand over\n"
+            )
+        used = report.churn
+        sys.stdout.write(
+            f"after {used.requests:,} requests: {used.spans_per_transfer} spans for {used.pages_per_transfer} pages\n"
+        )
+        return 0
+
+    ending(run)
