@@ -206,7 +206,7 @@ def _scan_kernel(
         first = tl.load(table_row + split, mask=split < num_blocks, other=-1).to(tl.int64)
         if first >= 0:
             LINE: tl.constexpr = 1024 // k_ptr.dtype.element_ty.primitive_bitwidth  # elements of 128 bytes
-            lines = token[:, None] * k_token_stride + tl.arange(0, DIM // LINE)[None, :] * LINE
+            lines = token[:, None] * k_token_stride + tl.arange(0, (DIM + LINE - 1) // LINE)[None, :] * LINE
             prefetch(k_ptr + first * k_page_stride + lines)
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()

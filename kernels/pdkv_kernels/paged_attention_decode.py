@@ -1,0 +1,250 @@
+"""Attention of decode rows to all keys of their sequence, the keys shared out among programs.
+
+A program takes every so many blocks of one sequence for one kv head. The query heads of that kv head, for all query
+rows of the sequence, are the rows of its tiles (``decode_tile``), so K and V are read once however many rows there
+are. A second launch puts the programs' results together.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pdkv_kernels.decode_batch import DecodeBatch, uniform_batch
+from pdkv_kernels.decode_tile import attend_tile, finish, prepare_q
+from pdkv_kernels.fp8_bits import CONVERT, CONVERT_E5M2, fp8_code
+from pdkv_kernels.launch import chained, launch_options
+from pdkv_kernels.paged import BLOCK, PagedKv, RaggedQueries
+from pdkv_kernels.softmax_merge import MergeWorkspace, merge_parts
+
+MOST_SPLITS = 128
+"""Programs that share one sequence and kv head, at most; a workspace must hold as many parts as the plan says."""
+_PAGES = 16
+"""Pages that a program looks up at once."""
+
+
+@dataclass(frozen=True)
+class DensePlan:
+    """How a sequence's keys are shared out, by shapes alone."""
+
+    splits: int  # programs that share one sequence and kv head
+    tile: int  # tokens of a tile: BLOCK or a part of it
+    num_warps: int
+    num_stages: int
+
+
+def paged_attention_decode(q: Tensor, kv: PagedKv, queries: RaggedQueries, scale: float) -> tuple[Tensor, Tensor]:
+    """``paged_attention_ref`` for sequences that all have equally many query rows; allocates what it needs."""
+    batch = uniform_batch(queries, q.shape[0])
+    out = torch.empty_like(q)
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    plan = dense_plan(batch, q, kv)
+    workspace = MergeWorkspace(q.shape[0], q.shape[1], q.shape[2], plan.splits, q.device)
+    paged_attention_decode_into(out, lse, q, kv, batch, scale, workspace, plan)
+    return out, lse
+
+
+def paged_attention_decode_into(
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    kv: PagedKv,
+    batch: DecodeBatch,
+    scale: float,
+    workspace: MergeWorkspace,
+    plan: DensePlan | None = None,
+) -> None:
+    """Write the output to out, [num_rows, num_heads, head_dim] in q's dtype, and to lse, float32 [num_rows, num_heads].
+
+    Rows of padded sequences give 0 and -inf. Neither allocates nor waits, and launches by shapes alone; ``dense_plan``
+    is used where no plan is given, and the workspace must hold its splits.
+    """
+    num_rows, num_heads, dim = q.shape
+    kv_heads = kv.k.shape[1]
+    share = num_heads // kv_heads
+    assert num_rows == batch.num_seqs * batch.query_len, (q.shape, batch.num_seqs, batch.query_len)
+    assert kv.k.shape[1:] == (kv_heads, BLOCK, dim), (kv.k.shape, q.shape)
+    assert kv.k.stride(3) == kv.v.stride(3) == q.stride(2) == out.stride(2) == 1
+    assert batch.page_table.stride(1) == 1, batch.page_table.stride()
+    if num_rows == 0:
+        return
+    plan = plan or dense_plan(batch, q, kv)
+    code, k = fp8_code(kv.k)
+    _, v = fp8_code(kv.v)
+    pairs = code in (CONVERT, CONVERT_E5M2) and all(stride % 2 == 0 for stride in v.stride()[:3])
+    if pairs:
+        v = v.view(torch.int16)
+    k_scale, v_scale = kv.k_scale, kv.v_scale
+    scaled = k_scale is not None and v_scale is not None
+    if k_scale is None or v_scale is None:
+        assert k_scale is v_scale, "either both K and V have scales or neither"
+        k_scale = v_scale = lse.view(num_rows, num_heads, 1)  # never read
+    early = chained(q.device)
+    parts = workspace.parts(plan.splits)
+    direct = plan.splits == 1
+    _attend_kernel[(batch.num_seqs, kv_heads, plan.splits)](
+        q,
+        k,
+        v,
+        k_scale,
+        v_scale,
+        out if direct else parts.out,
+        lse if direct else parts.lse,
+        batch.page_table,
+        batch.seq_lens,
+        scale * 1.4426950408889634,
+        batch.query_len,
+        plan.splits,
+        batch.page_table.shape[1],
+        q.stride(0),
+        q.stride(1),
+        k.stride(0),
+        k.stride(1),
+        k.stride(2),
+        v.stride(0),
+        v.stride(1),
+        v.stride(2),
+        k_scale.stride(0),
+        k_scale.stride(1),
+        v_scale.stride(0),
+        v_scale.stride(1),
+        out.stride(0) if direct else parts.out.stride(1),
+        out.stride(1) if direct else parts.out.stride(2),
+        0 if direct else parts.out.stride(0),
+        lse.stride(0) if direct else parts.lse.stride(1),
+        lse.stride(1) if direct else parts.lse.stride(2),
+        0 if direct else parts.lse.stride(0),
+        batch.page_table.stride(0),
+        SHARE=share,
+        SHARE_TILE=max(triton.next_power_of_2(share), -(-16 // triton.next_power_of_2(batch.query_len))),
+        QUERY_TILE=triton.next_power_of_2(batch.query_len),
+        DIM=dim,
+        TOKENS=BLOCK,
+        TILE=plan.tile,
+        PAGES=_PAGES,
+        CODE=code,
+        PAIRS=pairs,
+        SCALED=scaled,
+        LAST=direct,
+        EARLY=early,
+        **launch_options(early, plan.num_warps, plan.num_stages),
+    )
+    if not direct:
+        merge_parts(out, lse, parts)
+
+
+def dense_plan(batch: DecodeBatch, q: Tensor, kv: PagedKv) -> DensePlan:
+    """Splits, tile, warps and stages for these shapes."""
+    groups = batch.num_seqs * kv.k.shape[1]
+    target = max(1, min(MOST_SPLITS, batch.page_table.shape[1], 528 // groups))
+    rows = batch.query_len * (q.shape[1] // kv.k.shape[1])
+    warps = 4 if rows <= 64 else 8
+    return DensePlan(1 << (target.bit_length() - 1), 64, warps, 3)
+
+
+@triton.jit(do_not_specialize=["query_len", "splits", "max_blocks"])
+def _attend_kernel(
+    q_ptr,  # [num_rows, num_heads, DIM]
+    k_ptr,  # [num_pages, kv_heads, TOKENS, DIM]
+    v_ptr,  # [num_pages, kv_heads, TOKENS, DIM], or int16 with half of DIM where PAIRS
+    k_scale_ptr,  # float32 [num_pages, kv_heads, TOKENS]
+    v_scale_ptr,  # float32 [num_pages, kv_heads, TOKENS]
+    out_ptr,  # LAST: [num_rows, num_heads, DIM]; otherwise parts, float32 [splits, num_rows, num_heads, DIM]
+    lse_ptr,  # LAST: float32 [num_rows, num_heads]; otherwise parts, base 2, [splits, num_rows, num_heads]
+    page_table_ptr,  # int32 [num_seqs, max_blocks]
+    seq_lens_ptr,  # int32 [num_seqs]
+    scale,  # of the logits, times log2(e)
+    query_len,
+    splits,
+    max_blocks,
+    q_row_stride,
+    q_head_stride,
+    k_page_stride,
+    k_head_stride,
+    k_token_stride,
+    v_page_stride,
+    v_head_stride,
+    v_token_stride,
+    k_scale_page_stride,
+    k_scale_head_stride,
+    v_scale_page_stride,
+    v_scale_head_stride,
+    out_row_stride,
+    out_head_stride,
+    out_split_stride,
+    lse_row_stride,
+    lse_head_stride,
+    lse_split_stride,
+    table_stride,
+    SHARE: tl.constexpr,
+    SHARE_TILE: tl.constexpr,
+    QUERY_TILE: tl.constexpr,
+    DIM: tl.constexpr,
+    TOKENS: tl.constexpr,
+    TILE: tl.constexpr,
+    PAGES: tl.constexpr,
+    CODE: tl.constexpr,
+    PAIRS: tl.constexpr,
+    SCALED: tl.constexpr,
+    LAST: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    seq = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
+    line = tl.arange(0, QUERY_TILE * SHARE_TILE)  # [lines], a query row and head each
+    query = line // SHARE_TILE
+    head = line % SHARE_TILE
+    real = (query < query_len) & (head < SHARE)
+    row = (seq * query_len + query).to(tl.int64)
+    head = kv_head * SHARE + head
+    dims = tl.arange(0, DIM)
+    token = tl.arange(0, TILE)
+    seq_len = tl.load(seq_lens_ptr + seq)
+    num_blocks = (seq_len + TOKENS - 1) // TOKENS
+    visible = tl.where(real, seq_len - query_len + query + 1, 0)  # [lines], keys that the line sees
+    table_row = page_table_ptr + seq.to(tl.int64) * table_stride
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    q_at = q_ptr + row[:, None] * q_row_stride + head[:, None] * q_head_stride + dims[None, :]
+    q = tl.load(q_at, mask=real[:, None], other=0.0)  # [lines, DIM]
+    q, unit = prepare_q(q, k_ptr.dtype.element_ty, CODE)
+    unit = unit * scale
+    v_dims = tl.arange(0, DIM // 2 if PAIRS else DIM)
+    k_at = k_ptr + kv_head.to(tl.int64) * k_head_stride + token[:, None] * k_token_stride + dims[None, :]
+    v_at = v_ptr + kv_head.to(tl.int64) * v_head_stride + token[:, None] * v_token_stride + v_dims[None, :]
+    k_scale_at = k_scale_ptr + kv_head.to(tl.int64) * k_scale_head_stride + token
+    v_scale_at = v_scale_ptr + kv_head.to(tl.int64) * v_scale_head_stride + token
+    # A finite floor instead of -inf: the difference of two of them is 0, not NaN.
+    top = tl.full((QUERY_TILE * SHARE_TILE,), -1.0e38, tl.float32)
+    total = tl.zeros((QUERY_TILE * SHARE_TILE, TILE), tl.float32)
+    sums = tl.zeros((QUERY_TILE * SHARE_TILE, DIM), tl.float32)
+    PIECES: tl.constexpr = TOKENS // TILE
+    nth = tl.arange(0, PAGES)
+    for begin in tl.range(split, num_blocks, splits * PAGES, num_stages=1):
+        # Which pages, before the loop: inside it, each tile would wait for its page's number.
+        pages = tl.load(table_row + begin + nth * splits, mask=begin + nth * splits < max_blocks, other=0)
+        count = tl.minimum(PAGES, (num_blocks - begin + splits - 1) // splits)
+        for step in tl.range(0, count * PIECES):
+            start = step % PIECES * TILE
+            first = (begin + step // PIECES * splits) * TOKENS + start  # position of the tile's first key
+            page = tl.sum(tl.where(nth == step // PIECES, pages, 0), axis=0).to(tl.int64)
+            mask = first + token < seq_len
+            k = tl.load(k_at + page * k_page_stride + start * k_token_stride, mask=mask[:, None], other=0.0)
+            v = tl.load(v_at + page * v_page_stride + start * v_token_stride, mask=mask[:, None], other=0.0)
+            k_scale = tl.full((TILE,), 1.0, tl.float32)
+            v_scale = k_scale
+            if SCALED:
+                k_scale = tl.load(k_scale_at + page * k_scale_page_stride + start, mask=mask, other=1.0)
+                v_scale = tl.load(v_scale_at + page * v_scale_page_stride + start, mask=mask, other=1.0)
+            seen = (first + token)[None, :] < visible[:, None]
+            top, total, sums = attend_tile(q, unit, k, v, k_scale, v_scale, seen, top, total, sums, CODE, PAIRS, SCALED)
+    result, log_sum = finish(top, total, sums)
+    out_at = out_ptr + split.to(tl.int64) * out_split_stride + row[:, None] * out_row_stride
+    out_at += head[:, None] * out_head_stride + dims[None, :]
+    tl.store(out_at, result.to(out_ptr.dtype.element_ty), mask=real[:, None])
+    lse_at = lse_ptr + split.to(tl.int64) * lse_split_stride + row * lse_row_stride + head * lse_head_stride
+    tl.store(lse_at, log_sum * 0.6931471805599453 if LAST else log_sum, mask=real)
