@@ -35,6 +35,8 @@ class TransportSpec(msgspec.Struct, frozen=True):
     argument: str = ""
     separate_process: bool = True
     """Whether the two ends live in different processes; False only for a transport that cannot leave its own."""
+    prefix: tuple[str, ...] = ()
+    """Goes before the command of the other process, as in ``ip netns exec NAME``; it must become that command."""
     path: str | None = None
     """What ``Transport.path`` must say after a read; None = anything but "unknown"."""
 
@@ -105,6 +107,7 @@ class SpawnedTarget:
     def __init__(self, spec: TransportSpec, seed: int) -> None:
         self.seed = seed
         command = [
+            *spec.prefix,
             sys.executable,
             "-m",
             "pdkv.transport.conformance_target",
