@@ -5,7 +5,7 @@ from functools import reduce
 from operator import mul
 
 import torch
-from pdkv_kernels.paged import BLOCK
+from pdkv_kernels.paged import BLOCK, PagedKv
 from torch import Tensor
 
 PITCH_TP4 = 2_961_408
@@ -72,3 +72,17 @@ class Rows:
 def shuffled_table(batch: int, blocks: int) -> Tensor:
     """int32 [batch, blocks]: every block has a page of its own, and pages lie in disorder."""
     return torch.randperm(batch * blocks, device="cuda", dtype=torch.int32).view(batch, blocks)
+
+
+def kv_layer(memory: Rows, kv_heads: int, dim: int, fp8: bool) -> PagedKv:
+    """K, V and scales of one layer as [pages, kv_heads, BLOCK, ...]; in a row, all of a head lie together."""
+    if not fp8:
+        both = memory.take((kv_heads, 2, BLOCK, dim), torch.bfloat16)
+        return PagedKv(both[:, :, 0], both[:, :, 1])
+    size = BLOCK * dim
+    heads = memory.take((kv_heads, 2 * size + 2 * BLOCK * 4), torch.float8_e4m3fn)
+    k = heads[..., :size].unflatten(2, (BLOCK, dim))
+    v = heads[..., size : 2 * size].unflatten(2, (BLOCK, dim))
+    scales = heads[..., 2 * size :].view(torch.float32)
+    scales.uniform_(0.01, 0.02)
+    return PagedKv(k, v, scales[..., :BLOCK], scales[..., BLOCK:])

@@ -10,6 +10,7 @@ from benchmarks.timing import Rates, Work
 OPERATIONS = {
     "index_topk_decode": "benchmarks.index_topk_decode",
     "sparse_attention_decode": "benchmarks.sparse_attention_decode",
+    "paged_attention_decode": "benchmarks.paged_attention_decode",
 }
 """One line per operation, in the order in which they are reported."""
 

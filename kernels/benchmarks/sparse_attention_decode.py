@@ -12,7 +12,7 @@ from pdkv_kernels.sparse_attention_decode import AttendPlan, sparse_attention_de
 from torch import Tensor
 
 from benchmarks import rival
-from benchmarks.arena_case import Rows, Shape
+from benchmarks.arena_case import Rows, Shape, kv_layer
 from benchmarks.registry import Question, wanted
 from benchmarks.timing import Call, Rates, Work, rotations
 
@@ -88,23 +88,9 @@ def make(shape: Shape) -> Case:
         DecodeBatch(seq_lens, table, shape.query_len),
         torch.randn(rows, 16 * kv_heads, DIM, device="cuda", dtype=torch.bfloat16),
         (turn * distinct + choice).int(),
-        [_layer(memory, kv_heads, shape.fp8) for _ in range(layers)],
+        [kv_layer(memory, kv_heads, DIM, shape.fp8) for _ in range(layers)],
         memory.pitch,
     )
-
-
-def _layer(memory: Rows, kv_heads: int, fp8: bool) -> PagedKv:
-    """K, V and scales of one layer as [pages, kv_heads, BLOCK, ...]; in a row, all of a head lie together."""
-    if not fp8:
-        both = memory.take((kv_heads, 2, BLOCK, DIM), torch.bfloat16)
-        return PagedKv(both[:, :, 0], both[:, :, 1])
-    size = BLOCK * DIM
-    heads = memory.take((kv_heads, 2 * size + 2 * BLOCK * 4), torch.float8_e4m3fn)
-    k = heads[..., :size].unflatten(2, (BLOCK, DIM))
-    v = heads[..., size : 2 * size].unflatten(2, (BLOCK, DIM))
-    scales = heads[..., 2 * size :].view(torch.float32)
-    scales.uniform_(0.01, 0.02)
-    return PagedKv(k, v, scales[..., :BLOCK], scales[..., BLOCK:])
 
 
 def ours(case: Case, plan: AttendPlan | None = None) -> list[Call]:
