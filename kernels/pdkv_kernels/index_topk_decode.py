@@ -29,7 +29,7 @@ _INIT = tl.constexpr(0x7FFFFFFF)
 
 _PAGES = 64
 _SELECT_WARPS = 4
-_CHUNK = 4096
+MOST_BLOCKS_AT_ONCE = 4096
 _GROUP = 16
 
 
@@ -132,7 +132,7 @@ def index_topk_decode_into(
         EARLY=early,
         **launch_options(early, plan.num_warps, plan.num_stages),
     )
-    chunk = min(max(triton.next_power_of_2(keys.shape[1]), 64), _CHUNK)
+    chunk = min(max(triton.next_power_of_2(keys.shape[1]), 64), MOST_BLOCKS_AT_ONCE)
     places = max(triton.next_power_of_2(rule.topk), 2)
     chunk = max(chunk, places)
     group = _GROUP if chunk >= 1024 else 8 if chunk >= 256 else 1
