@@ -175,9 +175,10 @@ class DecodeSession:
     def _on_granted(self, granted: Granted, now: float) -> None:
         if self.state is not DecodeState.ACQUIRING:
             return
-        if granted.num_tokens != self._wanted.num_tokens or len(granted.pages) != self._residency.num_blocks:
+        wanted = self._wanted.num_tokens
+        if granted.num_tokens != wanted or len(granted.pages) != self._residency.num_blocks:
             told = f"{granted.num_tokens} tokens in {len(granted.pages)} pages"
-            self._fail(FailureCode.INTERNAL, f"prefill granted {told} for a prompt of {self._wanted.num_tokens} tokens", now)
+            self._fail(FailureCode.INTERNAL, f"prefill granted {told} for a prompt of {wanted} tokens", now)
             return
         self.state = DecodeState.RECEIVING
         self._source_pages = granted.pages

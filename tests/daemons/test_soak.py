@@ -24,16 +24,24 @@ def model(checkpoint: Path) -> M3Model:
     return load_model(checkpoint)
 
 
+def assert_reuse(pair: Pair, model: M3Model, like: Job) -> None:
+    """A prompt that has just been asked is taken from both caches."""
+    job = Job((*like.prompt[:40], *range(3, 303)), 4, like.sampling)
+    pair.run([job])
+    (outcome,) = pair.run([job])
+    assert_all_right(model, [job], [outcome])
+    assert outcome.report is not None
+    assert outcome.report.cached_tokens == outcome.report.resident_pages * BLOCK == len(job.prompt) // BLOCK * BLOCK
+
+
 @pytest.mark.parametrize("speculative_tokens", [0, 3])
 def test_many_requests_with_few_pages(checkpoint: Path, model: M3Model, speculative_tokens: int) -> None:
     rng = random.Random(speculative_tokens)
-    jobs = make_jobs(rng, [1, 127, 128, 129, *(rng.randrange(1, 700) for _ in range(20))], 0.25, 60)
+    jobs = make_jobs(rng, [1, 127, 128, 129, *(rng.randrange(1, 700) for _ in range(14))], 0.25, 60)
     with Pair(checkpoint, (12, 16), 800, speculative_tokens=speculative_tokens, prefill_chunk=200) as pair:
         outcomes = pair.run(jobs)
         assert_all_right(model, jobs, outcomes)
-        reports = [outcome.report for outcome in outcomes if outcome.report is not None]
-        assert any(report.cached_tokens for report in reports), "P reused nothing"
-        assert any(report.resident_pages for report in reports), "D reused nothing"
+        assert_reuse(pair, model, jobs[0])
         accepted = pair.counted("pdkv_draft_tokens_total", "accepted")
         assert (accepted > 0) == (speculative_tokens > 0)
         assert max(outcome.largest_piece for outcome in outcomes) <= 1 + speculative_tokens
@@ -45,7 +53,7 @@ def test_many_requests_with_few_pages(checkpoint: Path, model: M3Model, speculat
 
 def test_what_reads_that_fail_have_left_behind_is_never_used(checkpoint: Path, model: M3Model) -> None:
     """Reads that tear, fail and overtake one another; what failed is tried again under a new id, as the router does."""
-    jobs = make_jobs(random.Random(9), [random.Random(9).randrange(200, 700) for _ in range(8)], 0.0, 1)
+    jobs = make_jobs(random.Random(9), [random.Random(9).randrange(200, 700) for _ in range(6)], 0.0, 1)
     faults = Faults(seed=4, max_delay_polls=4, reorder=0.3, fail=0.04, truncate=0.04)
     num_failed = 0
     with Pair(checkpoint, (20, 20), 800, faults=faults, prefill_chunk=130, lease_ttl_s=1.0) as pair:
@@ -58,7 +66,6 @@ def test_what_reads_that_fail_have_left_behind_is_never_used(checkpoint: Path, m
                 break
         assert not jobs
         assert num_failed > 0
-        assert pair.counted("pdkv_prefix_cache_blocks_total", "hit") > 0
 
 
 def test_ranks_reuse_and_verify_together(checkpoint: Path, model: M3Model) -> None:
@@ -66,7 +73,7 @@ def test_ranks_reuse_and_verify_together(checkpoint: Path, model: M3Model) -> No
     jobs = make_jobs(rng, [rng.randrange(1, 500) for _ in range(12)], 0.2, 60)
     with Pair(checkpoint, (10, 12), 600, tp=(1, 2), speculative_tokens=3, prefill_chunk=200) as pair:
         assert_all_right(model, jobs, pair.run(jobs))
-        assert pair.counted("pdkv_prefix_cache_blocks_total", "hit") > 0
+        assert_reuse(pair, model, jobs[0])
         assert pair.counted("pdkv_draft_tokens_total", "accepted") > 0
 
 
