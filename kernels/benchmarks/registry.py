@@ -11,6 +11,10 @@ OPERATIONS = {
     "index_topk_decode": "benchmarks.index_topk_decode",
     "sparse_attention_decode": "benchmarks.sparse_attention_decode",
     "paged_attention_decode": "benchmarks.paged_attention_decode",
+    "index_topk_prefill": "benchmarks.index_topk_prefill",
+    "sparse_attention_prefill": "benchmarks.sparse_attention_prefill",
+    "kv_store": "benchmarks.kv_store",
+    "page_digest": "benchmarks.page_digest",
 }
 """One line per operation, in the order in which they are reported."""
 

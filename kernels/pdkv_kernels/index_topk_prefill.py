@@ -27,12 +27,12 @@ class ScoreTuning:
     tile_rows: int = 128
     """Query rows times heads of a tile."""
     warps: int = 4
-    stages: int = 3
-    programs: int = 528
+    stages: int = 2
+    programs: int = 264
     """So many programs are wanted at least: long contexts are split where tiles alone do not give as many."""
     columns: int = 16
     """Rows times heads whose blocks one program selects."""
-    chunk_blocks: int = 64
+    chunk_blocks: int = 32
     select_warps: int = 1
 
 
@@ -67,14 +67,18 @@ def index_topk_prefill(
     scores = torch.empty(max_blocks, slice_rows * heads, dtype=torch.float32, device=index_q.device)
     for first in range(0, num_rows, slice_rows):
         end = min(first + slice_rows, num_rows)
-        _score(index_q, index_k, queries, scores, (first, end), tuning)
-        _select(scores, queries, (first, end), (topk, init_blocks, local_blocks), out, tuning)
+        score_blocks(index_q, index_k, queries, scores, (first, end), tuning)
+        select_blocks(scores, queries, (first, end), (topk, init_blocks, local_blocks), out, tuning)
     return out
 
 
-def _score(
+def score_blocks(
     index_q: Tensor, index_k: Tensor, queries: RaggedQueries, scores: Tensor, rows: tuple[int, int], tuning: ScoreTuning
 ) -> None:
+    """Best dot product of each of some rows and its heads with each visible block, NaN if one is NaN.
+
+    scores: float32 [max_blocks, (rows[1] - rows[0]) * heads or more columns]; what a row cannot see is left as it was.
+    """
     _, heads, dim = index_q.shape
     num_seqs = queries.context_lens.numel()
     heads_padded = triton.next_power_of_2(heads)
@@ -96,7 +100,7 @@ def _score(
     )  # fmt: skip
 
 
-def _select(
+def select_blocks(
     scores: Tensor,
     queries: RaggedQueries,
     rows: tuple[int, int],
@@ -104,6 +108,10 @@ def _select(
     out: Tensor,
     tuning: ScoreTuning,
 ) -> None:
+    """The best of each column of ``scores``, in the order of ``select_blocks_ref``, into these rows of ``out``.
+
+    choice: (topk, init_blocks, local_blocks).
+    """
     heads = out.shape[1]
     topk, init_blocks, local_blocks = choice
     columns = (rows[1] - rows[0]) * heads
@@ -140,7 +148,7 @@ def _score_blocks(
 ):  # fmt: skip
     """Tile of consecutive rows of one sequence, all heads, against its split of the blocks that the tile sees."""
     tile = tl.program_id(0)
-    seq, before, tiles_before = -1, 0, 0
+    seq, before, tiles_before = tl.full([], -1, tl.int32), 0, 0
     for first_seq in range(0, num_seqs, 16):
         some = first_seq + tl.arange(0, 16)
         begin = tl.maximum(tl.load(query_starts + some, mask=some < num_seqs, other=0), first_row)

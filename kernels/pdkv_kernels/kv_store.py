@@ -80,9 +80,10 @@ def _type(data: Tensor) -> tl.dtype:
 @triton.jit
 def _inverse_root(x):
     """1 / sqrt(x) of float64, rounded to float32: two steps of Newton from float32's estimate."""
-    root = tl.rsqrt(x.to(tl.float32)).to(tl.float64)
-    root = root * (1.5 - 0.5 * x * root * root)
-    root = root * (1.5 - 0.5 * x * root * root)
+    finite = tl.where(x == float("inf"), 1.0, x)
+    root = tl.rsqrt(finite.to(tl.float32)).to(tl.float64)
+    root = root * (1.5 - 0.5 * finite * root * root)
+    root = root * (1.5 - 0.5 * finite * root * root)
     return tl.where(x == float("inf"), 0.0, root).to(tl.float32)
 
 

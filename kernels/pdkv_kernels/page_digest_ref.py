@@ -1,8 +1,9 @@
 """A digest of what a page holds for a region, over its bytes in place: two 64-bit numbers that any device agrees on.
 
 Words of 32 bits are summed as products of pairs, each word first shifted by a key that depends on where it stands (the
-NH construction of Black and others, UMAC, 1999), twice with other keys. Each sum is then mixed with region, layer, block
-and length, so that the same bytes elsewhere have another digest. It finds accidents, not forgers: the keys are public.
+NH construction of Black and others, UMAC, 1999), twice with other keys. Each sum is then mixed with region, layer,
+block and length, so that the same bytes elsewhere have another digest. It finds accidents, not forgers: the keys are
+public.
 """
 
 from dataclasses import dataclass
@@ -39,7 +40,10 @@ class DigestPages:
 
 
 def page_digest_ref(rows: Tensor, regions: DigestRegions, pages: DigestPages) -> Tensor:
-    """128 bits for each region of each page: int64 [num_regions, num_pages, 2]. rows: uint8 [arena pages, row bytes]."""
+    """128 bits for each region of each page: int64 [num_regions, num_pages, 2].
+
+    rows: uint8 [arena pages, row bytes]; rows may lie further apart than they are long.
+    """
     words = rows.view(torch.int32)
     out = torch.empty(regions.offset.numel(), pages.page.numel(), 2, dtype=torch.int64, device=rows.device)
     for i, (offset, token_bytes) in enumerate(zip(regions.offset.tolist(), regions.token_bytes.tolist(), strict=True)):

@@ -33,9 +33,10 @@ class TileShape:
 
 @dataclass(frozen=True)
 class PageReaders:
-    """Who reads what, on the device. A *key* is a page of a kv head in a window: (window * heads + head) * pages + page.
+    """Who reads what, on the device.
 
-    A *slot* numbers a loose choice: (row * heads + head) * topk + its place among the loose choices of row and head.
+    A *key* is a page of a kv head in a window: (window * heads + head) * pages + page. A *slot* numbers a loose choice:
+    (row * heads + head) * topk + its place among the loose choices of row and head.
     """
 
     shared_count: Tensor  # int32 [num_tiles, heads]
@@ -93,7 +94,8 @@ def page_readers(blocks: Tensor, queries: RaggedQueries, num_pages: int, shape: 
     choice_key, choice_rank, choice_slot, choice_limit = (ints(num_rows, heads, topk) for _ in range(4))
     _sort_choices[(num_tiles, heads)](
         blocks, queries.query_starts, queries.context_lens, queries.page_table,
-        made.shared_count, made.whole_count, made.shared_page, made.shared_limit, made.shared_reach, made.loose_count, key_count, key_limit,
+        made.shared_count, made.whole_count, made.shared_page, made.shared_limit, made.shared_reach, made.loose_count,
+        key_count, key_limit,
         choice_key, choice_rank, choice_slot, choice_limit,
         num_rows, queries.context_lens.numel(), queries.page_table.stride(0), num_pages, capacity,
         HEADS=heads, TOPK=topk, TOPK_P=triton.next_power_of_2(topk), ROWS=shape.rows, SHARE_FROM=shape.share_from,

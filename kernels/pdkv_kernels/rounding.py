@@ -22,7 +22,7 @@ def store_view(pages: Tensor) -> tuple[Tensor, str]:
 def round_once(x, FORMAT: tl.constexpr, TYPE: tl.constexpr, PORTABLE: tl.constexpr):
     """float32 x in TYPE, or as bytes of FORMAT. PORTABLE: do not trust the device's conversion to bfloat16 either."""
     if FORMAT == "float":
-        if TYPE == tl.bfloat16 and PORTABLE:
+        if PORTABLE and TYPE == tl.bfloat16:  # noqa: SIM300
             return _bfloat16(x)
         else:
             return x.to(TYPE)

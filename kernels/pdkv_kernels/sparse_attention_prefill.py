@@ -1,8 +1,8 @@
 """Causal attention of many query rows to selected blocks: pages are loaded for all rows that chose them.
 
-Two passes. Loose readers of a page (``page_readers``) attend to it page by page; what each gets from one page alone goes
-to a workspace with the log of its softmax sum. Then tiles of neighbouring rows attend to the pages they share under a
-running softmax, take in the partial results, and write each output once.
+Two passes. Loose readers of a page (``page_readers``) attend to it page by page; what each gets from one page alone
+goes to a workspace with the log of its softmax sum. Then tiles of neighbouring rows attend to the pages they share
+under a running softmax, take in the partial results, and write each output once.
 """
 
 from dataclasses import dataclass
@@ -101,7 +101,7 @@ def sparse_attention_prefill(
 
 def _padded(share: int) -> int:
     """q heads of a kv head as a tile holds them: at least 2, so that 8 rows give the 16 that a product needs."""
-    return max(2, triton.next_power_of_2(share))
+    return max(2, int(triton.next_power_of_2(share)))
 
 
 class _Pass:
