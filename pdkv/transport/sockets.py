@@ -28,8 +28,9 @@ class SocketOptions(msgspec.Struct, frozen=True):
     """First and last port to try; (0, 0) = any."""
     streams: int = 4
     """Connections to one peer."""
-    slice_bytes: int = 1 << 20
-    """Most bytes of one request. Four requests are on their way on each connection."""
+    slice_bytes: int = 256 << 10
+    """Most bytes of one request: few enough that they stay in the cores' caches between kernel and destination. Eight
+    requests are on their way on each connection, 8 MiB of one peer in all."""
 
 
 class _Address(msgspec.Struct, frozen=True, array_like=True):

@@ -16,7 +16,7 @@
 #include "pull_wire.h"
 
 enum {
-    AHEAD = 4, /* slices asked for and not yet here: the window of one stream */
+    AHEAD = 8, /* slices asked for and not yet here: the window of one stream */
     LOOK_MS = 20,
     CONNECT_MS = 5000,
     IDLE_S = 2, /* a peer that sends nothing is asked for a sign of life after, and every, so many seconds */
