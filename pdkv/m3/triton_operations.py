@@ -7,6 +7,8 @@ from pdkv_kernels.kv_store import kv_store
 from pdkv_kernels.kv_store_ref import HeadNorms, PackedHeads, Queries, TokenRows
 from pdkv_kernels.moe_grouped import can_group, moe_grouped
 from pdkv_kernels.paged import LayerPages, PagedKv
+from pdkv_kernels.paged_attention_decode import dense_plan, paged_attention_decode_into
+from pdkv_kernels.paged_attention_gathered import paged_attention_gathered
 from pdkv_kernels.paged_attention_ref import paged_attention_ref
 from pdkv_kernels.softmax_merge import MergeWorkspace
 from pdkv_kernels.sparse_attention_decode import attend_plan, sparse_attention_decode_into
@@ -42,11 +44,16 @@ class TritonOperations:
         return out
 
     def attend_to_all(self, q: Tensor, kv: PagedKv, queries: StepQueries, scale: float) -> Tensor:
-        if queries.decode is None:
+        if queries.decode is None and q.dtype == torch.float32:  # torch has no fused attention for it
             return paged_attention_ref(q, kv, queries.ragged, scale)[0]
-        every = torch.arange(queries.ragged.page_table.shape[1], dtype=torch.int32, device=q.device)
-        blocks = every.expand(q.shape[0], kv.k.shape[1], -1)  # more than a row sees are passed over
-        return self.attend_to_chosen(q, kv, blocks, queries, scale)
+        if queries.decode is None:
+            return paged_attention_gathered(q, kv, queries.ragged, scale)
+        out = torch.empty_like(q)
+        lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+        plan = dense_plan(queries.decode, q, kv)
+        workspace = MergeWorkspace(q.shape[0], q.shape[1], q.shape[2], plan.splits, q.device)
+        paged_attention_decode_into(out, lse, q, kv, queries.decode, scale, workspace, plan)
+        return out
 
     def attend_to_chosen(self, q: Tensor, kv: PagedKv, blocks: Tensor, queries: StepQueries, scale: float) -> Tensor:
         if queries.decode is None:

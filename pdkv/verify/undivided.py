@@ -8,6 +8,7 @@ import msgspec
 
 from pdkv.errors import RequestError
 from pdkv.m3.config import IndexScheduleOverride, kv_layout
+from pdkv.m3.decode_graphs import DecodeShapes
 from pdkv.m3.engine import Engine
 from pdkv.m3.model import M3Model, load_model
 from pdkv.m3.requests import CompleteRequest, EngineSettings, RequestId, RequestRefused, TokenGenerated
@@ -47,7 +48,8 @@ def local_worker(
     """A worker on the model's device. ``auto``: state is stored in the model's dtype."""
     layout = RowLayout.of(kv_layout(model.config, kv_dtype, index_dtype))
     arena = Arena.allocate(layout, num_pages, model.device)
-    return LocalWorker(Engine(StepRunner(model, arena), PagePool(num_pages), settings), arena)
+    runner = StepRunner(model, arena, DecodeShapes.of(settings, model.config.block_size, num_pages))
+    return LocalWorker(Engine(runner, PagePool(num_pages), settings), arena)
 
 
 def complete(

@@ -3,6 +3,7 @@
 import torch
 
 from pdkv.m3.config import kv_layout
+from pdkv.m3.decode_graphs import MAX_QUERY_LEN
 from pdkv.m3.model import M3Model, StepBatch
 from pdkv.memory.arena import Arena
 from pdkv.memory.row import RowLayout
@@ -21,22 +22,24 @@ class PagedRun:
         layout = RowLayout.of(
             kv_layout(model.config, kv_dtype, index_dtype or kv_dtype), model.group.rank, model.group.size
         )
-        self.arena = Arena.allocate(layout, num_blocks + 3)
+        self.arena = Arena.allocate(layout, num_blocks + 3, model.device)
         for region in self.arena.regions():
             self.arena.view(region.name, region.layer).fill_(torch.nan)
         order = torch.randperm(num_blocks + 3, generator=torch.Generator().manual_seed(seed))
-        self.page_table = order[None, :num_blocks].int()
+        self.page_table = order[None, :num_blocks].int().to(model.device)
 
     def feed(self, token_ids: list[int], rows: list[int] | None = None) -> torch.Tensor:
         """One step; logits of the given rows, of the last without them: [num_rows, vocab]."""
         count = len(token_ids)
+        device = self.model.device
         batch = StepBatch(
-            token_ids=torch.tensor(token_ids),
-            positions=torch.arange(self.num_tokens, self.num_tokens + count),
-            query_starts=torch.tensor([0, count], dtype=torch.int32),
-            context_lens=torch.tensor([self.num_tokens], dtype=torch.int32),
+            token_ids=torch.tensor(token_ids, device=device),
+            positions=torch.arange(self.num_tokens, self.num_tokens + count, device=device),
+            query_starts=torch.tensor([0, count], dtype=torch.int32, device=device),
+            context_lens=torch.tensor([self.num_tokens], dtype=torch.int32, device=device),
             page_table=self.page_table,
-            logits_rows=torch.tensor([count - 1] if rows is None else rows, dtype=torch.int64),
+            logits_rows=torch.tensor([count - 1] if rows is None else rows, dtype=torch.int64, device=device),
+            query_len=count if count <= MAX_QUERY_LEN else 0,
         )
         logits = self.model.forward(batch, self.arena)
         self.num_tokens += count
