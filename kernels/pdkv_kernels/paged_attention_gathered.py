@@ -16,16 +16,17 @@ def paged_attention_gathered(q: Tensor, kv: PagedKv, queries: RaggedQueries, sca
 
     Elements and their scales are multiplied in float32 and rounded to q's dtype. Syncs, to learn the lengths.
     """
-    share = q.shape[1] // kv.k.shape[1]
     out = torch.empty_like(q)
     for seq, start, end, context in sequence_rows(queries):
         num_keys = context + end - start
         pages = queries.page_table[seq, : (num_keys - 1) // BLOCK + 1].long()
-        k = _gather(kv.k, kv.k_scale, pages, num_keys, q.dtype).repeat_interleave(share, dim=0)
-        v = _gather(kv.v, kv.v_scale, pages, num_keys, q.dtype).repeat_interleave(share, dim=0)
+        k = _gather(kv.k, kv.k_scale, pages, num_keys, q.dtype)
+        v = _gather(kv.v, kv.v_scale, pages, num_keys, q.dtype)
         mine = q[start:end].transpose(0, 1)[None]  # [1, num_heads, rows, head_dim]
         mask = causal_lower_right(end - start, num_keys)
-        found = functional.scaled_dot_product_attention(mine, k[None], v[None], attn_mask=mask, scale=scale)
+        found = functional.scaled_dot_product_attention(
+            mine, k[None], v[None], attn_mask=mask, scale=scale, enable_gqa=True
+        )
         out[start:end] = found[0].transpose(0, 1)
     return out
 
