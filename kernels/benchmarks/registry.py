@@ -13,6 +13,7 @@ OPERATIONS = {
     "paged_attention_decode": "benchmarks.paged_attention_decode",
     "index_topk_prefill": "benchmarks.index_topk_prefill",
     "sparse_attention_prefill": "benchmarks.sparse_attention_prefill",
+    "paged_attention_prefill": "benchmarks.paged_attention_prefill",
     "kv_store": "benchmarks.kv_store",
     "page_digest": "benchmarks.page_digest",
 }

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pdkv_kernels.fp8_bits import PLAIN, fp8_code, half_of_bits
 from pdkv_kernels.paged import BLOCK, RaggedQueries
+from pdkv_kernels.ragged_tiles import most_tiles, tile_sequence
 
 _TRITON_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _SCORE_BYTES = 160 << 20
@@ -85,20 +86,20 @@ def score_blocks(
     _, heads, dim = index_q.shape
     num_seqs = queries.context_lens.numel()
     heads_padded = triton.next_power_of_2(heads)
-    tile_queries = max(1, tuning.tile_rows // heads_padded)
-    most_tiles = triton.cdiv(rows[1] - rows[0], tile_queries) + num_seqs - 1
-    splits = max(1, min(tuning.programs // most_tiles, scores.shape[0] // 4))
+    tile_queries = max(1, tuning.tile_rows // heads_padded, 16 // heads_padded)
+    tiles = most_tiles(rows[1] - rows[0], num_seqs, tile_queries)
+    splits = max(1, min(tuning.programs // tiles, scores.shape[0] // 4))
     code, k = fp8_code(index_k, beside=index_q.dtype)
     # Equal native formats meet as they are; where either side is widened, so is the other.
     q_code, q = (PLAIN, index_q) if code == PLAIN else fp8_code(index_q)
     assert q_code in (PLAIN, code), "fp8 queries need keys of the same format"
     meets = _TRITON_TYPES.get(index_q.dtype, tl.float16)
-    _score_blocks[(most_tiles, splits)](
+    _score_blocks[(tiles, splits)](
         q, k, scores, queries.query_starts, queries.context_lens, queries.page_table,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), queries.page_table.stride(0), scores.stride(0),
         num_seqs, *rows,
         CODE=code, Q_CODE=q_code, TYPE=meets,
-        HEADS=heads, HEADS_P=heads_padded, DIM=dim, BLOCK=BLOCK, QUERIES=max(tile_queries, 16 // heads_padded),
+        HEADS=heads, HEADS_P=heads_padded, DIM=dim, BLOCK=BLOCK, QUERIES=tile_queries,
         STAGES=tuning.stages, PORTABLE=triton.knobs.runtime.interpret, num_warps=tuning.warps, num_stages=tuning.stages,
     )  # fmt: skip
 
@@ -156,17 +157,7 @@ def _score_blocks(
 ):  # fmt: skip
     """Tile of consecutive rows of one sequence, all heads, against its split of the blocks that the tile sees."""
     tile = tl.program_id(0)
-    seq, before, tiles_before = tl.full([], -1, tl.int32), 0, 0
-    for first_seq in range(0, num_seqs, 16):
-        some = first_seq + tl.arange(0, 16)
-        begin = tl.maximum(tl.load(query_starts + some, mask=some < num_seqs, other=0), first_row)
-        end = tl.minimum(tl.load(query_starts + some + 1, mask=some < num_seqs, other=0), end_row)
-        tiles = (tl.maximum(end - begin, 0) + QUERIES - 1) // QUERIES
-        ends = tiles_before + tl.cumsum(tiles, axis=0)
-        mine = (tile < ends) & (tile >= ends - tiles)
-        seq = tl.maximum(seq, tl.max(tl.where(mine, some, -1), axis=0))
-        before = tl.maximum(before, tl.max(tl.where(mine, ends - tiles, 0), axis=0))
-        tiles_before += tl.sum(tiles, axis=0)
+    seq, before = tile_sequence(tile, query_starts, num_seqs, first_row, end_row, QUERIES)
     if seq >= 0:
         start = tl.load(query_starts + seq)
         row = tl.maximum(start, first_row) + (tile - before) * QUERIES

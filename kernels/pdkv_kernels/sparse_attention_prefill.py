@@ -15,6 +15,7 @@ from torch import Tensor
 from pdkv_kernels.fp8_bits import CONVERT, PLAIN, fp8_code, half_of_bits
 from pdkv_kernels.page_readers import PageReaders, TileShape, page_readers
 from pdkv_kernels.paged import BLOCK, PagedKv, RaggedQueries
+from pdkv_kernels.prefill_tile import attend_keys, load_scales, split_rows
 
 _TRITON_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _LOG2_E = 1.4426950408889634
@@ -75,7 +76,7 @@ def sparse_attention_prefill(
     num_rows, num_heads, dim = q.shape
     kv_heads, topk = blocks.shape[1:]
     share = num_heads // kv_heads
-    share_padded = _padded(share)
+    share_padded = padded_share(share)
     assert q.stride(2) == 1
     assert kv.k.stride(3) == 1
     assert kv.v.stride(3) == 1
@@ -99,7 +100,7 @@ def sparse_attention_prefill(
     return out
 
 
-def _padded(share: int) -> int:
+def padded_share(share: int) -> int:
     """q heads of a kv head as a tile holds them: at least 2, so that 8 rows give the 16 that a product needs."""
     return max(2, int(triton.next_power_of_2(share)))
 
@@ -136,7 +137,7 @@ class _Pass:
             "HEADS": kv.k.shape[1],
             "TOPK": topk,
             "SHARE": share,
-            "SHARE_P": _padded(share),
+            "SHARE_P": padded_share(share),
             "DIM": q.shape[2],
             "BLOCK": BLOCK,
         }
@@ -174,20 +175,6 @@ class _Pass:
             SPLIT_Q=self._splits, TILE_ROWS=self._shape.rows, KEYS=tuning.tile_keys, STAGES=tuning.tile_stages,
             num_warps=tuning.tile_warps, num_stages=tuning.tile_stages, **bound, **self._constants,
         )  # fmt: skip
-
-
-@triton.jit
-def _load_scales(k_scale, v_scale, at, s_token, num_keys, KEYS: tl.constexpr):
-    """Scales of keys of a page and of their values, two float32 [KEYS]; 0 past num_keys.
-
-    One load for both: the compiler would repeat smaller ones in every thread that needs the column.
-    """
-    n = tl.arange(0, KEYS)[:, None]
-    which = tl.arange(0, 2)[None, :]
-    base = tl.where(which == 0, k_scale.to(tl.int64), v_scale.to(tl.int64))
-    address = base + (at + n * s_token) * 4
-    pair = tl.load(address.to(tl.pointer_type(tl.float32)), mask=(n < num_keys) & (which < 2), other=0.0)
-    return tl.split(pair)
 
 
 @triton.jit(do_not_specialize=["num_pages", "window", "most_items", "window_rows"])
@@ -228,7 +215,7 @@ def _attend_pages(
         top_weight = 1.0
         if SCALED:
             s_at = page * s_page + head * s_head
-            column, weight = _load_scales(k_scale, v_scale, s_at, s_token, tl.load(key_limit + key), BLOCK)
+            column, weight = load_scales(k_scale, v_scale, s_at, s_token, tl.load(key_limit + key), BLOCK)
             column = column * scale
             top_weight = tl.maximum(tl.max(tl.abs(weight), axis=0), 1e-37)
             weight = weight / top_weight
@@ -281,14 +268,7 @@ def _attend_tiles(
     asks = (row < num_rows) & (in_head < SHARE)
     q_at = q + row * q_row + (head * SHARE + in_head).to(tl.int64) * q_head
     q_tile = tl.load(q_at[:, None] + d[None, :], mask=asks[:, None], other=0.0)
-    row_scale = tl.full([ROWS], scale, tl.float32)
-    if SPLIT_Q:
-        wide = q_tile.to(tl.float32)
-        largest = tl.maximum(tl.max(tl.abs(wide), axis=1), 1e-30) / 448.0
-        row_scale = largest * scale
-        wide = wide / largest[:, None]
-        q_high = wide.to(tl.float8e4nv)
-        q_low = (wide - q_high.to(tl.float32)).to(tl.float8e4nv)
+    q_high, q_low, row_scale = split_rows(q_tile, scale, SPLIT_Q)
     top = tl.full([ROWS], -1e30, tl.float32)  # finite, so that differences are never NaN
     total = tl.zeros([ROWS], tl.float32)
     unit = 1e-37  # what the accumulator counts in: V's largest scale so far
@@ -311,35 +291,13 @@ def _attend_tiles(
             begin = step % PARTS * KEYS
             k_at = k_of_head + (page * k_page + begin * k_token)
             v_at = v_of_head + (page * v_page + begin * v_token)
-            there = n < reach - begin
-            k_tile = tl.load(k_at) if masked == 0 else tl.load(k_at, mask=there[:, None], other=0.0)
-            if SPLIT_Q:
-                keys = tl.trans(k_tile)
-                logits = tl.dot(q_high, keys)
-                logits = tl.dot(q_low, keys, logits)
-            else:
-                keys = tl.trans(half_of_bits(k_tile, CODE).to(QTYPE))
-                logits = tl.dot(q_tile, keys, input_precision="ieee")
-            if SCALED:
-                s_at = page * s_page + head * s_head + begin * s_token
-                key_weight, weight = _load_scales(k_scale, v_scale, s_at, s_token, reach - begin, KEYS)
-                logits *= key_weight[None, :]
-            if masked == 1:
-                limit = ((limits >> (8 * in_tile)) & 0xFF).to(tl.int32) - begin
-                logits = tl.where(n[None, :] < limit[:, None], logits, -float("inf"))
-            new_top = tl.maximum(top, tl.max(logits, axis=1) * row_scale)
-            p = tl.exp2(logits * row_scale[:, None] - new_top[:, None])
-            fade = tl.exp2(top - new_top)
-            total = total * fade + tl.sum(p, axis=1)
-            if SCALED:
-                new_unit = tl.maximum(unit, tl.max(tl.abs(weight), axis=0))
-                p = p * (weight * (1.0 / new_unit))[None, :]
-                fade = fade * (unit / new_unit)
-                unit = new_unit
-            acc = acc * fade[:, None]
-            v_tile = tl.load(v_at) if masked == 0 else tl.load(v_at, mask=there[:, None], other=0.0)
-            acc = tl.dot(p.to(VTYPE), half_of_bits(v_tile, CODE).to(VTYPE), acc, input_precision="ieee")
-            top = new_top
+            limit = ((limits >> (8 * in_tile)) & 0xFF).to(tl.int32) - begin
+            s_at = page * s_page + head * s_head + begin * s_token
+            acc, top, total, unit = attend_keys(
+                acc, top, total, unit, q_tile, q_high, q_low, row_scale, k_at, v_at, n < reach - begin,
+                n[None, :] < limit[:, None], k_scale, v_scale, s_at, s_token, reach - begin,
+                MASKED=masked == 1, SPLIT_Q=SPLIT_Q, CODE=CODE, SCALED=SCALED, VTYPE=VTYPE, KEYS=KEYS,
+            )  # fmt: skip
             # What the next page's loads wait for is fetched an iteration ahead of them.
             after = first + tl.minimum((step + 1) // PARTS, end_at - 1)
             page = tl.load(shared_page + after).to(tl.int64)

@@ -1,0 +1,40 @@
+"""Attention of a prefill chunk to all keys before it, in one dense layer."""
+
+from collections.abc import Iterator
+
+import torch
+from pdkv_kernels.paged_attention_prefill import paged_attention_prefill
+
+from benchmarks.prefill_case import DIM, Chunk
+from benchmarks.registry import Question, wanted
+from benchmarks.timing import Rates, Work
+
+TESTS = "tests/kernels/test_paged_attention_prefill_triton.py"
+
+K = 1024
+SHAPES = [Chunk(4, *at, kind) for kind in ("bf16", "fp8") for at in [(8 * K, 8 * K), (2 * K, 32 * K), (8 * K, 64 * K)]]
+SCALE = DIM**-0.5
+
+
+def works(question: Question, rates: Rates) -> Iterator[Work]:
+    """Products count for keys that a row sees. vLLM has no kernel of its own for these layers."""
+    for shape in SHAPES:
+        if wanted(question, shape.name):
+            yield _work(shape)
+            torch.cuda.empty_cache()
+
+
+def _work(shape: Chunk) -> Work:
+    kv, pitch = shape.kv()
+    queries = shape.queries()
+    q = torch.randn(shape.rows, 16 * shape.kv_heads, DIM, device="cuda", dtype=torch.bfloat16)
+    out = torch.empty_like(q), torch.empty(q.shape[:2], dtype=torch.float32, device="cuda")
+    token_bytes = 2 * DIM * kv.k.element_size() + (8 if kv.k_scale is not None else 0)
+    return Work(
+        shape=shape.name,
+        calls=[lambda: paged_attention_prefill(q, kv, queries, SCALE, out)],
+        num_bytes=2 * q.nbytes + shape.kv_heads * shape.context * token_bytes,
+        num_flops=int((shape.positions() + 1).sum()) * 16 * shape.kv_heads * DIM * 4,
+        ceiling="bf16",
+        note=f"row {pitch} B",
+    )
