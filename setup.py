@@ -1,4 +1,4 @@
-"""Builds the native extensions for the stable ABI; the binding needs UCX's headers, and no UCX library until run time."""
+"""Builds the native extensions for the stable ABI: UCX's headers are needed, its library not until run time."""
 
 import importlib.util
 import os

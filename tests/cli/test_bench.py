@@ -1,0 +1,44 @@
+"""``pdkv bench``: its help, its forms of output, its exit codes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+
+def pdkv(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pdkv", "bench", *arguments], capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def test_help_names_both_and_gives_examples() -> None:
+    assert {"xfer", "plan"} <= set(pdkv("--help").stdout.split())
+    for command in ("xfer", "plan"):
+        shown = pdkv(command, "--help").stdout
+        assert "Examples:" in shown
+        assert len(shown.splitlines()) <= 60
+
+
+def test_a_small_race_as_json_with_a_chart(tmp_path: Path) -> None:
+    chart = tmp_path / "chart.svg"
+    small = ("--tokens", "128", "--path", "tcp", "--layout", "arena", "--repeats", "1")
+    done = pdkv("xfer", *small, "--vs", "mooncake", "--tools", str(tmp_path), "--json", "--chart", str(chart))
+    assert done.returncode == 0, done.stderr
+    results = {result["contestant"]: result for result in json.loads(done.stdout)["results"]}
+    assert results["pdkv"]["correct"]
+    assert not results["mooncake"]["correct"], "it is not installed there"
+    assert "make bench-tools" in results["mooncake"]["error"]
+    assert chart.read_text().startswith("<svg")
+
+
+def test_planning_as_text_and_json() -> None:
+    small = ("plan", "--tokens", "2048", "--requests", "20")
+    assert "after 20 requests" in pdkv(*small).stdout
+    assert json.loads(pdkv(*small, "--json").stdout)["costs"][0]["spans"] == 16
+
+
+def test_names_that_there_are_not() -> None:
+    done = pdkv("xfer", "--path", "pigeon")
+    assert done.returncode == 2
+    assert done.stderr == "pdkv: error: path 'pigeon' is not one of shm, tcp\n"
