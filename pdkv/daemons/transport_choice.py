@@ -57,7 +57,7 @@ def _ways(settings: WorkerSettings) -> list[Way]:
         ucx = _ucx(settings)
         ways.append(Way(ucx, "rdma" if ucx.library.has_infiniband and _has_cards() else "tcp"))
     except TransportError as error:
-        if not ways or settings.ucx_library is not None:
+        if not ways or settings.ucx_library is not None or settings.device == "cuda":  # it alone reads GPU memory
             for way in ways:
                 way.transport.close()
             raise
@@ -70,7 +70,7 @@ def _has_cards() -> bool:
 
 
 def _ucx(settings: WorkerSettings) -> UcxTransport:
-    return UcxTransport(UcxOptions(tls=settings.ucx_tls, library=settings.ucx_library))
+    return UcxTransport(UcxOptions(tls=settings.ucx_tls, library=settings.ucx_library, cuda=settings.device == "cuda"))
 
 
 def _sockets(settings: WorkerSettings) -> SocketTransport:

@@ -41,6 +41,8 @@ class UcxOptions(msgspec.Struct, frozen=True):
 
     library: str | None = None
     """A libucp file, or the directory that holds it; None looks for one (``ucx_library``)."""
+    cuda: bool = False
+    """It is to carry the memory of NVIDIA GPUs."""
     tls: str | None = None
     """UCX transports to use, as in UCX_TLS. None = all but cma (2-5 x slower than posix) and sysv (same as posix)."""
     net_devices: str | None = None
@@ -90,7 +92,7 @@ class UcxTransport(Transport):
         if options.window_spans < 1 or options.window_bytes < 1:
             raise TransportError("UcxOptions: window_spans and window_bytes must be at least 1")
         self.settings = ucx_settings(options, dict(os.environ))
-        chosen = find_ucx_library(options.library)
+        chosen = find_ucx_library(options.library, cuda=options.cuda)
         ours = [(s.name.removeprefix("UCX_").encode(), s.value.encode()) for s in self.settings if not s.inherited]
         try:
             self._engine = Engine(
@@ -123,6 +125,11 @@ class UcxTransport(Transport):
         self._check_open()
         if memory.address <= 0 or memory.length <= 0:
             raise TransportError(f"cannot register {memory.length} bytes at {memory.address:#x}")
+        if memory.device != "cpu" and not self.library.has_cuda:
+            raise TransportError(
+                f"UCX {self.library.version} ({self.library.path}) has no CUDA and cannot register {memory.length} "
+                f"bytes on {memory.device}; install libucx-cu12 or libucx-cu13, or name another with --ucx-library"
+            )
         try:
             key = self._engine.register(memory.address, memory.length, memory.device == "cpu")
         except OSError as error:

@@ -1,4 +1,7 @@
-"""Which libucp to load: the one asked for, else a system UCX that has InfiniBand, else the libucx wheel."""
+"""Which libucp to load: the one asked for, else a system UCX that has InfiniBand, else the libucx wheel.
+
+One that cannot carry GPU memory is none where that is to be carried.
+"""
 
 import importlib.util
 from collections.abc import Iterable, Iterator
@@ -37,6 +40,8 @@ class UcxLibrary(msgspec.Struct, frozen=True):
     """Its module directory holds ``libuct_ib``; whether a device is there is another matter."""
     source: str
     """ "explicit", "system" or "wheel"."""
+    has_cuda: bool = False
+    """Likewise ``libuct_cuda``: it can register and read the memory of NVIDIA GPUs."""
     version: str = ""
     """As the loaded library says; empty before it is loaded."""
 
@@ -44,28 +49,48 @@ class UcxLibrary(msgspec.Struct, frozen=True):
 def find_ucx_library(
     explicit: str | None = None,
     *,
+    cuda: bool = False,
     system_directories: Iterable[str] = SYSTEM_DIRECTORIES,
     wheel: str = "libucx",
 ) -> UcxLibrary:
     """The library to load. ``explicit`` is a libucp file or the directory that holds it; ``wheel`` is the name of the
-    Python package that bundles UCX. Raises ``TransportError`` saying what to install when there is none."""
+    Python package that bundles UCX; ``cuda``: it is to carry GPU memory, and those that cannot are passed over, but for
+    an explicit one. Raises ``TransportError`` saying what to install when there is none."""
     if explicit is not None:
         return _explicit(explicit)
     bundled = list(_in_wheel(wheel))
     system = [place / LIBRARY for place in map(Path, system_directories) if (place / LIBRARY).is_file()]
-    for path in system:
-        if has_infiniband(path):
-            return UcxLibrary(path=str(path), has_infiniband=True, source="system")
-    for path in bundled:
-        return UcxLibrary(path=str(path), has_infiniband=has_infiniband(path), source="wheel")
-    for path in system:
-        return UcxLibrary(path=str(path), has_infiniband=False, source="system")
+    found = [_described(path, "system") for path in system]
+    fit = [library for library in found if library.has_infiniband]
+    fit += [_described(path, "wheel") for path in bundled]
+    fit += [library for library in found if not library.has_infiniband]
+    for library in fit:
+        if library.has_cuda or not cuda:
+            return library
+    if fit:
+        raise TransportError(
+            f"no UCX found that carries GPU memory (looked at {', '.join(library.path for library in fit)}): install "
+            "libucx-cu12 or libucx-cu13, whichever fits the driver, or a system UCX with CUDA"
+        )
     raise TransportError(f"no UCX found: {HOW_TO_INSTALL}")
 
 
 def has_infiniband(library: Path) -> bool:
     """Whether the UCX that ``library`` belongs to was built with InfiniBand and RoCE."""
-    return any(library.resolve().parent.glob("ucx/libuct_ib*.so*")) or any(library.parent.glob("ucx/libuct_ib*.so*"))
+    return _has_module(library, "libuct_ib")
+
+
+def has_cuda(library: Path) -> bool:
+    """Whether the UCX that ``library`` belongs to was built with CUDA."""
+    return _has_module(library, "libuct_cuda")
+
+
+def _has_module(library: Path, name: str) -> bool:
+    return any(any(place.glob(f"ucx/{name}*.so*")) for place in (library.resolve().parent, library.parent))
+
+
+def _described(path: Path, source: str) -> UcxLibrary:
+    return UcxLibrary(path=str(path), has_infiniband=has_infiniband(path), source=source, has_cuda=has_cuda(path))
 
 
 def _explicit(named: str) -> UcxLibrary:
@@ -74,7 +99,7 @@ def _explicit(named: str) -> UcxLibrary:
         path = path / LIBRARY
     if not path.is_file():
         raise TransportError(f"the UCX library asked for, {named}, is no file: {HOW_TO_INSTALL}")
-    return UcxLibrary(path=str(path.absolute()), has_infiniband=has_infiniband(path), source="explicit")
+    return _described(path.absolute(), "explicit")
 
 
 def _in_wheel(package: str) -> Iterator[Path]:

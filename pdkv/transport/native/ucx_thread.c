@@ -1,5 +1,6 @@
 /* The engine's thread: runs commands, posts, progresses, and sleeps when there is nothing to do. */
 #define _GNU_SOURCE
+#include <dlfcn.h>
 #include <errno.h>
 #include <poll.h>
 #include <stdio.h>
@@ -54,6 +55,22 @@ static int pack_key(pdkv_engine *engine, ucp_mem_h handle, pdkv_registration *re
     return registration->key == NULL ? -1 : 0;
 }
 
+/* UCX copies GPU memory in the context of the thread that drives it: from here on this thread has the memory's own.
+ * Whoever allocated it has loaded the driver. */
+static void adopt_gpu_context(uint64_t address)
+{
+    enum { POINTER_ATTRIBUTE_CONTEXT = 1 };
+    void *driver = dlopen("libcuda.so.1", RTLD_NOW | RTLD_NOLOAD);
+    if (driver == NULL)
+        return;
+    int (*ask)(void *, int, uint64_t) = (int (*)(void *, int, uint64_t))dlsym(driver, "cuPointerGetAttribute");
+    int (*adopt)(void *) = (int (*)(void *))dlsym(driver, "cuCtxSetCurrent");
+    void *context = NULL;
+    if (ask != NULL && adopt != NULL && ask(&context, POINTER_ATTRIBUTE_CONTEXT, address) == 0 && context != NULL)
+        adopt(context);
+    dlclose(driver);
+}
+
 static void map_memory(pdkv_engine *engine, pdkv_registration *registration)
 {
     pdkv_local_memory *grown = realloc(engine->memories, (engine->num_memories + 1) * sizeof(*grown));
@@ -70,6 +87,8 @@ static void map_memory(pdkv_engine *engine, pdkv_registration *registration)
     if (registration->on_host) {
         params.field_mask |= UCP_MEM_MAP_PARAM_FIELD_MEMORY_TYPE;
         params.memory_type = UCS_MEMORY_TYPE_HOST;
+    } else {
+        adopt_gpu_context(registration->address);
     }
     ucp_mem_h handle;
     ucs_status_t status = engine->ucx.ucp_mem_map(engine->context, &params, &handle);
