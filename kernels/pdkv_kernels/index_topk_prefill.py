@@ -19,9 +19,6 @@ _TRITON_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.f
 _SCORE_BYTES = 160 << 20
 """Most that scores take at one time, whatever the chunk and the context."""
 _ROW_MULTIPLE = 64
-_RANKED_BLOCKS = 64
-"""Up to so many blocks, each is compared with all others at once; beyond, the best so far pass over them."""
-_RANKED_COLUMNS = 8
 
 
 @dataclass(frozen=True)
@@ -119,18 +116,13 @@ def select_blocks(
     heads = out.shape[1]
     topk, init_blocks, local_blocks = choice
     columns = (rows[1] - rows[0]) * heads
-    where = (scores, out, queries.query_starts, queries.context_lens, scores.stride(0), out.stride(0), out.stride(1))
-    which = (queries.context_lens.numel(), *rows, init_blocks, local_blocks)
-    constants = {"HEADS": heads, "TOPK": topk, "TOPK_P": triton.next_power_of_2(topk), "BLOCK": BLOCK}
-    if scores.shape[0] <= _RANKED_BLOCKS:
-        _rank_blocks[(triton.cdiv(columns, _RANKED_COLUMNS),)](
-            *where, *which, COLUMNS=_RANKED_COLUMNS, BLOCKS=max(16, triton.next_power_of_2(scores.shape[0])),
-            num_warps=4, **constants,
-        )  # fmt: skip
-        return
+    chunk = min(tuning.chunk_blocks, max(16, triton.next_power_of_2(scores.shape[0])))
     _select_blocks[(triton.cdiv(columns, tuning.columns),)](
-        *where, *which, COLUMNS=tuning.columns, CHUNK=tuning.chunk_blocks, num_warps=tuning.select_warps, **constants
-    )
+        scores, out, queries.query_starts, queries.context_lens, scores.stride(0), out.stride(0), out.stride(1),
+        queries.context_lens.numel(), *rows, init_blocks, local_blocks,
+        HEADS=heads, TOPK=topk, TOPK_P=triton.next_power_of_2(topk), BLOCK=BLOCK, COLUMNS=tuning.columns, CHUNK=chunk,
+        num_warps=tuning.select_warps,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -201,57 +193,6 @@ def _score_blocks(
             to += scores_block
 
 
-@triton.jit
-def _visible_blocks(row, query_starts, context_lens, num_seqs, end_row, BLOCK: tl.constexpr):
-    """How many blocks each row sees; 0 behind the last row."""
-    seq = tl.zeros_like(row)
-    for first_seq in range(0, num_seqs, 16):
-        some = first_seq + tl.arange(0, 16)
-        ends = tl.load(query_starts + some + 1, mask=some < num_seqs, other=2147483647)
-        seq += tl.sum((row[:, None] >= ends[None, :]).to(tl.int32), axis=1)
-    exists = (row < end_row) & (seq < num_seqs)
-    start = tl.load(query_starts + seq, mask=exists, other=0)
-    position = row - start + tl.load(context_lens + seq, mask=exists, other=0)
-    return tl.where(exists, position // BLOCK + 1, 0)
-
-
-@triton.jit
-def _order_of(score, block, visible, init_blocks, local_blocks):
-    """int32 that orders blocks as ``select_blocks_ref`` does but for ties; the least one marks what is not seen."""
-    bits = (score + 0.0).to(tl.int32, bitcast=True)  # adding +0 turns -0 into +0
-    order = tl.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
-    order = tl.where(score != score, -0x7FFFFFF0, order)
-    order = tl.where(block >= visible - local_blocks, 0x7FFFFFF0, order)
-    order = tl.where(block < init_blocks, 0x7FFFFFF1, order)
-    return tl.where(block < visible, order, -0x7FFFFFFF)
-
-
-@triton.jit(do_not_specialize=["num_seqs", "first_row", "end_row", "init_blocks", "local_blocks"])
-def _rank_blocks(
-    scores, out, query_starts, context_lens, scores_block, out_row, out_head, num_seqs, first_row, end_row,
-    init_blocks, local_blocks,
-    HEADS: tl.constexpr, TOPK: tl.constexpr, TOPK_P: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-):  # fmt: skip
-    """Few blocks: the place of each is the number of those before it."""
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    row = first_row + column // HEADS
-    visible = _visible_blocks(row, query_starts, context_lens, num_seqs, end_row, BLOCK)
-    block = tl.arange(0, BLOCKS)
-    seen = block[None, :] < visible[:, None]
-    at = scores + block[None, :].to(tl.int64) * scores_block + column[:, None]
-    score = tl.load(at, mask=seen, other=0.0)
-    order = _order_of(score, block[None, :], visible[:, None], init_blocks, local_blocks)  # [COLUMNS, BLOCKS]
-    # Equal ones go by number: those before need only be as good.
-    need = order[:, :, None] - (block[None, None, :] < block[None, :, None]).to(tl.int32)
-    rank = tl.sum((order[:, None, :] > need).to(tl.int32), axis=2)
-    to = out + row.to(tl.int64) * out_row + (column % HEADS) * out_head
-    tl.store(to[:, None] + rank, tl.broadcast_to(block[None, :], rank.shape), mask=seen & (rank < TOPK))
-    place = tl.arange(0, TOPK_P)
-    empty = (place[None, :] >= visible[:, None]) & (place[None, :] < TOPK) & (row < end_row)[:, None]
-    tl.store(to[:, None] + place[None, :], tl.full([COLUMNS, TOPK_P], -1, tl.int32), mask=empty)
-
-
 @triton.jit(do_not_specialize=["num_seqs", "first_row", "end_row", "init_blocks", "local_blocks"])
 def _select_blocks(
     scores, out, query_starts, context_lens, scores_block, out_row, out_head, num_seqs, first_row, end_row,
@@ -264,24 +205,31 @@ def _select_blocks(
     LOW: tl.constexpr = (1 << 24) - 1
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     row = first_row + column // HEADS
-    visible = _visible_blocks(row, query_starts, context_lens, num_seqs, end_row, BLOCK)
+    seq = tl.zeros([COLUMNS], tl.int32)
+    for first_seq in range(0, num_seqs, 16):
+        some = first_seq + tl.arange(0, 16)
+        ends = tl.load(query_starts + some + 1, mask=some < num_seqs, other=2147483647)
+        seq += tl.sum((row[:, None] >= ends[None, :]).to(tl.int32), axis=1)
+    exists = (row < end_row) & (seq < num_seqs)
+    start = tl.load(query_starts + seq, mask=exists, other=0)
+    position = row - start + tl.load(context_lens + seq, mask=exists, other=0)
+    visible = tl.where(exists, position // BLOCK + 1, 0)
 
     place = tl.arange(0, TOPK_P)
     best = tl.full([TOPK_P, COLUMNS], NEVER, tl.int64) - place[:, None]  # all different
     # Places beyond the wanted number are taken from the start, by keys that nothing displaces.
     best = tl.where(place[:, None] < TOPK, best, (1 << 62) + place[:, None].to(tl.int64))
     worst = tl.min(best, axis=0)
-    chunk = tl.arange(0, CHUNK)
-    at = scores + chunk[:, None].to(tl.int64) * scores_block + column[None, :]
-    coming = tl.load(at, mask=chunk[:, None] < visible[None, :], other=0.0)
     for first in range(0, tl.max(visible, axis=0), CHUNK):
-        block = first + chunk
+        block = first + tl.arange(0, CHUNK)
         seen = block[:, None] < visible[None, :]
-        rank = _order_of(coming, block[:, None], visible[None, :], init_blocks, local_blocks).to(tl.int64)
+        score = tl.load(scores + block[:, None].to(tl.int64) * scores_block + column[None, :], mask=seen, other=0.0)
+        bits = (score + 0.0).to(tl.int32, bitcast=True)  # adding +0 turns -0 into +0
+        rank = tl.where(bits < 0, -(bits & 0x7FFFFFFF), bits).to(tl.int64)
+        rank = tl.where(score != score, -(1 << 32), rank)
+        rank = tl.where(block[:, None] >= visible[None, :] - local_blocks, 1 << 32, rank)
+        rank = tl.where(block[:, None] < init_blocks, 1 << 33, rank)
         key = tl.where(seen, (rank << 24) + (LOW - block[:, None]), -(1 << 63))
-        # Scores of the next chunk travel while this one is gone through.
-        at += CHUNK * scores_block
-        coming = tl.load(at, mask=block[:, None] + CHUNK < visible[None, :], other=0.0)
         top = tl.max(key, axis=0)
         while tl.max((top > worst).to(tl.int32), axis=0) > 0:
             enters = top > worst

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pdkv_kernels.kv_store_ref import HeadNorms, PackedHeads, Queries, TokenRows
 from pdkv_kernels.paged import BLOCK, LayerPages
-from pdkv_kernels.rounding import FORMATS, MAX, magnitude_bits, portable, round_once, store_view, token_scale
+from pdkv_kernels.rounding import FORMATS, MAX, magnitude_bits, round_once, store_view, token_scale
 
 _VECTORS = 16
 """Heads times rows that a program takes."""
@@ -67,7 +67,7 @@ def kv_store(
         REST_P=triton.next_power_of_2(max(rest, 1)),
         KV_FORM=kv_form, KV_TYPE=_type(k), KV_MAX=MAX[kv_form], INDEX_FORM=index_form, INDEX_TYPE=_type(index_pages),
         INDEX_Q_FORM=index_q_form, INDEX_Q_TYPE=_type(index_q), Q_FORM=q_form, Q_TYPE=_type(q),
-        BLOCK=BLOCK, VECTORS=max(_VECTORS, others), PORTABLE=portable(packed.device),
+        BLOCK=BLOCK, VECTORS=max(_VECTORS, others), PORTABLE=triton.knobs.runtime.interpret,
         num_warps=_WARPS, enable_fp_fusion=False,
     )  # fmt: skip
     return out

@@ -106,11 +106,11 @@ def _attend_dense(
                 begin = step % PARTS * KEYS
                 s_at = page * s_page + head * s_head + begin * s_token
                 left = num_keys - step * KEYS
-                limit = position + in_tile + 1 - step * KEYS
+                seen = position + in_tile + 1 - step * KEYS
                 acc, top, total, unit = attend_keys(
                     acc, top, total, unit, q_tile, q_high, q_low, row_scale,
                     k_of_head + (page * k_page + begin * k_token), v_of_head + (page * v_page + begin * v_token),
-                    n < left, n[None, :] < limit[:, None], k_scale, v_scale, s_at, s_token, left,
+                    seen, left, k_scale, v_scale, s_at, s_token,
                     MASKED=masked == 1, SPLIT_Q=SPLIT_Q, CODE=CODE, SCALED=SCALED, VTYPE=VTYPE, KEYS=KEYS,
                 )  # fmt: skip
                 page = tl.load(table + tl.minimum((step + 1) // PARTS, end_at - 1)).to(tl.int64)

@@ -36,16 +36,17 @@ def load_scales(k_scale, v_scale, at, s_token, num_keys, KEYS: tl.constexpr):
 
 @triton.jit
 def attend_keys(
-    acc, top, total, unit, q, q_high, q_low, row_scale, k_at, v_at, there, seen, k_scale, v_scale, s_at, s_token,
-    num_keys,
+    acc, top, total, unit, q, q_high, q_low, row_scale, k_at, v_at, seen, num_keys, k_scale, v_scale, s_at, s_token,
     MASKED: tl.constexpr, SPLIT_Q: tl.constexpr, CODE: tl.constexpr, SCALED: tl.constexpr, VTYPE: tl.constexpr,
     KEYS: tl.constexpr,
 ):  # fmt: skip
     """Running softmax of base 2 over KEYS more keys: (acc, top, total, unit), one row each but the last.
 
-    k_at, v_at: pointers [KEYS, dim]. MASKED: only keys that are ``there`` [KEYS] are loaded, and count for rows that
-    have them ``seen`` [rows, KEYS]. acc counts in units of the largest scale of V so far.
+    k_at, v_at: pointers [KEYS, dim]. MASKED: only the first num_keys keys are loaded, and each row counts those that
+    it has ``seen``, int32 [rows]. acc counts in units of the largest scale of V so far.
     """
+    n = tl.arange(0, KEYS)
+    there = n < num_keys
     if MASKED:
         k_tile = tl.load(k_at, mask=there[:, None], other=0.0)
     else:
@@ -60,7 +61,7 @@ def attend_keys(
         key_weight, weight = load_scales(k_scale, v_scale, s_at, s_token, num_keys, KEYS)
         logits *= key_weight[None, :]
     if MASKED:
-        logits = tl.where(seen, logits, -float("inf"))
+        logits = tl.where(n[None, :] < seen[:, None], logits, -float("inf"))
     new_top = tl.maximum(top, tl.max(logits, axis=1) * row_scale)
     p = tl.exp2(logits * row_scale[:, None] - new_top[:, None])
     fade = tl.exp2(top - new_top)

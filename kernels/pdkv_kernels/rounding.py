@@ -1,10 +1,7 @@
 """Round float32 once inside a kernel, as ``quantise_ref`` does: to nearest even, fp8 saturated, on any device.
 
-Only NVIDIA's conversion from Ada on is trusted, which rounds and saturates so by instruction, and is tested bit by bit.
-Elsewhere fp8 is made by integer arithmetic, so that no device's conversion decides what is in the cache.
+fp8 is made by integer arithmetic on the bits, so that no device's conversion decides what is in the cache.
 """
-
-from functools import cache
 
 import torch
 import triton
@@ -21,33 +18,20 @@ def store_view(pages: Tensor) -> tuple[Tensor, str]:
     return (pages, "float") if form is None else (pages.view(torch.uint8), form)
 
 
-@cache
-def portable(device: torch.device) -> bool:
-    """Whether kernels must round by integer arithmetic on this device."""
-    if device.type != "cuda" or torch.version.hip:
-        return True
-    return torch.cuda.get_device_capability(device) < (8, 9)
-
-
 @triton.jit
 def round_once(x, FORMAT: tl.constexpr, TYPE: tl.constexpr, PORTABLE: tl.constexpr):
-    """float32 x in TYPE, or as bytes of FORMAT. PORTABLE: see ``portable``."""
+    """float32 x in TYPE, or as bytes of FORMAT. PORTABLE: do not trust the device's conversion to bfloat16 either."""
     if FORMAT == "float":
-        rounded = _bfloat16(x) if PORTABLE and TYPE == tl.bfloat16 else x.to(TYPE)  # noqa: SIM300
-    elif FORMAT == "e4m3fnuz":
-        rounded = _fp8(x, 3, 8, 0x7F, 0x80, False)
+        if PORTABLE and TYPE == tl.bfloat16:  # noqa: SIM300
+            return _bfloat16(x)
+        else:
+            return x.to(TYPE)
     elif FORMAT == "e4m3fn":
-        rounded = _fp8(x, 3, 7, 0x7E, 0x7F, True) if PORTABLE else _converted(x, tl.float8e4nv)
+        return _fp8(x, 3, 7, 0x7E, 0x7F, True)
+    elif FORMAT == "e4m3fnuz":
+        return _fp8(x, 3, 8, 0x7F, 0x80, False)
     else:
-        rounded = _fp8(x, 2, 15, 0x7B, 0x7F, True) if PORTABLE else _converted(x, tl.float8e5)
-    return rounded
-
-
-@triton.jit
-def _converted(x, TYPE: tl.constexpr):
-    """By the device's instruction, which drops NaN's sign."""
-    sign = ((x.to(tl.int32, bitcast=True) >> 24) & 0x80).to(tl.uint8)
-    return x.to(TYPE).to(tl.uint8, bitcast=True) | sign
+        return _fp8(x, 2, 15, 0x7B, 0x7F, True)
 
 
 @triton.jit

@@ -291,11 +291,11 @@ def _attend_tiles(
             begin = step % PARTS * KEYS
             k_at = k_of_head + (page * k_page + begin * k_token)
             v_at = v_of_head + (page * v_page + begin * v_token)
-            limit = ((limits >> (8 * in_tile)) & 0xFF).to(tl.int32) - begin
+            seen = ((limits >> (8 * in_tile)) & 0xFF).to(tl.int32) - begin
             s_at = page * s_page + head * s_head + begin * s_token
             acc, top, total, unit = attend_keys(
-                acc, top, total, unit, q_tile, q_high, q_low, row_scale, k_at, v_at, n < reach - begin,
-                n[None, :] < limit[:, None], k_scale, v_scale, s_at, s_token, reach - begin,
+                acc, top, total, unit, q_tile, q_high, q_low, row_scale, k_at, v_at, seen, reach - begin,
+                k_scale, v_scale, s_at, s_token,
                 MASKED=masked == 1, SPLIT_Q=SPLIT_Q, CODE=CODE, SCALED=SCALED, VTYPE=VTYPE, KEYS=KEYS,
             )  # fmt: skip
             # What the next page's loads wait for is fetched an iteration ahead of them.

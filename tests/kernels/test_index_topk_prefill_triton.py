@@ -100,12 +100,3 @@ def test_slices_and_rows_behind_the_last(device: str, dtype: torch.dtype, monkey
     chosen = choose(replace(case, queries=fewer), 2, 0, 1)
     assert (chosen[70:] == -1).all()
     assert torch.equal(chosen[:70], reference(case, 2, 0, 1)[:70])
-
-
-@pytest.mark.parametrize(("device", "dtype"), [CPU, *CUDA])
-@pytest.mark.parametrize("ranked", [0, 64], ids=["by-chunks", "by-rank"])
-def test_both_ways_of_selecting(device: str, dtype: torch.dtype, ranked: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("pdkv_kernels.index_topk_prefill._RANKED_BLOCKS", ranked)
-    case = whole_numbers(make_prefill(device, dtype, [(4000, 5), (0, 130)] if device == "cpu" else [(8000, 190)]))
-    for init, local in [(0, 1), (1, 2)]:
-        assert torch.equal(choose(case, 4, init, local), reference(case, 4, init, local))
