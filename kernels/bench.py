@@ -5,6 +5,7 @@ An operation's parity test runs first; where it is red, or where nothing ran, no
 
 import argparse
 import datetime
+import importlib.util
 import json
 import os
 import subprocess
@@ -75,6 +76,8 @@ def _parity(tests: str) -> bool:
     """Run the test file in a process of its own, on this GPU; at least one test must have run."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--confcutdir", "tests/kernels"]
+    if importlib.util.find_spec("xdist"):  # most of the time goes into compiling
+        command += ["-n", str(min(8, os.cpu_count() or 1)), "-p", "no:benchmark"]
     done = subprocess.run(
         [*command, "-m", "gpu", tests],
         cwd=ROOT,

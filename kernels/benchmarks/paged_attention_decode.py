@@ -43,7 +43,7 @@ def _work(shape: Shape) -> Work:
     batch = DecodeBatch(seq_lens, shuffled_table(shape.batch, shape.blocks), shape.query_len)
     q = torch.randn(rows, 16 * kv_heads, DIM, device="cuda", dtype=torch.bfloat16)
     out, lse = torch.empty_like(q), torch.empty(q.shape[:2], dtype=torch.float32, device="cuda")
-    space = MergeWorkspace(rows, q.shape[1], DIM, dense_plan(batch, q, kvs[0]).splits, "cuda")
+    space = MergeWorkspace(q, dense_plan(batch, q, kvs[0]).splits)
     run = paged_attention_decode_into
     return Work(
         shape=shape.name,

@@ -98,7 +98,7 @@ def ours(case: Case, plan: AttendPlan | None = None) -> list[Call]:
     rows, heads, dim = case.q.shape
     out = torch.empty_like(case.q)
     lse = torch.empty(rows, heads, dtype=torch.float32, device="cuda")
-    space = MergeWorkspace(rows, heads, dim, TOPK, "cuda")
+    space = MergeWorkspace(case.q, TOPK)
     run = sparse_attention_decode_into
     return [partial(run, out, lse, case.q, kv, case.blocks, case.batch, SCALE, space, plan) for kv in case.layers]
 

@@ -1,14 +1,12 @@
 """One tile of keys and values under a running softmax: query heads are the rows of both products.
 
-fp8 keys and values are widened to float16, exactly. A plain conversion of V makes Triton gather it byte by byte from
-shared memory, for the product wants it turned; taken as pairs of bytes, V is converted as it lies, and the matrix
-loads turn float16.
+fp8 keys and values are widened to float16, exactly, on their way into the matrix units.
 """
 
 import triton
 import triton.language as tl
 
-from pdkv_kernels.fp8_bits import half_of_bits, half_of_pairs
+from pdkv_kernels.fp8_bits import half_of_bits
 
 
 @triton.jit
@@ -31,7 +29,7 @@ def attend_tile(
     q,  # from prepare_q
     unit,  # float32 [heads], what a dot must be multiplied by
     k,  # [TILE, DIM]
-    v,  # [TILE, DIM], or int16 [TILE, DIM // 2] with PAIRS
+    v,  # [TILE, DIM]
     k_scale,  # float32 [TILE]
     v_scale,  # float32 [TILE]
     mask,  # [heads or 1, TILE]
@@ -39,7 +37,6 @@ def attend_tile(
     total,  # float32 [heads, TILE], summed up over TILE at the end alone
     sums,  # float32 [heads, DIM]
     CODE: tl.constexpr,
-    PAIRS: tl.constexpr,
     SCALED: tl.constexpr,
 ):
     """The new (top, total, sums).
@@ -62,10 +59,7 @@ def attend_tile(
         weights = weights * (v_scale * inverse)[None, :]
     else:
         total = total * fade[:, None] + weights
-    if PAIRS:
-        v = half_of_pairs(v, CODE)
-    else:
-        v = half_of_bits(v, CODE)
+    v = half_of_bits(v, CODE)
     sums = tl.dot(weights.to(v.dtype), v, acc=sums * fade[:, None], input_precision="ieee")
     return new_top, total, sums
 

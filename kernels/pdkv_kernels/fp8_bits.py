@@ -15,13 +15,11 @@ from torch import Tensor
 PLAIN = 0
 """Not an 8-bit float, or one that is multiplied as it is."""
 CONVERT = 1
-"""An e4m3 float that Triton itself converts to float16."""
+"""An 8-bit float that Triton itself converts to float16."""
 BITS_E4M3 = 2
 BITS_E4M3_FNUZ = 3
 BITS_E5M2 = 4
 BITS_E5M2_FNUZ = 5
-CONVERT_E5M2 = 6
-"""The same of e5m2."""
 
 _BITS = {
     torch.float8_e4m3fn: BITS_E4M3,
@@ -42,7 +40,7 @@ def fp8_code(data: Tensor, beside: torch.dtype | None = None) -> tuple[int, Tens
         return _BITS[data.dtype], data.view(torch.uint8)
     if beside == data.dtype:
         return PLAIN, data
-    return (CONVERT if data.dtype == torch.float8_e4m3fn else CONVERT_E5M2), data
+    return CONVERT, data
 
 
 @cache
@@ -58,34 +56,10 @@ def half_of_bits(x, CODE: tl.constexpr):
     """Values as float16, exactly; with PLAIN the values as they are."""
     if CODE == 0:
         return x
-    elif CODE == 1 or CODE == 6:
+    elif CODE == 1:
         return x.to(tl.float16)
     else:
         return _half(x.to(tl.int16), CODE)
-
-
-@triton.jit
-def half_of_pairs(x, CODE: tl.constexpr):
-    """int16 [M, N], each two neighbouring e4m3 (CONVERT) or e5m2 (CONVERT_E5M2), as float16 [M, 2 * N]. NVIDIA only."""
-    if CODE == 1:
-        low, high = tl.inline_asm_elementwise(
-            "{ .reg .b32 both; cvt.rn.f16x2.e4m3x2 both, $2; mov.b32 {$0, $1}, both; }",
-            "=h,=h,h",
-            [x],
-            dtype=(tl.float16, tl.float16),
-            is_pure=True,
-            pack=1,
-        )
-    else:
-        low, high = tl.inline_asm_elementwise(
-            "{ .reg .b32 both; cvt.rn.f16x2.e5m2x2 both, $2; mov.b32 {$0, $1}, both; }",
-            "=h,=h,h",
-            [x],
-            dtype=(tl.float16, tl.float16),
-            is_pure=True,
-            pack=1,
-        )
-    return tl.reshape(tl.join(low, high), (x.shape[0], 2 * x.shape[1]))
 
 
 @triton.jit

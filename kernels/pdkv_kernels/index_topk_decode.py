@@ -4,9 +4,6 @@ Two launches. The scan gives every program some blocks of one sequence; all quer
 share each tile of keys, and what is kept of a block is one integer for each of them, which orders as the score does.
 The selection has one program for each row and head. Among groups of blocks, the best 16 blocks lie in those 16 groups
 whose best blocks are best: so it ranks groups first, and then the members of the winners.
-
-Where the device lets a kernel start before its predecessor ends, the scan's programs look up their first pages and have
-the second-level cache fetch them while the predecessor is still at work.
 """
 
 from dataclasses import dataclass
@@ -18,7 +15,7 @@ from torch import Tensor
 
 from pdkv_kernels.decode_batch import DecodeBatch, uniform_batch
 from pdkv_kernels.fp8_bits import fp8_code, half_of_bits
-from pdkv_kernels.launch import chained, launch_options, prefetch
+from pdkv_kernels.launch import chained, launch_options
 from pdkv_kernels.paged import BLOCK, RaggedQueries
 
 _HIDDEN = tl.constexpr(-0x80000000)
@@ -27,10 +24,10 @@ _LOCAL = tl.constexpr(0x7FFFFFFE)
 _INIT = tl.constexpr(0x7FFFFFFF)
 """Keys around those of real scores: -inf is -0x7F800000 and +inf is 0x7F800000."""
 
-_PAGES = 64
-_SELECT_WARPS = 4
 MOST_BLOCKS_AT_ONCE = 4096
-_GROUP = 16
+"""Blocks that the selection ranks in one go; with more, it goes on from the best so far."""
+_GROUP = 8
+"""Blocks of a group. 16 and 32 were slower on an H200 wherever it mattered."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +97,7 @@ def index_topk_decode_into(
     assert keys.shape[1] >= batch.page_table.shape[1], (keys.shape, batch.page_table.shape)
     if num_rows == 0:
         return
-    plan = plan or scan_plan(batch.num_seqs, index_k.element_size(), index_k.device)
+    plan = plan or scan_plan(batch.num_seqs, index_k.element_size())
     key_code, key_data = fp8_code(index_k, beside=index_q.dtype)
     query_code, query_data = fp8_code(index_q, beside=index_k.dtype)
     early = chained(index_k.device)
@@ -120,7 +117,6 @@ def index_topk_decode_into(
         key_data.stride(1),
         keys.stride(0),
         batch.page_table.stride(0),
-        batch.page_table.shape[1],
         HEADS=heads,
         HEAD_TILE=triton.next_power_of_2(heads),
         QUERY_TILE=triton.next_power_of_2(batch.query_len),
@@ -128,16 +124,13 @@ def index_topk_decode_into(
         TOKENS=BLOCK,
         KEY_CODE=key_code,
         QUERY_CODE=query_code,
-        PAGES=_PAGES,
         EARLY=early,
         **launch_options(early, plan.num_warps, plan.num_stages),
     )
     chunk = min(max(triton.next_power_of_2(keys.shape[1]), 64), MOST_BLOCKS_AT_ONCE)
     places = max(triton.next_power_of_2(rule.topk), 2)
     chunk = max(chunk, places)
-    group = _GROUP if chunk >= 1024 else 8 if chunk >= 256 else 1
-    if chunk // group < places:
-        group = 1
+    group = _GROUP if chunk >= max(256, places * _GROUP) else 1
     _select_kernel[(num_rows, heads)](
         keys,
         out,
@@ -154,17 +147,21 @@ def index_topk_decode_into(
         GROUPS=chunk // group,
         GROUP=group,
         EARLY=early,
-        **launch_options(early, _SELECT_WARPS if chunk <= 2048 else 8, 1),
+        **launch_options(early, 4 if chunk <= 2048 else 8, 1),
     )
 
 
-def scan_plan(num_seqs: int, key_bytes: int, device: torch.device) -> ScanPlan:
-    """Splits, warps and stages for this many sequences and bytes of a key's element; measured on an H200."""
-    target = max(1, min(256, 4096 // num_seqs))
-    return ScanPlan(1 << (target.bit_length() - 1), 4, 3)
+def scan_plan(num_seqs: int, key_bytes: int) -> ScanPlan:
+    """Splits, warps and stages for this many sequences and bytes of a key's element.
+
+    About four programs on each of an H200's multiprocessors were best; fewer for one sequence of fp8 keys, whose
+    programs would end before they have well begun.
+    """
+    splits = 1 << (max(2, 512 // num_seqs).bit_length() - 1)
+    return ScanPlan(min(splits, 256) if key_bytes == 1 else splits, 4, 3)
 
 
-@triton.jit(do_not_specialize=["splits", "query_len", "init_blocks", "local_blocks", "max_blocks"])
+@triton.jit(do_not_specialize=["splits", "query_len", "init_blocks", "local_blocks"])
 def _scan_kernel(
     q_ptr,  # [num_rows, heads, DIM]
     k_ptr,  # [num_pages, TOKENS, DIM]
@@ -181,7 +178,6 @@ def _scan_kernel(
     k_token_stride,
     keys_stride,
     table_stride,
-    max_blocks,
     HEADS: tl.constexpr,
     HEAD_TILE: tl.constexpr,
     QUERY_TILE: tl.constexpr,
@@ -189,7 +185,6 @@ def _scan_kernel(
     TOKENS: tl.constexpr,
     KEY_CODE: tl.constexpr,
     QUERY_CODE: tl.constexpr,
-    PAGES: tl.constexpr,  # pages of one program that are looked up at once
     EARLY: tl.constexpr,
 ):
     seq = tl.program_id(0)
@@ -198,18 +193,13 @@ def _scan_kernel(
     head = column // QUERY_TILE
     row = column % QUERY_TILE
     real = (head < HEADS) & (row < query_len)
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     seq_len = tl.load(seq_lens_ptr + seq)
     num_blocks = (seq_len + TOKENS - 1) // TOKENS
     token = tl.arange(0, TOKENS)
     table_row = page_table_ptr + seq.to(tl.int64) * table_stride
-    if EARLY:
-        first = tl.load(table_row + split, mask=split < num_blocks, other=-1).to(tl.int64)
-        if first >= 0:
-            LINE: tl.constexpr = 1024 // k_ptr.dtype.element_ty.primitive_bitwidth  # elements of 128 bytes
-            lines = token[:, None] * k_token_stride + tl.arange(0, (DIM + LINE - 1) // LINE)[None, :] * LINE
-            prefetch(k_ptr + first * k_page_stride + lines)
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     visible = tl.maximum(seq_len - query_len + row + 1, 0)  # [columns], keys that the column sees
     visible_blocks = (visible + TOKENS - 1) // TOKENS
     dims = tl.arange(0, DIM)
@@ -218,25 +208,20 @@ def _scan_kernel(
     q = tl.trans(half_of_bits(tl.load(q_at, mask=real[:, None], other=0.0), QUERY_CODE))  # [DIM, columns]
     keys_at = keys_ptr + (flat_row * HEADS + head) * keys_stride
     k_offsets = token[:, None] * k_token_stride + dims[None, :]
-    for begin in tl.range(split, num_blocks, splits * PAGES, num_stages=1):
-        # Which pages, before the loop: inside it, each tile would wait for its page's number.
-        nth = tl.arange(0, PAGES)
-        pages = tl.load(table_row + begin + nth * splits, mask=begin + nth * splits < max_blocks, other=0)
-        for step in tl.range(0, tl.minimum(PAGES, (num_blocks - begin + splits - 1) // splits)):
-            block = begin + step * splits
-            page = tl.sum(tl.where(nth == step, pages, 0), axis=0).to(tl.int64)
-            k = half_of_bits(tl.load(k_ptr + page * k_page_stride + k_offsets), KEY_CODE)  # [TOKENS, DIM]
-            dots = tl.dot(k, q.to(k.dtype), input_precision="ieee")  # float32 [TOKENS, columns]
-            bits = dots.to(tl.int32, bitcast=True)
-            ordered = tl.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
-            # NaN must win inside its block, so that it is noticed, and lose among blocks.
-            ordered = tl.where(dots != dots, _INIT, ordered)
-            ordered = tl.where((block * TOKENS + token)[:, None] < visible[None, :], ordered, _HIDDEN)
-            key = tl.max(ordered, axis=0)  # [columns]
-            key = tl.where(key == _INIT, _NAN, key)
-            key = tl.where(block >= visible_blocks - local_blocks, _LOCAL, key)
-            key = tl.where(block < init_blocks, _INIT, key)
-            tl.store(keys_at + block, key, mask=real & (block < visible_blocks))
+    for block in tl.range(split, num_blocks, splits):
+        page = tl.load(table_row + block).to(tl.int64)
+        k = half_of_bits(tl.load(k_ptr + page * k_page_stride + k_offsets), KEY_CODE)  # [TOKENS, DIM]
+        dots = tl.dot(k, q.to(k.dtype), input_precision="ieee")  # float32 [TOKENS, columns]
+        bits = dots.to(tl.int32, bitcast=True)
+        ordered = tl.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
+        # NaN must win inside its block, so that it is noticed, and lose among blocks.
+        ordered = tl.where(dots != dots, _INIT, ordered)
+        ordered = tl.where((block * TOKENS + token)[:, None] < visible[None, :], ordered, _HIDDEN)
+        key = tl.max(ordered, axis=0)  # [columns]
+        key = tl.where(key == _INIT, _NAN, key)
+        key = tl.where(block >= visible_blocks - local_blocks, _LOCAL, key)
+        key = tl.where(block < init_blocks, _INIT, key)
+        tl.store(keys_at + block, key, mask=real & (block < visible_blocks))
 
 
 @triton.jit(do_not_specialize=["query_len"])
@@ -260,11 +245,11 @@ def _select_kernel(
     row = tl.program_id(0)
     head = tl.program_id(1)
     seq = row // query_len
-    visible = tl.load(seq_lens_ptr + seq) - query_len + row % query_len + 1
-    num_blocks = (tl.maximum(visible, 0) + TOKENS - 1) // TOKENS
     if EARLY:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+    visible = tl.load(seq_lens_ptr + seq) - query_len + row % query_len + 1
+    num_blocks = (tl.maximum(visible, 0) + TOKENS - 1) // TOKENS
     keys_at = keys_ptr + (row.to(tl.int64) * HEADS + head) * keys_stride
     best = tl.full((PLACES,), -0x8000000000000000, tl.int64)
     for begin in tl.range(0, num_blocks, GROUPS * GROUP):

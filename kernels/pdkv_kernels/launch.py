@@ -1,16 +1,12 @@
 """How kernels are launched one behind another.
 
 Where the device can, each starts before the one in front of it has ended, and waits inside (``gdc_wait``) before it
-touches what kernels write. Two rules make that safe. A kernel lets its successors start only after its own wait, so
-nothing overtakes more than one kernel. And only sequence lengths and page tables may be read before the wait: copies
-and torch's kernels write them, which are never overtaken, and no kernel of this package does.
+touches memory. A kernel lets its successors start only after its own wait, so nothing overtakes more than one kernel.
 """
 
 from functools import cache
 
 import torch
-import triton
-import triton.language as tl
 
 
 @cache
@@ -29,17 +25,3 @@ def launch_options(early: bool, num_warps: int, num_stages: int) -> dict[str, in
     """Keyword arguments of a Triton launch. Other back ends refuse ``launch_pdl``, even when it is false."""
     options = {"num_warps": num_warps, "num_stages": num_stages}
     return {**options, "launch_pdl": True} if early else options
-
-
-@triton.jit
-def prefetch(pointers):
-    """Have the second-level cache fetch the lines that these point to. NVIDIA only; nothing is read into the program,
-    so a line that is written meanwhile is seen as written by whoever reads it later."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-        "=r,l",
-        [pointers.to(tl.int64)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )

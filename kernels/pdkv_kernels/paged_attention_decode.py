@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pdkv_kernels.decode_batch import DecodeBatch, uniform_batch
 from pdkv_kernels.decode_tile import attend_tile, finish, prepare_q
-from pdkv_kernels.fp8_bits import CONVERT, CONVERT_E5M2, fp8_code
+from pdkv_kernels.fp8_bits import fp8_code
 from pdkv_kernels.launch import chained, launch_options
 from pdkv_kernels.paged import BLOCK, PagedKv, RaggedQueries
 from pdkv_kernels.softmax_merge import MergeWorkspace, merge_parts
@@ -41,7 +41,7 @@ def paged_attention_decode(q: Tensor, kv: PagedKv, queries: RaggedQueries, scale
     out = torch.empty_like(q)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     plan = dense_plan(batch, q, kv)
-    workspace = MergeWorkspace(q.shape[0], q.shape[1], q.shape[2], plan.splits, q.device)
+    workspace = MergeWorkspace(q, plan.splits)
     paged_attention_decode_into(out, lse, q, kv, batch, scale, workspace, plan)
     return out, lse
 
@@ -73,9 +73,6 @@ def paged_attention_decode_into(
     plan = plan or dense_plan(batch, q, kv)
     code, k = fp8_code(kv.k)
     _, v = fp8_code(kv.v)
-    pairs = code in (CONVERT, CONVERT_E5M2) and all(stride % 2 == 0 for stride in v.stride()[:3])
-    if pairs:
-        v = v.view(torch.int16)
     k_scale, v_scale = kv.k_scale, kv.v_scale
     scaled = k_scale is not None and v_scale is not None
     if k_scale is None or v_scale is None:
@@ -125,7 +122,6 @@ def paged_attention_decode_into(
         TILE=plan.tile,
         PAGES=_PAGES,
         CODE=code,
-        PAIRS=pairs,
         SCALED=scaled,
         LAST=direct,
         EARLY=early,
@@ -148,10 +144,10 @@ def dense_plan(batch: DecodeBatch, q: Tensor, kv: PagedKv) -> DensePlan:
 def _attend_kernel(
     q_ptr,  # [num_rows, num_heads, DIM]
     k_ptr,  # [num_pages, kv_heads, TOKENS, DIM]
-    v_ptr,  # [num_pages, kv_heads, TOKENS, DIM], or int16 with half of DIM where PAIRS
+    v_ptr,  # [num_pages, kv_heads, TOKENS, DIM]
     k_scale_ptr,  # float32 [num_pages, kv_heads, TOKENS]
     v_scale_ptr,  # float32 [num_pages, kv_heads, TOKENS]
-    out_ptr,  # LAST: [num_rows, num_heads, DIM]; otherwise parts, float32 [splits, num_rows, num_heads, DIM]
+    out_ptr,  # LAST: [num_rows, num_heads, DIM]; otherwise parts, [splits, num_rows, num_heads, DIM]
     lse_ptr,  # LAST: float32 [num_rows, num_heads]; otherwise parts, base 2, [splits, num_rows, num_heads]
     page_table_ptr,  # int32 [num_seqs, max_blocks]
     seq_lens_ptr,  # int32 [num_seqs]
@@ -186,7 +182,6 @@ def _attend_kernel(
     TILE: tl.constexpr,
     PAGES: tl.constexpr,
     CODE: tl.constexpr,
-    PAIRS: tl.constexpr,
     SCALED: tl.constexpr,
     LAST: tl.constexpr,
     EARLY: tl.constexpr,
@@ -213,9 +208,8 @@ def _attend_kernel(
     q = tl.load(q_at, mask=real[:, None], other=0.0)  # [lines, DIM]
     q, unit = prepare_q(q, k_ptr.dtype.element_ty, CODE)
     unit = unit * scale
-    v_dims = tl.arange(0, DIM // 2 if PAIRS else DIM)
     k_at = k_ptr + kv_head.to(tl.int64) * k_head_stride + token[:, None] * k_token_stride + dims[None, :]
-    v_at = v_ptr + kv_head.to(tl.int64) * v_head_stride + token[:, None] * v_token_stride + v_dims[None, :]
+    v_at = v_ptr + kv_head.to(tl.int64) * v_head_stride + token[:, None] * v_token_stride + dims[None, :]
     k_scale_at = k_scale_ptr + kv_head.to(tl.int64) * k_scale_head_stride + token
     v_scale_at = v_scale_ptr + kv_head.to(tl.int64) * v_scale_head_stride + token
     # A finite floor instead of -inf: the difference of two of them is 0, not NaN.
@@ -241,7 +235,7 @@ def _attend_kernel(
                 k_scale = tl.load(k_scale_at + page * k_scale_page_stride + start, mask=mask, other=1.0)
                 v_scale = tl.load(v_scale_at + page * v_scale_page_stride + start, mask=mask, other=1.0)
             seen = (first + token)[None, :] < visible[:, None]
-            top, total, sums = attend_tile(q, unit, k, v, k_scale, v_scale, seen, top, total, sums, CODE, PAIRS, SCALED)
+            top, total, sums = attend_tile(q, unit, k, v, k_scale, v_scale, seen, top, total, sums, CODE, SCALED)
     result, log_sum = finish(top, total, sums)
     out_at = out_ptr + split.to(tl.int64) * out_split_stride + row[:, None] * out_row_stride
     out_at += head[:, None] * out_head_stride + dims[None, :]

@@ -14,19 +14,20 @@ from pdkv_kernels.launch import chained, launch_options
 class Parts:
     """Views into a workspace. A part without keys has lse -inf and whatever is finite in out."""
 
-    out: Tensor  # float32 [splits, num_rows, num_heads, dim], each normalised by itself
+    out: Tensor  # [splits, num_rows, num_heads, dim], each normalised by itself
     lse: Tensor  # float32 [splits, num_rows, num_heads], base 2
 
 
 class MergeWorkspace:
-    """Partial results between two launches, for up to this many rows, heads and splits.
+    """Partial results between two launches, for rows and heads of the shape of ``q`` and up to so many splits.
 
-    One workspace serves all layers, one after another on one stream. It never needs clearing.
+    They are in q's dtype: each is a mean of V, rounded as the output will be. One workspace serves all layers, one
+    after another on one stream. It never needs clearing.
     """
 
-    def __init__(self, num_rows: int, num_heads: int, dim: int, splits: int, device: torch.device | str) -> None:
-        self._out = torch.empty(splits, num_rows, num_heads, dim, dtype=torch.float32, device=device)
-        self._lse = torch.empty(splits, num_rows, num_heads, dtype=torch.float32, device=device)
+    def __init__(self, q: Tensor, splits: int) -> None:
+        self._out = torch.empty(splits, *q.shape, dtype=q.dtype, device=q.device)
+        self._lse = torch.empty(splits, *q.shape[:2], dtype=torch.float32, device=q.device)
 
     def parts(self, splits: int) -> Parts:
         """The first ``splits`` parts."""
@@ -91,7 +92,7 @@ def _merge_kernel(
     parts_at = parts_ptr + row * parts_row_stride + head * parts_head_stride + dims[None, :]
     parts = tl.load(
         parts_at + split[:, None].to(tl.int64) * parts_split_stride, mask=split[:, None] < SPLITS, other=0.0
-    )  # [SPLIT_TILE, DIM]
+    ).to(tl.float32)  # [SPLIT_TILE, DIM]
     top = tl.maximum(tl.max(logs, axis=0), -1.0e38)
     weights = tl.exp2(logs - top)
     total = tl.sum(weights, axis=0)

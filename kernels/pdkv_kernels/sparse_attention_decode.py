@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pdkv_kernels.decode_batch import DecodeBatch, uniform_batch
 from pdkv_kernels.decode_tile import attend_tile, finish, prepare_q
-from pdkv_kernels.fp8_bits import CONVERT, CONVERT_E5M2, fp8_code
+from pdkv_kernels.fp8_bits import fp8_code
 from pdkv_kernels.launch import chained, launch_options
 from pdkv_kernels.paged import BLOCK, PagedKv, RaggedQueries
 from pdkv_kernels.softmax_merge import MergeWorkspace, merge_parts
@@ -36,7 +36,7 @@ def sparse_attention_decode(
     batch = uniform_batch(queries, q.shape[0])
     out = torch.empty_like(q)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    workspace = MergeWorkspace(q.shape[0], q.shape[1], q.shape[2], blocks.shape[2], q.device)
+    workspace = MergeWorkspace(q, blocks.shape[2])
     sparse_attention_decode_into(out, lse, q, kv, blocks, batch, scale, workspace)
     return out, lse
 
@@ -70,9 +70,6 @@ def sparse_attention_decode_into(
     plan = plan or attend_plan(num_rows * kv_heads, topk, kv.k)
     code, k = fp8_code(kv.k)
     _, v = fp8_code(kv.v)
-    pairs = code in (CONVERT, CONVERT_E5M2) and all(stride % 2 == 0 for stride in v.stride()[:3])
-    if pairs:
-        v = v.view(torch.int16)
     k_scale, v_scale = kv.k_scale, kv.v_scale
     scaled = k_scale is not None and v_scale is not None
     if k_scale is None or v_scale is None:
@@ -127,7 +124,6 @@ def sparse_attention_decode_into(
         TILE=plan.tile,
         CODE=code,
         SCALED=scaled,
-        PAIRS=pairs,
         LAST=direct,
         EARLY=early,
         **launch_options(early, plan.num_warps, plan.num_stages),
@@ -137,21 +133,28 @@ def sparse_attention_decode_into(
 
 
 def attend_plan(groups: int, topk: int, k: Tensor) -> AttendPlan:
-    """Splits, tile, warps and stages for this many rows times kv heads; measured on an H200."""
-    target = max(1, min(topk, 256 // groups))
+    """Splits, tile, warps and stages for this many rows times kv heads; measured on an H200, shape by shape."""
+    fp8 = k.element_size() == 1
+    target = max(1, min(topk, (256 if fp8 and groups >= 64 else 128) // groups))
     splits = 1 << (target.bit_length() - 1)
-    return AttendPlan(splits, BLOCK, 4, 2)
+    if fp8:
+        return AttendPlan(splits, BLOCK, 8 if groups <= 4 else 4, 2)
+    if k.dtype == torch.float32:  # twice the shared memory
+        return AttendPlan(splits, 64, 4, 2)
+    if splits > 1:
+        return AttendPlan(splits, 64, 4, 3)
+    return AttendPlan(1, 64, 4, 4) if groups < 1024 else AttendPlan(1, BLOCK, 4, 2)
 
 
 @triton.jit(do_not_specialize=["query_len"])
 def _attend_kernel(
     q_ptr,  # [num_rows, num_heads, DIM]
     k_ptr,  # [num_pages, kv_heads, TOKENS, DIM]
-    v_ptr,  # [num_pages, kv_heads, TOKENS, DIM], or int16 with half of DIM where PAIRS
+    v_ptr,  # [num_pages, kv_heads, TOKENS, DIM]
     k_scale_ptr,  # float32 [num_pages, kv_heads, TOKENS]
     v_scale_ptr,  # float32 [num_pages, kv_heads, TOKENS]
     blocks_ptr,  # int32 [num_rows, kv_heads, TOPK]
-    out_ptr,  # LAST: [num_rows, num_heads, DIM]; otherwise parts, float32 [splits, num_rows, num_heads, DIM]
+    out_ptr,  # LAST: [num_rows, num_heads, DIM]; otherwise parts, [splits, num_rows, num_heads, DIM]
     lse_ptr,  # LAST: float32 [num_rows, num_heads]; otherwise parts, base 2, [splits, num_rows, num_heads]
     page_table_ptr,  # int32 [num_seqs, max_blocks]
     seq_lens_ptr,  # int32 [num_seqs]
@@ -189,7 +192,6 @@ def _attend_kernel(
     TILE: tl.constexpr,
     CODE: tl.constexpr,
     SCALED: tl.constexpr,
-    PAIRS: tl.constexpr,
     LAST: tl.constexpr,
     EARLY: tl.constexpr,
 ):
@@ -218,8 +220,7 @@ def _attend_kernel(
     pages = tl.load(page_table_ptr + seq.to(tl.int64) * table_stride + blocks, mask=live, other=0)
     lefts = tl.where(live, visible - blocks * TOKENS, 0)  # [PLACE_TILE], visible tokens from the block's start on
     k_at = k_ptr + kv_head.to(tl.int64) * k_head_stride + token[:, None] * k_token_stride + dims[None, :]
-    v_dims = tl.arange(0, DIM // 2 if PAIRS else DIM)
-    v_at = v_ptr + kv_head.to(tl.int64) * v_head_stride + token[:, None] * v_token_stride + v_dims[None, :]
+    v_at = v_ptr + kv_head.to(tl.int64) * v_head_stride + token[:, None] * v_token_stride + dims[None, :]
     k_scale_at = k_scale_ptr + kv_head.to(tl.int64) * k_scale_head_stride + token
     v_scale_at = v_scale_ptr + kv_head.to(tl.int64) * v_scale_head_stride + token
     # A finite floor instead of -inf: the difference of two of them is 0, not NaN.
@@ -240,9 +241,7 @@ def _attend_kernel(
         if SCALED:
             k_scale = tl.load(k_scale_at + page * k_scale_page_stride + start, mask=mask, other=1.0)
             v_scale = tl.load(v_scale_at + page * v_scale_page_stride + start, mask=mask, other=1.0)
-        top, total, sums = attend_tile(
-            q, unit, k, v, k_scale, v_scale, mask[None, :], top, total, sums, CODE, PAIRS, SCALED
-        )
+        top, total, sums = attend_tile(q, unit, k, v, k_scale, v_scale, mask[None, :], top, total, sums, CODE, SCALED)
     result, log_sum = finish(top, total, sums)
     head = kv_head * SHARE + heads
     real = heads < SHARE

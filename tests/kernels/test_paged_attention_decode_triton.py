@@ -30,7 +30,7 @@ def attend(case: DecodeCase, plan: DensePlan | None = None) -> tuple[Tensor, Ten
     out = torch.full_like(case.q, torch.nan)
     lse = torch.full((rows, heads), torch.nan, dtype=torch.float32, device=device)
     splits = (plan or dense_plan(case.batch, case.q, case.kv)).splits
-    workspace = MergeWorkspace(rows, heads, dim, splits, device)
+    workspace = MergeWorkspace(case.q, splits)
     for part in vars(workspace).values():
         part.fill_(torch.nan)
     paged_attention_decode_into(out, lse, case.q, case.kv, case.batch, dim**-0.5, workspace, plan)
@@ -105,7 +105,7 @@ def test_a_graph_replayed_after_the_lengths_have_changed(dtype: torch.dtype):
     case = make_decode("cuda", dtype, [6000, 3000, 5], query_len=4, heads=(16, 1), dim=128)
     rows, heads, dim = case.q.shape
     out, lse = torch.empty_like(case.q), torch.empty(rows, heads, device="cuda")
-    workspace = MergeWorkspace(rows, heads, dim, 128, "cuda")
+    workspace = MergeWorkspace(case.q, 128)
 
     def run() -> None:
         paged_attention_decode_into(out, lse, case.q, case.kv, case.batch, dim**-0.5, workspace)

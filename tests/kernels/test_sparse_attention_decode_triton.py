@@ -43,7 +43,7 @@ def attend(case: DecodeCase, blocks: Tensor, plan: AttendPlan | None = None) -> 
     rows, heads, dim = case.q.shape
     out = torch.full_like(case.q, torch.nan)
     lse = torch.full((rows, heads), torch.nan, dtype=torch.float32, device=device)
-    workspace = MergeWorkspace(rows, heads, dim, blocks.shape[2], device)
+    workspace = MergeWorkspace(case.q, blocks.shape[2])
     for part in vars(workspace).values():
         part.fill_(torch.nan)
     there = blocks.to(device)
@@ -76,8 +76,7 @@ def check(case: DecodeCase, blocks: Tensor, plan: AttendPlan | None = None) -> N
 
 
 @pytest.mark.parametrize(("device", "dtype"), ANY)
-@pytest.mark.parametrize("splits", [1, 2, 4])
-@pytest.mark.parametrize("tile", [64, 128])
+@pytest.mark.parametrize(("splits", "tile"), [(1, 128), (2, 64), (4, 128)])
 def test_splits_and_tiles(device: str, dtype: torch.dtype, splits: int, tile: int):
     case = make_decode(device, dtype, [1, 128, 129, 0, 700], dim=32)
     check(case, pick(case, 4), AttendPlan(splits, tile, 4, 2))
@@ -86,7 +85,7 @@ def test_splits_and_tiles(device: str, dtype: torch.dtype, splits: int, tile: in
 @pytest.mark.parametrize(("device", "dtype"), ANY)
 @pytest.mark.parametrize("query_len", [2, 4])
 def test_several_query_rows(device: str, dtype: torch.dtype, query_len: int):
-    case = make_decode(device, dtype, [127, 130, 0, 257], query_len=query_len, dim=32)
+    case = make_decode(device, dtype, [130, 0, 257], query_len=query_len, heads=(4, 2), dim=32)
     check(case, pick(case, 3))
 
 
@@ -141,7 +140,7 @@ def test_a_row_without_blocks_gives_zero_and_its_neighbours_are_unharmed(device:
 
 @pytest.mark.parametrize(("device", "dtype"), ANY)
 def test_ragged_queries_as_the_reference_takes_them(device: str, dtype: torch.dtype):
-    case = make_decode(device, dtype, [300, 400], query_len=2, dim=32)
+    case = make_decode(device, dtype, [300, 140], query_len=2, heads=(4, 2), dim=32)
     blocks = pick(case, 3)
     ragged = case.ragged()
     there = replace(ragged, **{name: getattr(ragged, name).to(device) for name in ragged.__dataclass_fields__})
@@ -173,7 +172,7 @@ def test_a_graph_replayed_after_lengths_and_choice_have_changed(dtype: torch.dty
     rows, heads, dim = case.q.shape
     blocks = pick(case, 16).cuda()
     out, lse = torch.empty_like(case.q), torch.empty(rows, heads, device="cuda")
-    workspace = MergeWorkspace(rows, heads, dim, 16, "cuda")
+    workspace = MergeWorkspace(case.q, 16)
 
     def run() -> None:
         sparse_attention_decode_into(out, lse, case.q, case.kv, blocks, case.batch, dim**-0.5, workspace)
