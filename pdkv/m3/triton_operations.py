@@ -51,7 +51,7 @@ class TritonOperations:
         out = torch.empty_like(q)
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
         plan = dense_plan(queries.decode, q, kv)
-        workspace = MergeWorkspace(q.shape[0], q.shape[1], q.shape[2], plan.splits, q.device)
+        workspace = MergeWorkspace(q, plan.splits)
         paged_attention_decode_into(out, lse, q, kv, queries.decode, scale, workspace, plan)
         return out
 
@@ -61,7 +61,7 @@ class TritonOperations:
         out = torch.empty_like(q)
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
         plan = attend_plan(q.shape[0] * blocks.shape[1], blocks.shape[2], kv.k)
-        workspace = MergeWorkspace(q.shape[0], q.shape[1], q.shape[2], plan.splits, q.device)
+        workspace = MergeWorkspace(q, plan.splits)
         sparse_attention_decode_into(out, lse, q, kv, blocks, queries.decode, scale, workspace, plan)
         return out
 
