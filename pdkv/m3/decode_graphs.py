@@ -69,8 +69,8 @@ class _Step(NamedTuple):
 class DecodeGraphs:
     """Decode steps of one model over one cache. Owned by the engine thread, as are its buffers; one step at a time.
 
-    ``replays`` false: the same shapes and kernels, launched one by one. Other threads of the process may use the device
-    while a graph is captured, as long as they wait for nothing but their own work.
+    ``replays`` false: the same shapes and operations, one by one, on any device. Other threads of the process may use
+    the device while a graph is captured, as long as they wait for nothing but their own work.
     """
 
     def __init__(self, model: M3Model, cache: KvViews, shapes: DecodeShapes, *, replays: bool = True) -> None:
@@ -84,11 +84,12 @@ class DecodeGraphs:
         self._table = _TOKENS + longest
         size = (most, self._table + shapes.max_blocks)
         # Pinned, or the copy would wait for the device and be no part of the stream's order.
-        self._staged = torch.zeros(size, dtype=torch.int32).pin_memory()
+        self._on_gpu = model.device.type == "cuda"
+        self._staged = torch.zeros(size, dtype=torch.int32, pin_memory=self._on_gpu)
         self._rows = self._staged.numpy()
         self._pages: list[tuple[int, ...]] = [() for _ in range(most)]  # what each row's page table was filled from
         self._inputs = torch.zeros(size, dtype=torch.int32, device=model.device)
-        self._told = torch.zeros(most * longest, 3, dtype=torch.float64).pin_memory()
+        self._told = torch.zeros(most * longest, 3, dtype=torch.float64, pin_memory=self._on_gpu)
 
     def takes(self, runs: Sequence[Run]) -> bool:
         """Whether ``run`` can: a token is wanted behind every row, and there is a shape for them."""
@@ -121,7 +122,8 @@ class DecodeGraphs:
             step = self._compute(batch, query_len)
         told = self._told[: step.told.shape[0]]
         told.copy_(step.told, non_blocking=True)
-        torch.cuda.current_stream(self._model.device).synchronize()
+        if self._on_gpu:
+            torch.cuda.current_stream(self._model.device).synchronize()
         return self._result(runs, query_len, told.tolist(), step.hidden)
 
     def _fill(self, runs: Sequence[Run], batch: int, query_len: int) -> None:
@@ -131,8 +133,12 @@ class DecodeGraphs:
         rows[:count, _START] = [run.start for run in runs]
         rows[count:batch, : self._table] = 0
         begin = _TOKENS + query_len
+        if all(len(run.tokens) == query_len for run in runs):
+            rows[:count, _TOKENS:begin] = [run.tokens for run in runs]
+        else:
+            for i, run in enumerate(runs):
+                rows[i, begin - len(run.tokens) : begin] = run.tokens
         for i, run in enumerate(runs):
-            rows[i, begin - len(run.tokens) : begin] = run.tokens
             if run.pages != self._pages[i]:
                 rows[i, self._table : self._table + len(run.pages)] = run.pages
                 self._pages[i] = run.pages
