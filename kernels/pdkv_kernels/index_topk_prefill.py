@@ -30,7 +30,7 @@ class ScoreTuning:
     warps: int = 4
     stages: int = 2
     programs: int = 264
-    """So many programs are wanted at least: long contexts are split where tiles alone do not give as many."""
+    """So many run at a time; contexts are split where tiles alone do not fill them."""
     columns: int = 16
     """Rows times heads whose blocks one program selects."""
     chunk_blocks: int = 32
@@ -85,7 +85,7 @@ def score_blocks(
     heads_padded = triton.next_power_of_2(heads)
     tile_queries = max(1, tuning.tile_rows // heads_padded, 16 // heads_padded)
     tiles = most_tiles(rows[1] - rows[0], num_seqs, tile_queries)
-    splits = max(1, min(tuning.programs // tiles, scores.shape[0] // 4))
+    splits = min(_fewest_splits(tiles, tuning.programs), max(1, scores.shape[0] // 4))
     code, k = fp8_code(index_k, beside=index_q.dtype)
     # Equal native formats meet as they are; where either side is widened, so is the other.
     q_code, q = (PLAIN, index_q) if code == PLAIN else fp8_code(index_q)
@@ -99,6 +99,16 @@ def score_blocks(
         HEADS=heads, HEADS_P=heads_padded, DIM=dim, BLOCK=BLOCK, QUERIES=tile_queries,
         STAGES=tuning.stages, PORTABLE=triton.knobs.runtime.interpret, num_warps=tuning.warps, num_stages=tuning.stages,
     )  # fmt: skip
+
+
+def _fewest_splits(tiles: int, programs: int) -> int:
+    """Into how many to cut each tile's blocks so that rounds of ``programs`` at a time are nearly full."""
+    most = max(8, programs // tiles)
+
+    def filled(splits: int) -> float:
+        return tiles * splits / (-(-tiles * splits // programs) * programs)
+
+    return next((n for n in range(1, most + 1) if filled(n) >= 0.95), max(range(1, most + 1), key=filled))
 
 
 def select_blocks(
