@@ -142,6 +142,7 @@ def _undivided(config: UpConfig, asked: _Asked) -> Generated:
         asked.max_tokens,
         sampling,
         ignore_eos=asked.ignore_eos,
+        device="cuda:0" if config.device == "cuda" else "cpu",
         dtype=config.dtype,
         cache=CacheOptions(config.kv_dtype, config.index_dtype, schedule),
     )
