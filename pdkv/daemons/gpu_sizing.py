@@ -22,6 +22,7 @@ def room_on(settings: WorkerSettings, model: M3Model) -> GpuRoom | None:
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(model.device)
     reserve = _FIXED_RESERVE + chunk_on(settings, model) * activation_bytes(model.config, model.dtype.itemsize)
+    reserve += settings.max_model_len * gathered_bytes(model.config, model.dtype.itemsize)
     ours = int(total * settings.gpu_memory_utilization) - torch.cuda.memory_reserved(model.device)
     return GpuRoom(min(ours, free) - reserve, reserve, total, free, settings.gpu_memory_utilization)
 
@@ -44,3 +45,9 @@ def activation_bytes(config: M3Config, itemsize: int) -> int:
     dense = 2 * config.dense_intermediate_size * (itemsize + 3 * 4)
     norms = 3 * 8 * config.hidden_size
     return max(config.experts_per_token * expert, dense) + norms
+
+
+def gathered_bytes(config: M3Config, itemsize: int) -> int:
+    """What one token of context takes where a dense layer's K and V are put together: both, and one on its way there,
+    widened to float32 and scaled."""
+    return config.num_kv_heads * config.head_dim * (2 * itemsize + 2 * 4)

@@ -5,9 +5,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from pdkv.daemons.gpu_sizing import activation_bytes, gathered_bytes
 from pdkv.daemons.sizing import GpuRoom, choose_num_pages, memory_available_bytes
 from pdkv.errors import CapacityError
+from pdkv.m3.config import load_config
 from pdkv.memory.row import RowLayout
+from pdkv.verify.m3_shapes import write_config
 from pdkv.verify.pair import worker_settings
 from tests.layouts import make_layout
 
@@ -79,3 +82,11 @@ def test_a_gpu_gives_what_it_has_room_for_or_says_what_it_lacks() -> None:
     with pytest.raises(CapacityError, match=f"--gpu-memory-utilization 0.5 .* {rows.pitch:,} bytes too few. Lower"):
         choose_num_pages(settings, rows, crowded)
     assert choose_num_pages(msgspec.structs.replace(settings, num_pages=11), rows, crowded) == 11
+
+
+def test_chunks_of_the_released_model_fit_their_share_of_a_gpu(tmp_path: Path) -> None:
+    write_config(tmp_path, 60, 3)
+    config = load_config(tmp_path)
+    a_token = activation_bytes(config, 2)
+    assert 4 * 3072 * 2 * 2 < a_token < 1 << 20, "four experts' gates and ups at least, and below a megabyte"
+    assert gathered_bytes(config, 2) == 4 * 128 * 12
