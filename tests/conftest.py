@@ -9,6 +9,13 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import torch  # noqa: E402
+
+if not torch.cuda.is_available():
+    # Kernels run in Triton's interpreter. Triton reads this when it is imported itself, for its own library too, and
+    # any test module may be the first to do so.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 E2E = Path(__file__).parent / "e2e"
 
 

@@ -253,7 +253,7 @@ def test_router_killed_during_a_transfer(healthy: Trio) -> None:
 
 @pytest.mark.parametrize("streaming", [True, False])
 def test_a_client_that_leaves_during_prefill(healthy: Trio, streaming: bool) -> None:
-    with impatient(healthy, body(make_prompt(60, LONG), NUM_TOKENS, stream=streaming)):
+    with impatient(healthy, body(make_prompt(65 + streaming, LONG), NUM_TOKENS, stream=streaming)):
         wait_until(lambda: is_moving(healthy), "a transfer is under way")
     assert_idle(healthy)
     assert_serves(healthy, 61)
@@ -277,11 +277,11 @@ def test_a_worker_stopped_for_longer_than_the_lease(
     healthy: Trio, pool: ThreadPoolExecutor, role: str, front_too: bool
 ) -> None:
     """Its lease runs out in its sleep: it must not go on as if nothing had been."""
-    prompt = make_prompt(70, 3000)
+    prompt = make_prompt(70 + 2 * front_too + (role == "decode"), 3000)  # one that P has not in its cache
     sleeper, other = (healthy.prefill, healthy.decode) if role == "prefill" else (healthy.decode, healthy.prefill)
     answer = pool.submit(ask, healthy, prompt)
     wait_for_transfer(healthy, answer)
     with stopped(*([pid(sleeper)] if front_too else []), engine_pid(sleeper)):
         wait_until(lambda: answer.done() or other.holds_nothing(), "the lease has ended")
     assert_honest(answer.result(), prompt)
-    assert_serves(healthy, 71)
+    assert_serves(healthy, 79)
