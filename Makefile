@@ -22,6 +22,7 @@ PIP_FLAGS   ?=
 # Tests run in as many processes as there are cores, up to four; each computes on one thread.
 WORKERS     ?= $(shell n=$$(nproc); echo $$((n > 4 ? 4 : n)))
 TESTS       ?= tests
+LONG_TESTS  ?= tests/long
 
 .PHONY: help demo test eval bench-tools check wheel fmt install clean
 .DEFAULT_GOAL := help
@@ -36,8 +37,8 @@ test: $(STAMP)  ## Run all tests (TESTS=tests/core for a part)
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder \
 		--ignore=tests/long $(TESTS)
 
-test-long: $(STAMP)  ## Run the tests that take minutes: thirty kills under load, and the smoke suite of pdkv verify
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup tests/long
+test-long: $(STAMP)  ## Run the tests that take minutes (LONG_TESTS=tests/long/test_chaos.py for a part)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(LONG_TESTS)
 
 eval: $(EVAL_STAMP)  ## Install lm-eval beside pdkv; where it is there, the tests run it against a deployment
 
