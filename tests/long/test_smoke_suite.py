@@ -34,3 +34,11 @@ def test_the_smoke_suite_passes_and_catches_every_control(tmp_path: Path) -> Non
     }
     assert len(report["coverage"]) == 2 * 16 + 3
     assert all(entry["steps"] > 0 for entry in report["coverage"])
+
+
+def test_a_lost_scale_is_wrong_and_named() -> None:
+    stored = ("--kv-dtype", "fp8", "--index-dtype", "fp8", "--index-topk-freq", "2")
+    done = verify("--mutate", "zero:k_scale", "--lengths", "2177", *stored)
+    assert done.returncode == 4, done.stdout + done.stderr
+    assert "k_scale differs after the transfer in 16 layers and heads" in done.stdout
+    assert "the answer is wrong from step" in done.stdout

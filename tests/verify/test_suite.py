@@ -23,20 +23,12 @@ def verify(*flags: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=250, env=environment)
 
 
-@pytest.mark.parametrize("mutation", ["drop:index_k", "zero:v"])
+@pytest.mark.parametrize("mutation", ["drop:index_k"])
 def test_a_lost_region_is_wrong_and_named(mutation: str) -> None:
     done = verify("--mutate", mutation, "--lengths", "2304")
     assert done.returncode == 4, done.stdout + done.stderr
     region = mutation.partition(":")[2]
     assert f"{region} differs after the transfer" in done.stdout
-    assert "the answer is wrong from step" in done.stdout
-
-
-def test_a_lost_scale_is_wrong_and_named() -> None:
-    stored = ("--kv-dtype", "fp8", "--index-dtype", "fp8", "--index-topk-freq", "2")
-    done = verify("--mutate", "zero:k_scale", "--lengths", "2177", *stored)
-    assert done.returncode == 4, done.stdout + done.stderr
-    assert "k_scale differs after the transfer in 16 layers and heads" in done.stdout
     assert "the answer is wrong from step" in done.stdout
 
 
