@@ -37,7 +37,7 @@ from tests.checkpoints import write_random_checkpoint
 
 BLOCK = 128
 PATIENCE_S = 300.0
-NEAR_TIE = 1e-3
+NEAR_TIE = 1e-4
 """Below this gap between the two likeliest tokens, another order of sums may choose the other (design.md 8)."""
 
 
@@ -217,10 +217,11 @@ def _take(message: TokensOut | JobFinished | JobFailed, outcome: Outcome) -> Non
 
 def assert_all_right(
     model: M3Model, jobs: Sequence[Job], outcomes: Sequence[Outcome], may_fail: frozenset[str] = frozenset()
-) -> None:
+) -> int:
     """Every answer is the undivided one, or its beginning where the client went away. Names the first that is not.
 
-    ``may_fail``: codes with which a job may have failed by itself.
+    ``may_fail``: codes with which a job may have failed by itself. Returns how many answers left the undivided one at a
+    near tie: at most one in a thousand tokens, or one in all.
     """
     num_near_ties = num_tokens = 0
     for ordinal, (job, outcome) in enumerate(zip(jobs, outcomes, strict=True)):
@@ -238,7 +239,8 @@ def assert_all_right(
         where = f"request {ordinal} of {len(jobs)} ({len(job.prompt)} tokens) is wrong from token {wrong} on"
         assert job.sampling.temperature == 0 and best - second < NEAR_TIE, f"{where}: {told}"  # noqa: PT018
         num_near_ties += 1
-    assert num_near_ties * 500 <= num_tokens, f"{num_near_ties} near ties in {num_tokens} tokens"
+    assert num_near_ties <= max(1, num_tokens // 1000), f"{num_near_ties} near ties in {num_tokens} tokens"
+    return num_near_ties
 
 
 def undivided(model: M3Model, job: Job) -> list[TokenGenerated]:
