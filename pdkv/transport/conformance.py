@@ -99,11 +99,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--argument", default="", help="what the factory is called with")
     parser.add_argument("--path", default=None, help="the path that reads must report")
     parser.add_argument("--prefix", default="", help='before the far end\'s command: "ip netns exec NAME"')
+    parser.add_argument("--memory", default="", help="module:callable that allocates memory, on a GPU for example")
     parser.add_argument("--same-process", action="store_true", help="both ends in one process")
     parser.add_argument("--check", action="append", help="run this check only; may be repeated")
     chosen = parser.parse_args(arguments)
     prefix = tuple(shlex.split(chosen.prefix))
-    spec = TransportSpec(chosen.factory, chosen.argument, not chosen.same_process, prefix, chosen.path)
+    spec = TransportSpec(chosen.factory, chosen.argument, not chosen.same_process, prefix, chosen.path, chosen.memory)
     failed = 0
     for name in chosen.check or check_names(spec):
         (result,) = run_conformance(spec, [name])

@@ -44,7 +44,7 @@ def reads_scattered_odd_spans(rig: Rig) -> None:
     remote = random.integers(0, np.array(MEMORY_SIZES)[memory] - length)
     offset = random.permutation(count) * pitch + random.integers(0, pitch - 2_047, count)
     rig.read_well(rig.connect(target), target, rig.batch(memory, remote, offset, length))
-    asked = np.zeros(rig.destination.bytes.size + 1, dtype=np.int8)
+    asked = np.zeros(rig.destination.memory.length + 1, dtype=np.int8)
     asked[offset] += 1
     asked[offset + length] -= 1
     gaps = np.cumsum(asked, dtype=np.int8)[:-1] == 0
@@ -107,7 +107,7 @@ def refuses_bad_ranges(rig: Rig) -> None:
     """Each kind of bad span, alone and behind a good one: FAILED, with a reason, and nothing read."""
     target = rig.target()
     peer = rig.connect(target)
-    end, size, most = rig.destination.bytes.size, MEMORY_SIZES[0], (1 << 63) - 1
+    end, size, most = rig.destination.memory.length, MEMORY_SIZES[0], (1 << 63) - 1
     base = rig.destination.memory.address
     bad = {
         "memory -1": (-1, 0, 0, 8),

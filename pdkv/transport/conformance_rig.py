@@ -14,7 +14,6 @@ from pdkv.transport.conformance_target import (
     PATIENCE_S,
     Bytes,
     LocalTarget,
-    SharedArray,
     SpawnedTarget,
     Target,
     TransportSpec,
@@ -40,8 +39,8 @@ class Rig:
     def __init__(self, spec: TransportSpec) -> None:
         self.spec = spec
         self.reader: Transport = spec.make()
-        self.destination = SharedArray(2 * MEMORY_SIZES[0])
-        self.destination.bytes[:] = POISON
+        self.destination = spec.allocate(2 * MEMORY_SIZES[0])
+        self.destination.fill(POISON)
         self.reader.register(self.destination.memory)
         self.completions: dict[ReadId, Completion] = {}
         self._targets: list[Target] = []
@@ -120,11 +119,11 @@ class Rig:
 
     def verify(self, target: Target, batch: ReadBatch) -> None:
         """Require that the destination holds the target's bytes."""
-        base = self.destination.memory.address
+        base, held = self.destination.memory.address, self.destination.bytes
         for memory, remote, local, length in zip(
             batch.memory.tolist(), batch.remote.tolist(), batch.local.tolist(), batch.length.tolist(), strict=True
         ):
-            got = self.destination.bytes[local - base : local - base + length]
+            got = held[local - base : local - base + length]
             wanted = self.expected(target, memory)[remote : remote + length]
             require(np.array_equal(got, wanted), f"wrong bytes from memory {memory}, offset {remote}, {length} bytes")
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 import numpy as np
@@ -39,11 +39,34 @@ class TransportSpec(msgspec.Struct, frozen=True):
     """Goes before the command of the other process, as in ``ip netns exec NAME``; it must become that command."""
     path: str | None = None
     """What ``Transport.path`` must say after a read; None = anything but "unknown"."""
+    memory: str = ""
+    """ "module:callable" that takes a number of bytes and returns a ``KitMemory``; empty = ``SharedArray``."""
 
     def make(self) -> Transport:
-        module, _, name = self.factory.partition(":")
-        make: Callable[[str], Transport] = getattr(importlib.import_module(module), name)
+        make: Callable[[str], Transport] = _named(self.factory)
         return make(self.argument)
+
+    def allocate(self, size: int) -> "KitMemory":
+        make: Callable[[int], KitMemory] = _named(self.memory) if self.memory else SharedArray
+        return make(size)
+
+
+def _named(what: str) -> Any:
+    module, _, name = what.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+class KitMemory(Protocol):
+    """Memory that checks fill, register and look at, wherever it lies. Freed when nobody refers to it."""
+
+    memory: LocalMemory
+
+    @property
+    def bytes(self) -> Bytes:
+        """What it holds: a view, or a copy where processors cannot look."""
+
+    def fill(self, values: Bytes | int) -> None:
+        """Overwrite all of it, and return when that is done."""
 
 
 class SharedArray:
@@ -56,6 +79,9 @@ class SharedArray:
         weakref.finalize(mapping, os.close, descriptor)
         self.bytes: Bytes = np.frombuffer(mapping, dtype=np.uint8)  # holds the mapping
         self.memory = LocalMemory(address=self.bytes.ctypes.data, length=size, memfd=descriptor)
+
+    def fill(self, values: Bytes | int) -> None:
+        self.bytes[:] = values
 
 
 def pattern(seed: int, memory: int) -> Bytes:
@@ -87,9 +113,9 @@ class LocalTarget:
     def __init__(self, spec: TransportSpec, seed: int) -> None:
         self.seed = seed
         self._transport = spec.make()
-        self._arrays = [SharedArray(size) for size in MEMORY_SIZES]
+        self._arrays = [spec.allocate(size) for size in MEMORY_SIZES]
         for index, array in enumerate(self._arrays):
-            array.bytes[:] = pattern(seed, index)
+            array.fill(pattern(seed, index))
             self._transport.register(array.memory)
         self.address = self._transport.address()
 
