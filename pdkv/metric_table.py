@@ -37,6 +37,8 @@ _UPSTREAM = Label("upstream", WORKERS)
 
 _MILLISECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _MICROSECONDS = (10e-6, 25e-6, 50e-6, 100e-6, 250e-6, 500e-6, 1e-3, 2.5e-3, 5e-3, 10e-3, 25e-3, 100e-3)
+_HOPS = (50e-6, 100e-6, 250e-6, 500e-6, 1e-3, 2.5e-3, 5e-3, 10e-3, 25e-3, 50e-3, 0.1, 0.25, 0.5, 1.0, 5.0, 30.0)
+_SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.85, 0.9, 0.95, 0.98, 0.99, 0.999, 1.0)
 _MINUTES = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 _POWERS = tuple(float(4**n) for n in range(10))
 
@@ -128,6 +130,32 @@ TRANSFER_SECONDS = _histogram(
 )
 TRANSFER_READ_SECONDS = _histogram(
     "pdkv_kv_transfer_read_seconds", "Time of a transfer with a read outstanding.", (DECODE,), _MILLISECONDS, _PATH
+)
+TRANSFER_EXPOSED_SECONDS = _histogram(
+    "pdkv_kv_transfer_exposed_seconds",
+    "From the word that prefill is complete to the last byte.",
+    (DECODE,),
+    _HOPS,
+    _PATH,
+)
+TRANSFER_OVERLAP = _histogram(
+    "pdkv_kv_transfer_overlap_ratio",
+    "Share of a transfer's bytes that had landed when prefill was complete.",
+    (DECODE,),
+    _SHARES,
+    _PATH,
+)
+GRANTED_SECONDS = _histogram(
+    "pdkv_kv_granted_seconds", "From Acquire to Granted, the wait for pages and the request included.", (DECODE,), _HOPS
+)
+FOLLOWED_SECONDS = _histogram(
+    "pdkv_kv_watermark_to_post_seconds", "From a message that allows reads to their being posted.", (DECODE,), _HOPS
+)
+FIRST_STEP_SECONDS = _histogram(
+    "pdkv_kv_first_step_seconds", "From a transfer's last byte to the first step that decodes it.", (DECODE,), _HOPS
+)
+PUBLISH_SECONDS = _histogram(
+    "pdkv_kv_publish_seconds", "From the end of kernels that wrote pages to telling decode.", (PREFILL,), _HOPS
 )
 TRANSFER_BYTES = _counter(
     "pdkv_kv_transfer_bytes_total", "Bytes read from prefill workers.", (DECODE,), Label("region", REGIONS), _PATH

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Sequence
 
+from pdkv.agent.account import Account
 from pdkv.agent.events import (
     AbandonTransfer,
     AgentStatistics,
@@ -13,11 +14,10 @@ from pdkv.agent.events import (
     RankReported,
     StartTransfer,
     TransferArrived,
-    TransferFacts,
     TransferFailed,
     WorkerIdentity,
 )
-from pdkv.agent.loop import Agent
+from pdkv.agent.loop import Agent, now
 from pdkv.agent.peer_links import LinkState, PeerLink, PeerLinks
 from pdkv.agent.rank_group import RankGroup
 from pdkv.agent.rank_reads import LinkConnected, LinkProbed, PagesRead
@@ -42,7 +42,7 @@ from pdkv.errors import ConfigError, FailureCode, HandshakeError
 from pdkv.schema import TransferId
 from pdkv.transport.base import Completion
 from pdkv.wire.channel import Channel, Received
-from pdkv.wire.messages import NO_TRANSFER, Done, OtherVersion, make_envelope
+from pdkv.wire.messages import NO_TRANSFER, Done, Granted, OtherVersion, make_envelope
 
 _LOG = logging.getLogger("pdkv.agent")
 
@@ -54,30 +54,7 @@ class _Transfer:
         self.start = start
         self.session = session
         self.link = link
-        self.started = at
-        self.num_spans = 0
-        self.landed_bytes = 0
-        self.bytes_before_done: int | None = None
-        self.outstanding = 0
-        self.reading_since = 0.0
-        self.read_s = 0.0
-
-    def facts(self, at: float) -> TransferFacts:
-        pages = len(self.start.pages) - self.start.resident_blocks
-        return TransferFacts(
-            num_pages=pages,
-            num_regions=self.link.num_regions,
-            num_spans=self.num_spans,
-            num_bytes=self.landed_bytes,
-            bytes_by_region={name: size * pages for name, size in self.link.bytes_by_region.items()},
-            bytes_before_done=self.bytes_before_done or 0,
-            read_s=self.read_s,
-            total_s=at - self.started,
-            path=self.link.path,
-            peer=self.link.name,
-            cached_tokens=self.session.cached_tokens,
-            resident_pages=self.start.resident_blocks,
-        )
+        self.account = Account(start, link, at)
 
 
 class DecodeAgent(Agent[DecodeCommand]):
@@ -131,9 +108,14 @@ class DecodeAgent(Agent[DecodeCommand]):
             if transfer is None or transfer.link.incarnation != envelope.sender:
                 self._channel.drop(f"transfer {envelope.transfer.hex()} is not known, or not of that worker")
                 return
-            if isinstance(body, Done) and transfer.bytes_before_done is None:
-                transfer.bytes_before_done = transfer.landed_bytes
-            self._handle(transfer, MessageArrived(envelope.seq, body), at)
+            if isinstance(body, Granted):
+                transfer.account.granted(at)
+            if isinstance(body, Done):
+                transfer.account.done(at)
+            if self._handle(transfer, MessageArrived(envelope.seq, body), at):
+                waited_s = now() - at
+                transfer.account.posted_after(waited_s)
+                self._meter.followed(waited_s)
         self._settle(at)
 
     def on_completions(self, completions: Sequence[Completion], at: float) -> None:
@@ -230,8 +212,11 @@ class DecodeAgent(Agent[DecodeCommand]):
 
     # ---- sessions
 
-    def _handle(self, transfer: _Transfer, event: DecodeEvent, at: float) -> None:
-        self._carry_out(transfer, transfer.session.handle(event, at), at)
+    def _handle(self, transfer: _Transfer, event: DecodeEvent, at: float) -> bool:
+        """Whether reads were posted."""
+        instructions = transfer.session.handle(event, at)
+        self._carry_out(transfer, instructions, at)
+        return any(isinstance(instruction, Read) for instruction in instructions)
 
     def _carry_out(self, transfer: _Transfer, instructions: Sequence[DecodeInstruction], at: float) -> None:
         transfer_id = transfer.start.transfer
@@ -243,12 +228,12 @@ class DecodeAgent(Agent[DecodeCommand]):
                 case Read():
                     self._post(transfer, instruction, at)
                 case Resume(token=token, logprob=logprob, attachment=attachment):
-                    facts = transfer.facts(at)
+                    facts = transfer.account.facts(at, transfer.session.cached_tokens)
                     self._meter.arrived(facts)
                     self._emit(TransferArrived(transfer_id, token, logprob, facts, attachment))
                 case Report(outcome=outcome):
                     if outcome.code is not None:
-                        self._meter.failed(transfer.link.path, outcome.code, at - transfer.started)
+                        self._meter.failed(transfer.link.path, outcome.code, transfer.account.seconds(at))
                         self._emit(TransferFailed(transfer_id, outcome.code, outcome.message))
                 case ReturnPages():
                     self._emit(PagesReturned(transfer_id))
@@ -261,24 +246,17 @@ class DecodeAgent(Agent[DecodeCommand]):
         assert number is not None, "transfers begin on links that are ready"
         local = transfer.start.pages[read.blocks.start : read.blocks.stop]
         self._reads[self._ranks.read(number, read.source_pages, local)] = (transfer, read.read)
-        if transfer.outstanding == 0:
-            transfer.reading_since = at
-        transfer.outstanding += 1
+        transfer.account.posted(at)
 
     def _on_pages_read(self, answer: PagesRead, at: float) -> None:
         transfer, read = self._reads.pop(answer.read)
         for batch in answer.batches:
             self._meter.posted(transfer.link.path, batch.num_spans, batch.post_s)
-            transfer.num_spans += batch.num_spans
         if answer.error and answer.batches:
             # An endpoint that failed once is not trusted again: the next transfer shakes hands anew.
             told = f"reading from {transfer.link.control} failed: {answer.error}"
             self._links.lose(transfer.link, HandshakeError(FailureCode.READ_FAILED, told))
-        transfer.outstanding -= 1
-        if transfer.outstanding == 0:
-            transfer.read_s += at - transfer.reading_since
-        if not answer.error:
-            transfer.landed_bytes += answer.num_bytes
+        transfer.account.read_ended(answer, at)
         self._handle(transfer, ReadEnded(read, not answer.error, answer.error), at)
 
     def _statistics(self) -> AgentStatistics:

@@ -54,6 +54,8 @@ class GrantPages(msgspec.Struct, frozen=True):
 class RaiseWatermark(msgspec.Struct, frozen=True):
     transfer: TransferId
     tokens: int
+    at: float = 0.0
+    """When the kernels had ended, by the agent's clock; 0 = not told."""
 
 
 class FinishPrefill(msgspec.Struct, frozen=True):
@@ -62,6 +64,8 @@ class FinishPrefill(msgspec.Struct, frozen=True):
     logprob: float
     attachment: bytes = b""
     """At most ``MAX_ATTACHMENT_BYTES``."""
+    at: float = 0.0
+    """When the first token was known, by the agent's clock; 0 = not told."""
 
 
 class AbandonTransfer(msgspec.Struct, frozen=True):
@@ -151,6 +155,16 @@ class TransferFacts(msgspec.Struct, frozen=True):
     """Prompt tokens that P did not have to compute."""
     resident_pages: int = 0
     """Pages that were here before."""
+    exposed_s: float = 0.0
+    """From P's Done to the last byte: what of the move was not hidden behind prefill. 0 when all had landed."""
+    hidden_fraction: float = 0.0
+    """Share of the bytes that had landed when Done came."""
+    granted_s: float = 0.0
+    """From Acquire to Granted: P's queue included."""
+    posted_s: float = 0.0
+    """Longest time from a message that allowed reads to their being posted."""
+    resident_at: float = 0.0
+    """When everything was there, by the agent's clock."""
 
 
 class TransferArrived(msgspec.Struct, frozen=True):

@@ -3,14 +3,19 @@
 from pdkv.agent.events import TransferFacts
 from pdkv.errors import FailureCode
 from pdkv.metric_table import (
+    FOLLOWED_SECONDS,
+    GRANTED_SECONDS,
     HANDSHAKE_SECONDS,
     HANDSHAKES,
     LEASES_EXPIRED,
     NO_CODE,
     PATHS,
+    PUBLISH_SECONDS,
     TRANSFER_BYTES,
     TRANSFER_DESCRIPTORS,
+    TRANSFER_EXPOSED_SECONDS,
     TRANSFER_FAILURES,
+    TRANSFER_OVERLAP,
     TRANSFER_POST_SECONDS,
     TRANSFER_READ_SECONDS,
     TRANSFER_SECONDS,
@@ -39,11 +44,22 @@ class AgentMeter:
         self._meter.observe(TRANSFER_DESCRIPTORS, _known(path), value=num_spans)
         self._meter.observe(TRANSFER_POST_SECONDS, _known(path), value=seconds)
 
+    def followed(self, seconds: float) -> None:
+        """So long after a message that allowed reads they were posted."""
+        self._meter.observe(FOLLOWED_SECONDS, value=seconds)
+
+    def published(self, seconds: float) -> None:
+        """So long after its kernels ended, progress was sent to D."""
+        self._meter.observe(PUBLISH_SECONDS, value=seconds)
+
     def arrived(self, facts: TransferFacts) -> None:
         """A transfer is complete."""
         path = _known(facts.path)
         self._meter.observe(TRANSFER_SECONDS, path, "ok", value=facts.total_s)
         self._meter.observe(TRANSFER_READ_SECONDS, path, value=facts.read_s)
+        self._meter.observe(TRANSFER_EXPOSED_SECONDS, path, value=facts.exposed_s)
+        self._meter.observe(TRANSFER_OVERLAP, path, value=facts.hidden_fraction)
+        self._meter.observe(GRANTED_SECONDS, value=facts.granted_s)
         for region, num_bytes in facts.bytes_by_region.items():
             self._meter.count(TRANSFER_BYTES, region, path, by=num_bytes)
 

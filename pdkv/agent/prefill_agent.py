@@ -21,7 +21,7 @@ from pdkv.agent.events import (
     TransferEnded,
     WorkerIdentity,
 )
-from pdkv.agent.loop import Agent
+from pdkv.agent.loop import Agent, now
 from pdkv.agent.meter import AgentMeter
 from pdkv.core.events import (
     FreePages,
@@ -100,8 +100,10 @@ class PrefillAgent(Agent[PrefillCommand]):
                 self._tell(transfer, PagesReserved(pages, cached), at)
             case RaiseWatermark(transfer=transfer, tokens=tokens):
                 self._tell(transfer, Progressed(tokens), at)
+                self._published(command.at)
             case FinishPrefill(transfer=transfer, token=token, logprob=logprob, attachment=attachment):
                 self._tell(transfer, PrefillEnded(token, logprob, attachment), at)
+                self._published(command.at)
             case AbandonTransfer(transfer=transfer, code=code, message=message):
                 self._tell(transfer, LocalFailure(code, message), at)
 
@@ -230,6 +232,10 @@ class PrefillAgent(Agent[PrefillCommand]):
                     self._emit(PagesFreed(transfer_id))
                 case Report(outcome=outcome):
                     self._emit(TransferEnded(transfer_id, outcome.code, outcome.message))
+
+    def _published(self, ended_at: float) -> None:
+        if ended_at:
+            self._meter.published(now() - ended_at)
 
     def _send(self, transfer: _Transfer, transfer_id: TransferId, seq: int, body: Body) -> None:
         if transfer.peer is not None:

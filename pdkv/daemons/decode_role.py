@@ -36,6 +36,7 @@ from pdkv.m3.requests import (
     RequestRefused,
     TokenGenerated,
 )
+from pdkv.metric_table import FIRST_STEP_SECONDS
 from pdkv.schema import Incarnation, TransferId
 
 
@@ -64,6 +65,8 @@ class DecodeRole(Role):
         self._parts = parts
         self._block_size = block_size
         self._jobs: dict[TransferId, _Job] = {}
+        self._resumed: dict[TransferId, float] = {}
+        """Requests that no step has decoded yet: when their state was here, by the agent's clock."""
         self._now = 0.0
 
     def on_front(self, message: ToEngine, at: float) -> None:
@@ -115,6 +118,15 @@ class DecodeRole(Role):
         for transfer in late:
             self._give_up(transfer, FailureCode.DEADLINE, "the request's deadline has passed")
 
+    def on_step(self, at: float) -> None:
+        for transfer, resident_at in self._resumed.items():
+            waited_s = at - resident_at
+            self._parts.meter.observe(FIRST_STEP_SECONDS, value=waited_s)
+            job = self._jobs[transfer]
+            if job.report is not None:
+                job.report = msgspec.structs.replace(job.report, first_step_s=waited_s)
+        self._resumed.clear()
+
     def _queue(self, message: DecodeJob, at: float) -> None:
         transfer = TransferId(message.transfer)
         if transfer in self._jobs:  # the state of an aborted try may still be on its way out
@@ -164,6 +176,8 @@ class DecodeRole(Role):
         job.prompt_logprobs = extras.prompt
         first = RequestId(event.transfer), event.token, event.logprob, extras.top
         self.on_engine(self._parts.engine.resume(*first))
+        if event.transfer in self._jobs:  # the first token was not the last
+            self._resumed[event.transfer] = event.facts.resident_at
 
     def _send_tokens(self, transfer: TransferId, tokens: Sequence[TokenGenerated]) -> None:
         """Those of one step together."""
@@ -200,6 +214,7 @@ class DecodeRole(Role):
             self._parts.send(job_failed(transfer, FailureCode.NO_CAPACITY, message, 400 if never else None))
 
     def _forget(self, transfer: TransferId) -> None:
+        self._resumed.pop(transfer, None)
         if self._jobs.pop(transfer, None) is not None:
             self._parts.engine.release(RequestId(transfer))
 

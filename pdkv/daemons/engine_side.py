@@ -7,6 +7,7 @@ from collections.abc import Callable
 import msgspec
 
 from pdkv.agent.events import AgentStatistics, DecodeAgentEvent, Inspect, PrefillAgentEvent, RankReported
+from pdkv.agent.loop import now
 from pdkv.agent.rank_reads import RankReport
 from pdkv.core.manifest import ranges
 from pdkv.daemons.assembly import assemble
@@ -85,7 +86,7 @@ class EngineSide:
         self._parts.start_agent(lambda exc: self._inbox.put(_AgentDied(repr(exc))))
         self._engine = self._parts.engine
         post = self._journal.posting(self._parts.loop.post)
-        parts = EngineParts(engine=self._engine, post=post, send=self._send)
+        parts = EngineParts(engine=self._engine, post=post, send=self._send, meter=self._journal.meter)
         role = PrefillRole if settings.role == "prefill" else DecodeRole
         self._role: Role = role(parts, self._parts.layout.kv.block_size)
 
@@ -111,13 +112,14 @@ class EngineSide:
             self._on_message(message)
         self._role.on_time(time.monotonic())
         if self._engine.has_work:
+            self._role.on_step(now())
             self._role.on_engine(self._engine.step())
 
     def beat(self, query: int) -> Beat:
         """How long ago each thread came round, the agent's that of the slowest rank. May be called from any thread."""
-        now = time.monotonic()
-        agent_age_s = max(now - self._parts.loop.turned_at, self._others.beat_age_s())
-        return Beat(query, now - self._turned_at, agent_age_s)
+        at = time.monotonic()
+        agent_age_s = max(at - self._parts.loop.turned_at, self._others.beat_age_s())
+        return Beat(query, at - self._turned_at, agent_age_s)
 
     def close(self) -> None:
         """Let the other ranks end; end the agent thread, and with it channel and transport."""

@@ -194,6 +194,16 @@ class TransferReport(msgspec.Struct, frozen=True):
     """Prompt tokens whose state P had before: it did not compute them."""
     resident_pages: int = 0
     """Pages that D had before: they did not travel, and are not among ``num_pages``."""
+    exposed_s: float = 0.0
+    """From P's Done to the last byte: what of the move was not hidden behind prefill."""
+    hidden_fraction: float = 0.0
+    """Share of the bytes that had landed when P's Done arrived."""
+    granted_s: float = 0.0
+    """From Acquire to Granted: P's queue included."""
+    posted_s: float = 0.0
+    """Longest time from a message that allowed reads to their being posted."""
+    first_step_s: float | None = None
+    """From the last byte to D's first step of this request; None where there was none."""
 
 
 class TokensOut(msgspec.Struct, frozen=True, tag="tokens"):

@@ -14,6 +14,7 @@ from pdkv.agent.events import (
     RaiseWatermark,
     TransferEnded,
 )
+from pdkv.agent.loop import now
 from pdkv.daemons import attachment
 from pdkv.daemons.link import AbortJob, JobFinished, PrefillJob, ToEngine
 from pdkv.daemons.roles import EngineParts, Role, job_failed, sampling_params
@@ -76,7 +77,7 @@ class PrefillRole(Role):
                 case PrefillProgress() if event.id in finished:
                     pass  # Done says as much, and all that is left is read in one go
                 case PrefillProgress(tokens_done=tokens):
-                    self._parts.post(RaiseWatermark(transfer, tokens))
+                    self._parts.post(RaiseWatermark(transfer, tokens, now()))
                 case PromptScored(logprobs=logprobs):
                     self._scored[transfer].append(logprobs)
                 case PrefillFinished():
@@ -90,6 +91,9 @@ class PrefillRole(Role):
 
     def on_time(self, at: float) -> None:
         """Deadlines are the agent's: it tells when a transfer ends."""
+
+    def on_step(self, at: float) -> None:
+        """Only decode counts the time until a request's first step."""
 
     def _start(self, transfer: TransferId) -> None:
         job = self._jobs.get(transfer)
@@ -111,7 +115,7 @@ class PrefillRole(Role):
         transfer = TransferId(event.id)
         scored = self._scored.pop(transfer, None)
         extras = attachment.FirstTokenExtras(event.top, None if scored is None else PromptLogprobs.join(scored))
-        return FinishPrefill(transfer, event.token, event.logprob, attachment.encode(extras))
+        return FinishPrefill(transfer, event.token, event.logprob, attachment.encode(extras), now())
 
     def _refuse(self, transfer: TransferId, message: str, *, never: bool) -> None:
         self._scored.pop(transfer, None)

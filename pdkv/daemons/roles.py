@@ -11,6 +11,7 @@ from pdkv.errors import FailureCode
 from pdkv.m3.engine import Engine
 from pdkv.m3.requests import EngineEvent
 from pdkv.m3.sampling import SamplingParams
+from pdkv.metrics import Meter
 from pdkv.schema import TransferId
 
 STATUS_OF = {
@@ -36,6 +37,8 @@ class EngineParts(msgspec.Struct, frozen=True):
     """To the agent thread."""
     send: Callable[[ToFront], None]
     """To the front."""
+    meter: Meter
+    """The engine thread's."""
 
 
 class Role(ABC):
@@ -52,6 +55,10 @@ class Role(ABC):
 
     @abstractmethod
     def on_time(self, at: float) -> None: ...
+
+    @abstractmethod
+    def on_step(self, at: float) -> None:
+        """A step of the engine begins. ``at``: of the agent's clock."""
 
 
 def job_failed(transfer: TransferId, code: FailureCode, message: str, status: int | None = None) -> JobFailed:

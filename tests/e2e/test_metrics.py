@@ -1,5 +1,7 @@
 """Metrics of a real deployment: what the counters say is what happened, region by region."""
 
+import pytest
+
 from pdkv.verify.link_chasing import make_prompt
 from tests.e2e.deployment import Trio, ask, token_ids, transfer_facts, wait_until
 
@@ -47,6 +49,15 @@ def test_counters_say_what_happened(three: Trio) -> None:
     assert decode[f"pdkv_kv_transfer_descriptors_sum{{transport={path}}}"] == sum(f["num_spans"] for f in facts)
     num_batches = decode[f"pdkv_kv_transfer_descriptors_count{{transport={path}}}"]
     assert decode[f"pdkv_kv_transfer_post_seconds_count{{transport={path}}}"] == num_batches >= NUM_REQUESTS
+    assert decode[f"pdkv_kv_transfer_exposed_seconds_count{{transport={path}}}"] == NUM_REQUESTS
+    assert decode[f"pdkv_kv_transfer_exposed_seconds_sum{{transport={path}}}"] == pytest.approx(
+        sum(f["exposed_s"] for f in facts)
+    )
+    assert decode[f"pdkv_kv_transfer_overlap_ratio_count{{transport={path}}}"] == NUM_REQUESTS
+    assert decode["pdkv_kv_granted_seconds_sum"] == pytest.approx(sum(f["granted_s"] for f in facts))
+    assert decode["pdkv_kv_first_step_seconds_sum"] == pytest.approx(sum(f["first_step_s"] for f in facts))
+    assert decode["pdkv_kv_watermark_to_post_seconds_count"] >= NUM_REQUESTS
+    assert prefill["pdkv_kv_publish_seconds_count"] >= NUM_REQUESTS
     assert router["pdkv_router_route_decisions_total{decision=pd}"] == NUM_REQUESTS
     assert not any("failures" in name or "result=error" in name for name in (*prefill, *decode, *router))
 
