@@ -75,6 +75,7 @@ def measure(operation: str, work: Work, rates: Rates) -> Result:
 def time_calls(calls: Sequence[Call]) -> float:
     """Seconds of one call: the median over replays of a graph that holds all of them, several times over if short."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # which may still be filling the inputs: page tables of garbage
     with torch.cuda.stream(stream):
         for call in calls:
             call()
