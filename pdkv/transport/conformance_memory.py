@@ -80,11 +80,11 @@ def _driver() -> ctypes.CDLL:
     except OSError as error:
         raise TransportError(f"no CUDA driver: {error}") from error
     context = ctypes.c_void_p()
-    for error in (
+    for failed in (
         driver.cuInit(0),
         driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0),
         driver.cuCtxSetCurrent(context),
     ):
-        if error:
-            raise TransportError(f"the CUDA driver cannot start: error {error}")
+        if failed:
+            raise TransportError(f"the CUDA driver cannot start: error {failed}")
     return driver
