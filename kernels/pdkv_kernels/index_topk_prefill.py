@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pdkv_kernels.fp8_bits import PLAIN, fp8_code, half_of_bits
+from pdkv_kernels.key_network import best_of_both, best_of_parts, side_by_side, sorted_keys
 from pdkv_kernels.paged import BLOCK, RaggedQueries
 from pdkv_kernels.ragged_tiles import most_tiles, tile_sequence
 
@@ -31,9 +32,10 @@ class ScoreTuning:
     stages: int = 2
     programs: int = 264
     """So many run at a time; contexts are split where tiles alone do not fill them."""
-    columns: int = 16
+    columns: int = 32
     """Rows times heads whose blocks one program selects."""
-    chunk_blocks: int = 32
+    select_splits: int = 1
+    """Parts of a column that are gone through at the same time; columns times these: 32 a warp."""
     select_warps: int = 1
 
 
@@ -126,11 +128,11 @@ def select_blocks(
     heads = out.shape[1]
     topk, init_blocks, local_blocks = choice
     columns = (rows[1] - rows[0]) * heads
-    chunk = min(tuning.chunk_blocks, max(16, triton.next_power_of_2(scores.shape[0])))
     _select_blocks[(triton.cdiv(columns, tuning.columns),)](
         scores, out, queries.query_starts, queries.context_lens, scores.stride(0), out.stride(0), out.stride(1),
         queries.context_lens.numel(), *rows, init_blocks, local_blocks,
-        HEADS=heads, TOPK=topk, TOPK_P=triton.next_power_of_2(topk), BLOCK=BLOCK, COLUMNS=tuning.columns, CHUNK=chunk,
+        HEADS=heads, TOPK=topk, TOPK_P=triton.next_power_of_2(topk), BLOCK=BLOCK, COLUMNS=tuning.columns,
+        SPLITS=tuning.select_splits,
         num_warps=tuning.select_warps,
     )  # fmt: skip
 
@@ -203,19 +205,10 @@ def _score_blocks(
             to += scores_block
 
 
-@triton.jit(do_not_specialize=["num_seqs", "first_row", "end_row", "init_blocks", "local_blocks"])
-def _select_blocks(
-    scores, out, query_starts, context_lens, scores_block, out_row, out_head, num_seqs, first_row, end_row,
-    init_blocks, local_blocks,
-    HEADS: tl.constexpr, TOPK: tl.constexpr, TOPK_P: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
-    CHUNK: tl.constexpr,
-):  # fmt: skip
-    """The best of some columns. A key holds rank and complement of the block's number, so that all keys differ."""
-    NEVER: tl.constexpr = -(1 << 62)
-    LOW: tl.constexpr = (1 << 24) - 1
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    row = first_row + column // HEADS
-    seq = tl.zeros([COLUMNS], tl.int32)
+@triton.jit
+def _visible_blocks(row, query_starts, context_lens, num_seqs, end_row, BLOCK: tl.constexpr):
+    """How many blocks each row sees; 0 behind the last row."""
+    seq = tl.zeros_like(row)
     for first_seq in range(0, num_seqs, 16):
         some = first_seq + tl.arange(0, 16)
         ends = tl.load(query_starts + some + 1, mask=some < num_seqs, other=2147483647)
@@ -223,37 +216,63 @@ def _select_blocks(
     exists = (row < end_row) & (seq < num_seqs)
     start = tl.load(query_starts + seq, mask=exists, other=0)
     position = row - start + tl.load(context_lens + seq, mask=exists, other=0)
-    visible = tl.where(exists, position // BLOCK + 1, 0)
+    return tl.where(exists, position // BLOCK + 1, 0)
 
-    place = tl.arange(0, TOPK_P)
-    best = tl.full([TOPK_P, COLUMNS], NEVER, tl.int64) - place[:, None]  # all different
-    # Places beyond the wanted number are taken from the start, by keys that nothing displaces.
-    best = tl.where(place[:, None] < TOPK, best, (1 << 62) + place[:, None].to(tl.int64))
-    worst = tl.min(best, axis=0)
-    for first in range(0, tl.max(visible, axis=0), CHUNK):
-        block = first + tl.arange(0, CHUNK)
-        seen = block[:, None] < visible[None, :]
-        score = tl.load(scores + block[:, None].to(tl.int64) * scores_block + column[None, :], mask=seen, other=0.0)
-        bits = (score + 0.0).to(tl.int32, bitcast=True)  # adding +0 turns -0 into +0
-        rank = tl.where(bits < 0, -(bits & 0x7FFFFFFF), bits).to(tl.int64)
-        rank = tl.where(score != score, -(1 << 32), rank)
-        rank = tl.where(block[:, None] >= visible[None, :] - local_blocks, 1 << 32, rank)
-        rank = tl.where(block[:, None] < init_blocks, 1 << 33, rank)
-        key = tl.where(seen, (rank << 24) + (LOW - block[:, None]), -(1 << 63))
-        top = tl.max(key, axis=0)
-        while tl.max((top > worst).to(tl.int32), axis=0) > 0:
-            enters = top > worst
-            best = tl.where(enters[None, :] & (best == worst[None, :]), top[None, :], best)
-            worst = tl.min(best, axis=0)
-            key = tl.where(key == top[None, :], -(1 << 63), key)
-            top = tl.max(key, axis=0)
 
-    best = tl.where(place[:, None] < TOPK, best, -(1 << 63))
-    chosen = tl.full([COLUMNS, TOPK_P], -1, tl.int32)
-    for nth in tl.static_range(TOPK):
-        top = tl.max(best, axis=0)
-        block = tl.where(top > NEVER, LOW - (top & LOW), -1).to(tl.int32)
-        chosen = tl.where(place[None, :] == nth, block[:, None], chosen)
-        best = tl.where(best == top[None, :], -(1 << 63), best)
+@triton.jit
+def _key_of(score, block, visible, init_blocks, local_blocks):
+    """int64 that orders blocks as ``select_blocks_ref`` does: rank above, complement of the block's number below."""
+    bits = (score + 0.0).to(tl.int32, bitcast=True)  # adding +0 turns -0 into +0
+    rank = tl.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
+    rank = tl.where(score != score, -0x7FFFFFF0, rank)
+    rank = tl.where(block >= visible - local_blocks, 0x7FFFFFF0, rank)
+    rank = tl.where(block < init_blocks, 0x7FFFFFF1, rank)
+    rank = tl.where(block < visible, rank, -0x7FFFFFFF)  # below all that are seen
+    return (rank.to(tl.int64) << 32) | (0x7FFFFFFF - block).to(tl.int64)
+
+
+@triton.jit
+def _next_scores(at, block, visible, scores_block, COUNT: tl.constexpr):
+    scores = ()
+    for nth in tl.static_range(COUNT):
+        scores = scores + (tl.load(at + nth * scores_block, mask=block + nth < visible, other=0.0),)
+    return scores
+
+
+@triton.jit(do_not_specialize=["num_seqs", "first_row", "end_row", "init_blocks", "local_blocks"])
+def _select_blocks(
+    scores, out, query_starts, context_lens, scores_block, out_row, out_head, num_seqs, first_row, end_row,
+    init_blocks, local_blocks,
+    HEADS: tl.constexpr, TOPK: tl.constexpr, TOPK_P: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
+    SPLITS: tl.constexpr,
+):  # fmt: skip
+    """The best of some columns, each thread a column or a part of one: runs of TOPK_P blocks are sorted and merged."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    row = first_row + column // HEADS
+    visible = _visible_blocks(row, query_starts, context_lens, num_seqs, end_row, BLOCK)
+    most = tl.max(visible, axis=0)
     to = out + row.to(tl.int64) * out_row + (column % HEADS) * out_head
-    tl.store(to[:, None] + place[None, :], chosen, mask=(row < end_row)[:, None] & (place[None, :] < TOPK))
+    visible = visible[:, None]
+    block = (tl.arange(0, SPLITS) * TOPK_P)[None, :] + tl.zeros([COLUMNS, SPLITS], tl.int32)
+    at = scores + block.to(tl.int64) * scores_block + column[:, None]
+    best = ()
+    for _ in tl.static_range(TOPK_P):
+        best = best + (tl.full([COLUMNS, SPLITS], -(1 << 63), tl.int64),)
+    coming = _next_scores(at, block, visible, scores_block, TOPK_P)
+    for _ in range(0, most, TOPK_P * SPLITS):
+        keys = ()
+        for nth in tl.static_range(TOPK_P):
+            keys = keys + (_key_of(coming[nth], block + nth, visible, init_blocks, local_blocks),)
+        # Scores of the next run travel while this one is sorted.
+        at += TOPK_P * SPLITS * scores_block
+        block += TOPK_P * SPLITS
+        coming = _next_scores(at, block, visible, scores_block, TOPK_P)
+        best = best_of_both(best, sorted_keys(keys, TOPK_P), TOPK_P)
+    best = best_of_parts(best, TOPK_P, SPLITS)
+    chosen = ()
+    for nth in tl.static_range(TOPK_P):
+        number = 0x7FFFFFFF - (best[nth] & 0x7FFFFFFF)
+        chosen = chosen + (tl.where(best[nth] >= (-0x7FFFFFFE << 32), number, -1).to(tl.int32),)
+    place = tl.arange(0, TOPK_P)
+    wanted = (row < end_row)[:, None] & (place[None, :] < TOPK)
+    tl.store(to[:, None] + place[None, :], side_by_side(chosen, TOPK_P), mask=wanted)
