@@ -7,7 +7,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 TransferId = NewType("TransferId", bytes)
 """128 random bits chosen by the router; one try of one request."""
@@ -33,6 +33,19 @@ class RegionKey(msgspec.Struct, frozen=True, order=True):
     """Global layer id, never a position in some list."""
     head: int
     """Global kv head for regions sharded by head, 0 for replicated ones."""
+
+
+class LayerRange(msgspec.Struct, frozen=True):
+    """Layers from ``start`` on, global ids, up to but without ``stop``; None = all the rest."""
+
+    start: int = 0
+    stop: int | None = None
+
+    def __contains__(self, layer: int) -> bool:
+        return self.start <= layer and (self.stop is None or layer < self.stop)
+
+
+ALL_LAYERS = LayerRange()
 
 
 class Region(msgspec.Struct, frozen=True):

@@ -245,7 +245,7 @@ class DecodeAgent(Agent[DecodeCommand]):
         number = transfer.link.number
         assert number is not None, "transfers begin on links that are ready"
         local = transfer.start.pages[read.blocks.start : read.blocks.stop]
-        self._reads[self._ranks.read(number, read.source_pages, local)] = (transfer, read.read)
+        self._reads[self._ranks.read(number, read.source_pages, local, read.layers)] = (transfer, read.read)
         transfer.account.posted(at)
 
     def _on_pages_read(self, answer: PagesRead, at: float) -> None:

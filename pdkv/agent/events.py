@@ -56,6 +56,8 @@ class RaiseWatermark(msgspec.Struct, frozen=True):
     tokens: int
     at: float = 0.0
     """When the kernels had ended, by the agent's clock; 0 = not told."""
+    num_groups: int | None = None
+    """Of the first so many layer groups; None = of all."""
 
 
 class FinishPrefill(msgspec.Struct, frozen=True):

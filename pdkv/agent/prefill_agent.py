@@ -98,8 +98,8 @@ class PrefillAgent(Agent[PrefillCommand]):
                 self._on_expected(transfer_id, num_tokens, deadline_s, at)
             case GrantPages(transfer=transfer, pages=pages, cached_tokens=cached):
                 self._tell(transfer, PagesReserved(pages, cached), at)
-            case RaiseWatermark(transfer=transfer, tokens=tokens):
-                self._tell(transfer, Progressed(tokens), at)
+            case RaiseWatermark(transfer=transfer, tokens=tokens, num_groups=num_groups):
+                self._tell(transfer, Progressed(tokens, num_groups), at)
                 self._published(command.at)
             case FinishPrefill(transfer=transfer, token=token, logprob=logprob, attachment=attachment):
                 self._tell(transfer, PrefillEnded(token, logprob, attachment), at)

@@ -16,7 +16,7 @@ from pdkv.agent.rank_reads import (
     RankReport,
     ReadPages,
 )
-from pdkv.schema import Incarnation
+from pdkv.schema import ALL_LAYERS, Incarnation, LayerRange
 from pdkv.transport.base import Completion
 from pdkv.wire.messages import RankOffer
 
@@ -61,12 +61,19 @@ class RankGroup:
         """Answered by ``LinkProbed``. The caller never has two probes under way: ranks have one pair of pages each."""
         self._order(ProbeLink(link))
 
-    def read(self, link: int, source_pages: tuple[int, ...], local_pages: tuple[int, ...]) -> int:
-        """Read pages, each rank its own regions of them; returns the read's number. Answered by ``PagesRead``."""
+    def read(
+        self,
+        link: int,
+        source_pages: tuple[int, ...],
+        local_pages: tuple[int, ...],
+        layers: LayerRange = ALL_LAYERS,
+    ) -> int:
+        """Read layers of pages, each rank its own regions of them; returns the read's number. Answered by
+        ``PagesRead``."""
         read = self._next_read
         self._next_read += 1
         self._reading.add(read)
-        self._order(ReadPages(link, read, source_pages, local_pages))
+        self._order(ReadPages(link, read, source_pages, local_pages, layers))
         return read
 
     def close(self, link: int) -> None:

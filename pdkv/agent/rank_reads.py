@@ -13,7 +13,7 @@ import msgspec
 from pdkv.agent.paths import worst_path
 from pdkv.core.plan import TransferPlan
 from pdkv.errors import TransportError
-from pdkv.schema import Incarnation, Manifest, ReadBatch, RegionKey
+from pdkv.schema import ALL_LAYERS, Incarnation, LayerRange, Manifest, ReadBatch, RegionKey
 from pdkv.transport.base import Completion, PeerId, ReadId, ReadStatus, Transport
 from pdkv.wire.messages import RankOffer
 
@@ -37,13 +37,14 @@ class ProbeLink(msgspec.Struct, frozen=True, tag="probe"):
 
 
 class ReadPages(msgspec.Struct, frozen=True, tag="read"):
-    """Read ``source_pages[i]`` of P into ``local_pages[i]``. Answered by ``PagesRead``."""
+    """Read ``layers`` of ``source_pages[i]`` of P into ``local_pages[i]``. Answered by ``PagesRead``."""
 
     link: int
     read: int
     """Chosen by rank 0, never used again."""
     source_pages: tuple[int, ...]
     local_pages: tuple[int, ...]
+    layers: LayerRange = ALL_LAYERS
 
 
 class CloseLink(msgspec.Struct, frozen=True, tag="close"):
@@ -115,6 +116,13 @@ class _Link:
         self.incarnation = incarnation
         self.plan = plan
         self.peers = peers
+        self._by_layers: dict[LayerRange, TransferPlan] = {}
+
+    def plan_of(self, layers: LayerRange) -> TransferPlan:
+        """Made once: P's layer groups are the same in every transfer."""
+        if layers not in self._by_layers:
+            self._by_layers[layers] = self.plan.of_layers(layers)
+        return self._by_layers[layers]
 
 
 class _Posted:
@@ -151,9 +159,9 @@ class RankReads:
             case ProbeLink():
                 self._probe.poison()
                 first, last = self._probe.pages
-                return self._post(order, (0, self._source_pages(order.link) - 1), (last, first))
+                return self._post(order, (0, self._source_pages(order.link) - 1), (last, first), ALL_LAYERS)
             case ReadPages():
-                return self._post(order, order.source_pages, order.local_pages)
+                return self._post(order, order.source_pages, order.local_pages, order.layers)
             case CloseLink():
                 link = self._links.pop(order.link, None)
                 for peer in link.peers.values() if link else ():
@@ -197,14 +205,16 @@ class RankReads:
         link = self._links.get(number)
         return link.plan.source_pages if link else 0
 
-    def _post(self, order: ReadPages | ProbeLink, theirs: tuple[int, ...], ours: tuple[int, ...]) -> list[RankReport]:
+    def _post(
+        self, order: ReadPages | ProbeLink, theirs: tuple[int, ...], ours: tuple[int, ...], layers: LayerRange
+    ) -> list[RankReport]:
         posted = _Posted(order)
         link = self._links.get(order.link)
         if link is None:
             posted.error = "the link is closed"
             return [self._ended(posted)]
         try:
-            batches = link.plan.reads(theirs, ours, self._bases)
+            batches = link.plan_of(layers).reads(theirs, ours, self._bases)
         except ValueError as exc:  # pages that P does not have: P is not to be believed
             posted.error = str(exc)
             return [self._ended(posted)]

@@ -7,6 +7,7 @@ A session that has ended stays as a tombstone for a while and answers late messa
 """
 
 from enum import Enum
+from itertools import pairwise
 
 from pdkv.core.events import (
     ClosePeer,
@@ -54,7 +55,8 @@ class DecodeSession:
         self._renew_at: float | None = None
         self._residency = Residency(wanted.num_blocks, wanted.first)
         self._source_pages: tuple[int, ...] = ()
-        self._watermark: tuple[int, ...] = (0,)
+        self._watermark: tuple[int, ...] = ()
+        """Tokens of each layer group; of none until something was heard."""
         self.cached_tokens = 0
         """Prompt tokens that P had before, as it says."""
         self._done: Done | None = None
@@ -180,32 +182,38 @@ class DecodeSession:
             told = f"{granted.num_tokens} tokens in {len(granted.pages)} pages"
             self._fail(FailureCode.INTERNAL, f"prefill granted {told} for a prompt of {wanted} tokens", now)
             return
+        starts = granted.layer_groups
+        if starts[0] != 0 or any(a >= b for a, b in pairwise(starts)):
+            self._fail(FailureCode.INTERNAL, f"prefill's layer groups begin at {starts}, not ascending from 0", now)
+            return
         self.state = DecodeState.RECEIVING
         self._source_pages = granted.pages
         self.cached_tokens = granted.cached_tokens
-        self._raise_watermark((granted.cached_tokens,))
+        self._residency = Residency(self._wanted.num_blocks, self._wanted.first, starts)
+        self._raise_watermark((granted.cached_tokens,) * len(starts))
+        if len(self._watermark) != len(starts):
+            self._fail(FailureCode.INTERNAL, f"a watermark of {len(self._watermark)} of {len(starts)} groups", now)
 
     def _raise_watermark(self, tokens: tuple[int, ...]) -> None:
-        """Element-wise maximum; a watermark of other layer groups than before replaces the initial zero."""
-        if len(tokens) == len(self._watermark):
-            self._watermark = tuple(map(max, self._watermark, tokens))
-        elif not any(self._watermark):
+        """Element-wise maximum. One of other layer groups than before says nothing that could be believed."""
+        if not self._watermark:
             self._watermark = tokens
+        elif len(tokens) == len(self._watermark):
+            self._watermark = tuple(map(max, self._watermark, tokens))
 
     # ---- reads
 
     def _read_what_is_complete(self, now: float) -> None:
-        """Post every block that is complete in all layer groups: whole pages, each once, only under a valid lease."""
+        """Post every block of every layer group that is complete in P's pages: each once, only under a valid lease."""
         if self.state is not DecodeState.RECEIVING or not self._lease.valid(now):
             return
-        complete = min(self._watermark) // self._wanted.block_size
-        blocks = self._residency.take(self._residency.num_blocks if self._done else complete)
-        if blocks is None:
-            return
-        read = self._next_read
-        self._next_read += 1
-        self._residency.posted(read, blocks)
-        self._out.append(Read(read, blocks, self._source_pages[blocks.start : blocks.stop]))
+        everything = self._wanted.num_tokens if self._done else 0
+        for part in self._residency.take([self._wanted.complete(max(n, everything)) for n in self._watermark]):
+            read = self._next_read
+            self._next_read += 1
+            self._residency.posted(read, part)
+            pages = self._source_pages[part.blocks.start : part.blocks.stop]
+            self._out.append(Read(read, part.blocks, pages, part.layers))
 
     def _on_read(self, ended: ReadEnded, now: float) -> None:
         receiving = self.state is DecodeState.RECEIVING  # an expired lease has ended that in _advance already

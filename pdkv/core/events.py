@@ -9,6 +9,7 @@ import msgspec
 from pdkv.core.lease import LeasePolicy
 from pdkv.core.residency import BlockRange
 from pdkv.errors import FailureCode
+from pdkv.schema import ALL_LAYERS, LayerRange
 from pdkv.wire.messages import Body
 from pdkv.wire.outbox import ResendPolicy
 
@@ -18,6 +19,8 @@ class SessionPolicy(msgspec.Struct, frozen=True):
     resend: ResendPolicy = ResendPolicy()
     close_grace_s: float = 1.0
     """How long D waits for outstanding reads of a failed transfer before the endpoint is closed by force."""
+    layer_groups: tuple[int, ...] = (0,)
+    """P: the first layer of each group whose pages may be read before those of later layers are written."""
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -72,9 +75,11 @@ class PagesReserved(msgspec.Struct, frozen=True):
 
 
 class Progressed(msgspec.Struct, frozen=True):
-    """The kernels that wrote the first ``tokens`` tokens of every layer have finished."""
+    """The kernels have finished that wrote the first ``tokens`` tokens of the first ``num_groups`` layer groups."""
 
     tokens: int
+    num_groups: int | None = None
+    """None = all."""
 
 
 class PrefillEnded(msgspec.Struct, frozen=True):
@@ -124,11 +129,13 @@ class FreePages(msgspec.Struct, frozen=True):
 
 
 class Read(msgspec.Struct, frozen=True):
-    """Post a read of ``blocks`` now, from ``source_pages`` (one a block); its end is to be told as ``ReadEnded``."""
+    """Post a read of ``blocks`` of ``layers`` now, from ``source_pages`` (one a block); its end is to be told as
+    ``ReadEnded``."""
 
     read: int
     blocks: BlockRange
     source_pages: tuple[int, ...]
+    layers: LayerRange = ALL_LAYERS
 
 
 class Resume(msgspec.Struct, frozen=True):

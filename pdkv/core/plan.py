@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 
 from pdkv.core.manifest import region_keys
-from pdkv.schema import Int64Array, Manifest, ReadBatch, Region, RegionKey
+from pdkv.schema import ALL_LAYERS, Int64Array, LayerRange, Manifest, ReadBatch, Region, RegionKey
 
 
 class Piece(msgspec.Struct, frozen=True, order=True):
@@ -25,14 +25,30 @@ class Piece(msgspec.Struct, frozen=True, order=True):
     local_offset: int
     local_stride: int
     length: int
-    whole_row: bool = False
-    """Nothing but padding lies between this piece's end and its start in the next page, on both sides."""
+    padding: int = 0
+    """Bytes behind the last region of a row that may be read and written along, on both sides."""
+
+    @property
+    def whole_row(self) -> bool:
+        """Nothing but padding lies between this piece's end and its start in the next page, on both sides."""
+        return self.source_stride == self.local_stride and 0 <= self.source_stride - self.length <= self.padding
+
+
+class Part(msgspec.Struct, frozen=True):
+    """One region of one layer and head, before it is merged with its neighbours."""
+
+    name: str
+    layer: int
+    piece: Piece
 
 
 class TransferPlan(msgspec.Struct, frozen=True):
     """How one rank of D reads any page from the ranks of one P."""
 
+    parts: tuple[Part, ...]
+    """In the order of their places."""
     pieces: tuple[Piece, ...]
+    """The same, merged where they touch on both sides."""
     source_pages: int
     """Pages of P's arena: a page number at or beyond it is refused."""
     local_pages: int
@@ -53,34 +69,47 @@ class TransferPlan(msgspec.Struct, frozen=True):
         """
         holders = _holders(source)
         nearest = local.tp_rank * len(source) // local.tp_size
-        pieces = []
-        bytes_by_region: dict[str, int] = {}
+        parts = []
         for region in local.regions:
             for key, offset in _parts(region):
                 rank, (theirs, their_offset) = min(holders[key], key=lambda held: (abs(held[0] - nearest), held[0]))
                 length = region.bytes_per_page // region.num_heads
-                pieces.append(
-                    Piece(
-                        source_rank=rank,
-                        source_memory=theirs.memory,
-                        source_offset=their_offset,
-                        source_stride=theirs.page_stride,
-                        local_memory=region.memory,
-                        local_offset=offset,
-                        local_stride=region.page_stride,
-                        length=length,
-                    )
+                piece = Piece(
+                    source_rank=rank,
+                    source_memory=theirs.memory,
+                    source_offset=their_offset,
+                    source_stride=theirs.page_stride,
+                    local_memory=region.memory,
+                    local_offset=offset,
+                    local_stride=region.page_stride,
+                    length=length,
+                    padding=min(source[rank].row_padding, local.row_padding),
                 )
-                bytes_by_region[region.name] = bytes_by_region.get(region.name, 0) + length
-        merged = _merge_adjacent(pieces)
+                parts.append(Part(region.name, region.layer, piece))
+        parts.sort(key=lambda part: part.piece)
+        return cls._of(parts, min(manifest.num_pages for manifest in source), local.num_pages)
+
+    @classmethod
+    def _of(cls, parts: Sequence[Part], source_pages: int, local_pages: int) -> Self:
+        bytes_by_region: dict[str, int] = {}
+        for part in parts:
+            bytes_by_region[part.name] = bytes_by_region.get(part.name, 0) + part.piece.length
         return cls(
-            pieces=tuple(_mark_whole_row(piece, source[piece.source_rank], local) for piece in merged),
-            source_pages=min(manifest.num_pages for manifest in source),
-            local_pages=local.num_pages,
-            num_regions=len(pieces),
-            bytes_per_page=sum(piece.length for piece in pieces),
+            parts=tuple(parts),
+            pieces=tuple(_merge_adjacent([part.piece for part in parts])),
+            source_pages=source_pages,
+            local_pages=local_pages,
+            num_regions=len(parts),
+            bytes_per_page=sum(bytes_by_region.values()),
             bytes_by_region=bytes_by_region,
         )
+
+    def of_layers(self, layers: LayerRange) -> Self:
+        """The plan of these layers alone: of arena rows one piece a run of heads and one of index keys. It may be one
+        of nothing."""
+        if layers == ALL_LAYERS:
+            return self
+        return self._of([part for part in self.parts if part.layer in layers], self.source_pages, self.local_pages)
 
     @property
     def source_ranks(self) -> tuple[int, ...]:
@@ -134,8 +163,9 @@ def _holders(source: Sequence[Manifest]) -> dict[RegionKey, list[tuple[int, tupl
 
 
 def _merge_adjacent(pieces: list[Piece]) -> list[Piece]:
+    """``pieces`` are sorted."""
     merged: list[Piece] = []
-    for piece in sorted(pieces):
+    for piece in pieces:
         last = merged[-1] if merged else None
         if last is not None and _adjacent(last, piece):
             merged[-1] = msgspec.structs.replace(last, length=last.length + piece.length)
@@ -153,13 +183,6 @@ def _adjacent(a: Piece, b: Piece) -> bool:
         b.local_stride,
     )
     return same and a.source_offset + a.length == b.source_offset and a.local_offset + a.length == b.local_offset
-
-
-def _mark_whole_row(piece: Piece, source: Manifest, local: Manifest) -> Piece:
-    padding = min(source.row_padding, local.row_padding)
-    gap = piece.source_stride - piece.length
-    whole = piece.source_stride == piece.local_stride and 0 <= gap <= padding
-    return msgspec.structs.replace(piece, whole_row=whole)
 
 
 def _runs(theirs: Int64Array, ours: Int64Array) -> tuple[Int64Array, Int64Array]:

@@ -67,6 +67,7 @@ class PrefillSession:
         self._outbox = Outbox(policy.resend)
         self._lease = GrantedLease()
         self._num_tokens: int | None = None
+        self._watermark = [0] * len(policy.layer_groups)
         self._deadline: float | None = None
         self._request_by: float | None = None
         self._forget_at = float("inf")
@@ -84,9 +85,8 @@ class PrefillSession:
                 self._on_request(num_tokens, deadline_s, now)
             case PagesReserved(pages=pages, cached_tokens=cached):
                 self._on_pages(pages, cached, now)
-            case Progressed(tokens=tokens):
-                if self.state is PrefillState.PREFILLING:
-                    self._put(Watermark(tokens=(tokens,)), now)
+            case Progressed(tokens=tokens, num_groups=num_groups):
+                self._on_progress(tokens, num_groups, now)
             case PrefillEnded():
                 self._on_prefilled(event, now)
             case LocalFailure(code=code, message=message):
@@ -162,7 +162,20 @@ class PrefillSession:
             return
         assert self._num_tokens is not None
         self.state = PrefillState.PREFILLING
-        self._put(Granted(pages=pages, num_tokens=self._num_tokens, cached_tokens=cached_tokens), now)
+        granted = Granted(
+            pages=pages,
+            num_tokens=self._num_tokens,
+            cached_tokens=cached_tokens,
+            layer_groups=self._policy.layer_groups,
+        )
+        self._put(granted, now)
+
+    def _on_progress(self, tokens: int, num_groups: int | None, now: float) -> None:
+        if self.state is not PrefillState.PREFILLING:
+            return
+        for group in range(len(self._watermark))[:num_groups]:
+            self._watermark[group] = max(self._watermark[group], tokens)
+        self._put(Watermark(tokens=tuple(self._watermark)), now)
 
     def _on_prefilled(self, ended: PrefillEnded, now: float) -> None:
         if self.state is not PrefillState.PREFILLING:

@@ -26,6 +26,8 @@ Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 40)]
 Duration = Annotated[float, msgspec.Meta(ge=0, le=7 * 86400)]
 Text = Annotated[str, msgspec.Meta(max_length=64 << 10)]
 Attachment = Annotated[bytes, msgspec.Meta(max_length=MAX_ATTACHMENT_BYTES)]
+MAX_LAYER_GROUPS = 64
+LayerGroups = Annotated[tuple[Count, ...], msgspec.Meta(min_length=1, max_length=MAX_LAYER_GROUPS)]
 Id = Annotated[bytes, msgspec.Meta(max_length=TRANSFER_ID_BYTES)]
 
 
@@ -104,6 +106,8 @@ class Granted(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="gran
     num_tokens: Count
     cached_tokens: Count
     """Leading tokens whose state is there already."""
+    layer_groups: LayerGroups = (0,)
+    """The first layer of each layer group, ascending from 0; the last group has all layers that follow."""
 
 
 class Refused(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="refused"):
@@ -114,9 +118,9 @@ class Refused(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="refu
 
 
 class Watermark(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="watermark"):
-    """Tokens whose state is complete, one number a layer group; monotone."""
+    """Tokens whose state is complete, one number for each layer group that Granted named; monotone."""
 
-    tokens: tuple[Count, ...]
+    tokens: LayerGroups
 
 
 class Done(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="done"):

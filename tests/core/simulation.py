@@ -1,7 +1,8 @@
 """A world in which one transfer happens: a network that loses, repeats and reorders, engines, one-sided reads, crashes.
 
 Time is simulated; everything random comes from one seed. Pages of P carry an owner, so that a read of a page that was
-reused meanwhile is seen, whatever the sessions believe.
+reused meanwhile is seen, whatever the sessions believe; and P's engine knows which layers of which tokens it has
+written.
 """
 
 import heapq
@@ -35,9 +36,11 @@ from pdkv.core.events import (
 from pdkv.core.prefill_session import PrefillSession, PrefillState
 from pdkv.core.residency import WantedBlocks
 from pdkv.errors import FailureCode
+from pdkv.schema import LayerRange
 from pdkv.wire.messages import Acquire, Cancel, Release
 
 BLOCK = 128
+NUM_LAYERS = 12
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,10 @@ class World:
     longest_delay: float = 0.01
     longest_read: float = 0.05
     chunk_time: float = 0.05
+    layer_groups: tuple[int, ...] = (0,)
+    """First layers of the groups in which P tells of a chunk."""
+    all_chunks: bool = False
+    """It tells so of every chunk, not of the last alone."""
     sampling_time: float = 0.0
     """From the last watermark to the first token."""
     deadline: float = 40.0
@@ -81,7 +88,8 @@ class World:
 
 @dataclass
 class PostedRead:
-    blocks: range
+    parts: list[tuple[int, int]]
+    """Block and layer group."""
     pages: tuple[int, ...]
     torn: bool = False
     over: bool = False
@@ -94,7 +102,7 @@ class Simulation:
     queue: list[tuple[float, int, Callable[[], None]]] = field(default_factory=list)
     owned: set[int] = field(default_factory=set)
     reads: dict[int, PostedRead] = field(default_factory=dict)
-    read_blocks: list[int] = field(default_factory=list)
+    read_parts: list[tuple[int, int]] = field(default_factory=list)
     prefill_reports: list[Outcome] = field(default_factory=list)
     decode_reports: list[Outcome] = field(default_factory=list)
     resumed: int = 0
@@ -107,7 +115,8 @@ class Simulation:
         self.order = itertools.count()
         self.appointments: dict[str, int] = {}
         self.start_time = self.now
-        policy = SessionPolicy()
+        self.written = [0] * len(self.world.layer_groups)
+        policy = SessionPolicy(layer_groups=self.world.layer_groups)
         self.prefill: PrefillSession | None = None
         self.policy = policy
         wanted = WantedBlocks(self.world.num_tokens, BLOCK, self.world.resident_blocks)
@@ -200,8 +209,8 @@ class Simulation:
             match instruction:
                 case Send(seq=seq, body=body):
                     self.transmit(lambda s=seq, b=body: self.to_prefill(MessageArrived(s, b)))
-                case Read(read=read, blocks=blocks, source_pages=pages):
-                    self.post(read, range(blocks.start, blocks.stop), pages)
+                case Read():
+                    self.post(instruction)
                 case Report(outcome=outcome):
                     self.decode_reports.append(outcome)
                 case Resume(attachment=attachment):
@@ -245,14 +254,36 @@ class Simulation:
         pages = tuple(self.random.sample(range(1, 500), -(-self.world.num_tokens // BLOCK)))
         self.owned = set(pages)
         cached = self.world.cached_tokens
+        self.written = [cached] * len(self.written)
         self.to_prefill(PagesReserved(pages, cached))
         self.at(self.world.chunk_time, lambda: self.compute(cached + self.world.chunk))
 
     def compute(self, tokens: int) -> None:
+        """A chunk's first layer group is written: tell, if it is told of, and go on with the next."""
+        is_last = tokens >= self.world.num_tokens
+        if is_last or self.world.all_chunks:
+            self.compute_group(min(tokens, self.world.num_tokens), 0)
+        else:
+            self.end_chunk(tokens)
+
+    def compute_group(self, tokens: int, group: int) -> None:
         if self.freed or self.prefill_dead:
             return
-        self.to_prefill(Progressed(min(tokens, self.world.num_tokens)))
-        if tokens >= self.world.num_tokens:
+        self.written[group] = tokens
+        self.to_prefill(Progressed(tokens, group + 1))
+        if group + 1 < len(self.written):
+            step = self.world.chunk_time / len(self.written)
+            self.at(step, lambda: self.compute_group(tokens, group + 1))
+        else:
+            self.end_chunk(tokens)
+
+    def end_chunk(self, tokens: int) -> None:
+        if self.freed or self.prefill_dead:
+            return
+        tokens = min(tokens, self.world.num_tokens)
+        self.written = [tokens] * len(self.written)
+        self.to_prefill(Progressed(tokens))
+        if tokens == self.world.num_tokens:
             self.at(self.world.sampling_time, lambda: self.to_prefill(PrefillEnded(7, -0.5, b"more")))
         else:
             self.at(self.world.chunk_time, lambda: self.compute(tokens + self.world.chunk))
@@ -269,10 +300,25 @@ class Simulation:
 
     # ---- the transport
 
-    def post(self, read: int, blocks: range, pages: tuple[int, ...]) -> None:
+    def groups_of(self, layers: LayerRange) -> list[int]:
+        """The layer groups in a range, which must be whole ones."""
+        starts = self.world.layer_groups
+        ends = [*starts[1:], None]
+        assert layers.start in starts
+        assert layers.stop in ends
+        return [g for g, start in enumerate(starts) if start in layers]
+
+    def post(self, asked: Read) -> None:
+        read, pages = asked.read, asked.source_pages
         assert read not in self.reads
-        self.read_blocks.extend(blocks)
-        self.reads[read] = PostedRead(blocks, pages, torn=not set(pages) <= self.owned)
+        blocks = range(asked.blocks.start, asked.blocks.stop)
+        parts = [(block, group) for group in self.groups_of(asked.layers) for block in blocks]
+        torn = not set(pages) <= self.owned
+        for block, group in parts if not torn else ():
+            needed = min((block + 1) * BLOCK, self.world.num_tokens)
+            assert self.written[group] >= needed, f"block {block} of layer group {group} was read before it was written"
+        self.read_parts.extend(parts)
+        self.reads[read] = PostedRead(parts, pages, torn=torn)
         if self.prefill_dead:
             if self.world.death_is_noticed:
                 self.at(0.1, lambda: self.end_read(read, ok=False))
@@ -289,13 +335,14 @@ class Simulation:
     def validate(self) -> None:
         """Every wanted page at most once, exactly one end on each side, nothing held."""
         blocks = -(-self.world.num_tokens // BLOCK)
-        assert len(set(self.read_blocks)) == len(self.read_blocks), "a block was read twice"
+        assert len(set(self.read_parts)) == len(self.read_parts), "a layer group of a block was read twice"
         assert self.decode.state is DecodeState.ENDED
         assert len(self.decode_reports) == 1
         assert self.resumed + self.returned == 1
         assert self.resumed == (self.decode_reports[0].code is None)
         if self.resumed:
-            assert sorted(self.read_blocks) == list(range(self.world.resident_blocks, blocks))
+            wanted = itertools.product(range(self.world.resident_blocks, blocks), range(len(self.written)))
+            assert sorted(self.read_parts) == list(wanted)
             assert self.decode.cached_tokens == self.world.cached_tokens
         if self.prefill is not None and not self.prefill_dead:
             assert self.prefill.state is PrefillState.ENDED

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pdkv.core.manifest import region_keys
 from pdkv.core.plan import TransferPlan, spans_without_merging
 from pdkv.memory.row import heads_of_rank
-from pdkv.schema import Manifest, ReadBatch, RegionKey
+from pdkv.schema import ALL_LAYERS, LayerRange, Manifest, ReadBatch, RegionKey
 from tests.layouts import make_layout, make_manifest, memory_length
 
 UNTOUCHED = 0xEE
@@ -63,14 +63,17 @@ def test_every_wanted_byte_arrives_once(ranks, rows_p, rows_d, kv_dtype, num_lay
     prefill = [make_manifest(kv, r, ranks[0], 9, rows=rows_p) for r in range(ranks[0])]
     source_pages = data.draw(st.lists(st.integers(0, 8), unique=True, max_size=9))
     local_pages = data.draw(st.permutations(range(11)))[: len(source_pages)]
+    cuts = sorted(data.draw(st.sets(st.integers(1, num_layers), max_size=3)))
+    layers = [LayerRange(a, b) for a, b in zip([0, *cuts], [*cuts, None], strict=True)]
     sources = [filled(manifest) for manifest in prefill]
     rank = data.draw(st.integers(0, ranks[1] - 1))
     decode = make_manifest(kv, rank, ranks[1], 11, rows=rows_d)
     local = np.full(memory_length(decode) + decode.row_padding, UNTOUCHED, dtype=np.uint8)
     times = np.zeros(local.size, dtype=np.int64)
     plan = TransferPlan.between(prefill, decode)
-    for source_rank, batch in plan.reads(source_pages, local_pages, [0]).items():
-        carry_out(batch, sources[source_rank], local, times)
+    for group in layers:
+        for source_rank, batch in plan.of_layers(group).reads(source_pages, local_pages, [0]).items():
+            carry_out(batch, sources[source_rank], local, times)
     wanted = np.zeros(local.size, dtype=bool)
     for theirs, ours in zip(source_pages, local_pages, strict=True):
         for key, where in slices(decode, ours):
@@ -82,7 +85,7 @@ def test_every_wanted_byte_arrives_once(ranks, rows_p, rows_d, kv_dtype, num_lay
         for _, where in slices(decode, page):
             regions[where] = True
     assert not times[regions & ~wanted].any(), "a page that nobody asked for was written"
-    if not (rows_p and rows_d):
+    if not (rows_p and rows_d) or len(layers) > 1:
         assert not times[~wanted].any(), "bytes between regions were written"
 
 
@@ -161,3 +164,16 @@ def test_a_page_takes_one_span_a_source_rank_and_one_for_the_index(p: int, d: in
         assert spans <= 3 * (1 + needed)
     assert len(index_readers) == min(p, d), "the replicated index is spread over the ranks of prefill"
     assert max(index_readers.values()) - min(index_readers.values()) == 0
+
+
+@pytest.mark.parametrize(("p", "d"), [(1, 1), (1, 4), (4, 1), (2, 4)])
+def test_a_layer_group_of_a_row_is_one_span_a_head_and_one_for_the_index(p: int, d: int) -> None:
+    kv = make_layout(num_layers=8, num_dense=1)
+    prefill = [make_manifest(kv, r, p) for r in range(p)]
+    plan = TransferPlan.between(prefill, make_manifest(kv, 0, d))
+    assert plan.of_layers(ALL_LAYERS) is plan
+    groups = [plan.of_layers(layers) for layers in (LayerRange(0, 3), LayerRange(3, 6), LayerRange(6))]
+    assert {len(group.pieces) for group in groups} == {1 + 4 // d}
+    assert sum(group.bytes_per_page for group in groups) == plan.bytes_per_page
+    assert sum(group.num_regions for group in groups) == plan.num_regions
+    assert plan.of_layers(LayerRange(8)).reads([1], [1], [0]) == {}

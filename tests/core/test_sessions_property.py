@@ -1,14 +1,22 @@
 """Under any loss, repetition, reordering, sleep, crash and timing no page is reused while read, and nothing leaks."""
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pdkv.core.residency import WantedBlocks
-from tests.core.simulation import BLOCK, Simulation, World
+from pdkv.core.decode_session import DecodeSession
+from pdkv.core.events import MessageArrived, SessionPolicy
+from pdkv.core.residency import Residency, WantedBlocks
+from pdkv.errors import FailureCode
+from pdkv.wire.messages import Granted
+from tests.core.simulation import BLOCK, NUM_LAYERS, Simulation, World
 
 times = st.one_of(st.none(), st.floats(0, 15, allow_nan=False))
 sleeps = st.one_of(st.none(), st.tuples(st.floats(0, 3), st.floats(0.1, 25)))
+
+layer_groups = st.sampled_from([(0,), (0, 6), (0, 5, 9, 11), tuple(range(NUM_LAYERS))])
 
 worlds = st.builds(
     World,
@@ -22,6 +30,8 @@ worlds = st.builds(
     longest_delay=st.sampled_from([0.001, 0.3, 12.0]),
     longest_read=st.sampled_from([0.001, 0.5, 12.0]),
     chunk_time=st.sampled_from([0.01, 0.5]),
+    layer_groups=layer_groups,
+    all_chunks=st.booleans(),
     sampling_time=st.sampled_from([0.0, 0.3]),
     deadline=st.sampled_from([5.0, 40.0]),
     request_at=st.one_of(st.just(0.0), times),
@@ -59,6 +69,8 @@ def test_any_world_ends_well_on_both_sides(world: World) -> None:
         duplicates=st.sampled_from([0.0, 0.5]),
         longest_delay=st.sampled_from([0.001, 0.2]),
         longest_read=st.sampled_from([0.001, 0.5]),
+        layer_groups=layer_groups,
+        all_chunks=st.booleans(),
     )
 )
 @settings(deadline=None, max_examples=120)
@@ -73,7 +85,7 @@ def test_a_world_without_faults_beyond_the_network_always_delivers(world: World)
 def test_lossless_network_reads_while_prefill_computes() -> None:
     simulation = Simulation(World(seed=1, num_tokens=6000, chunk=512, chunk_time=0.5))
     simulation.run(3.0)
-    assert 0 < len(simulation.read_blocks) < 47
+    assert 0 < len(simulation.read_parts) < 47
     simulation.run(200)
     simulation.validate()
     assert simulation.resumed == 1
@@ -82,7 +94,7 @@ def test_lossless_network_reads_while_prefill_computes() -> None:
 def test_cached_blocks_are_read_before_anything_is_computed() -> None:
     simulation = Simulation(World(seed=1, num_tokens=6000, cached=0.5, resident=0.25, chunk_time=50.0))
     simulation.run(3.0)
-    assert sorted(simulation.read_blocks) == list(range(11, 23))
+    assert sorted(simulation.read_parts) == [(block, 0) for block in range(11, 23)]
 
 
 def test_what_is_resident_must_leave_a_block_to_read() -> None:
@@ -96,3 +108,69 @@ def test_a_prompt_of_whole_blocks_that_landed_before_done_resumes_at_once() -> N
     assert simulation.resumed == 1
     simulation.run(200)
     simulation.validate()
+
+
+def test_layer_groups_of_the_last_chunk_are_read_while_later_layers_compute() -> None:
+    world = World(seed=1, num_tokens=1000, chunk=512, chunk_time=4.0, layer_groups=(0, 5, 9), longest_read=0.01)
+    simulation = Simulation(world)
+    simulation.run(8.5)
+    assert sorted(simulation.read_parts) == [(b, g) for b in range(8) for g in range(3) if b < 4 or g == 0]
+    simulation.run(10.0)
+    assert sorted(simulation.read_parts) == [(b, g) for b in range(8) for g in range(3) if b < 4 or g < 2]
+    assert simulation.resumed == 0
+    simulation.run(200)
+    simulation.validate()
+    assert simulation.resumed == 1
+
+
+def test_whole_chunks_are_read_as_whole_rows() -> None:
+    """Groups cost spans, so what all groups have is one part."""
+    world = World(seed=1, num_tokens=1000, chunk=512, chunk_time=1.0, layer_groups=(0, 5, 9), all_chunks=False)
+    simulation = Simulation(world)
+    simulation.run(200)
+    simulation.validate()
+    assert sorted(len(read.parts) for read in simulation.reads.values()) == [4, 4, 4, 12]
+
+
+@given(
+    st.integers(1, 9),
+    st.integers(0, 8),
+    st.integers(1, 5),
+    st.lists(st.lists(st.integers(0, 10), min_size=5, max_size=5), max_size=6),
+)
+def test_residency_takes_every_part_once_whatever_the_watermarks(
+    num_blocks: int, first: int, num_groups: int, marks: list[list[int]]
+) -> None:
+    first = min(first, num_blocks - 1)
+    starts = tuple(3 * group for group in range(num_groups))
+    residency = Residency(num_blocks, first, starts)
+    taken: list[tuple[int, int]] = []
+    allowed = [first] * num_groups
+    reads = itertools.count()
+    for mark in [*marks, [num_blocks] * 5]:
+        allowed = [max(a, min(m, num_blocks)) for a, m in zip(allowed, mark, strict=False)]
+        for part in residency.take(mark[:num_groups]):
+            cells = [
+                (block, group)
+                for group in range(num_groups)
+                if starts[group] in part.layers
+                for block in range(part.blocks.start, part.blocks.stop)
+            ]
+            assert len(cells) == part.size > 0
+            assert all(block < allowed[group] for block, group in cells)
+            taken += cells
+            read = next(reads)
+            residency.posted(read, part)
+            assert not residency.complete
+            assert residency.ended(read, valid=True) == part
+    assert sorted(taken) == list(itertools.product(range(first, num_blocks), range(num_groups)))
+    assert residency.complete
+
+
+@pytest.mark.parametrize("groups", [(1, 5), (0, 5, 5), (0, 7, 3)])
+def test_layer_groups_that_leave_layers_out_are_refused(groups: tuple[int, ...]) -> None:
+    session = DecodeSession(SessionPolicy(), WantedBlocks(256, BLOCK), 30.0, 0.0)
+    session.start(0.0)
+    session.handle(MessageArrived(1, Granted(pages=(1, 2), num_tokens=256, cached_tokens=0, layer_groups=groups)), 0.1)
+    assert session.outcome is not None
+    assert session.outcome.code is FailureCode.INTERNAL

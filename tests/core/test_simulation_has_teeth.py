@@ -1,6 +1,6 @@
 """The property test must be able to fail: sessions broken on purpose are caught within a bounded number of worlds."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 
@@ -62,9 +62,40 @@ def reads_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every batch begins one block early."""
     original = Residency.take
 
-    def take(self: Residency, complete: int) -> object:
-        self._next = max(0, self._next - 1) if self._next < min(complete, self.num_blocks) else self._next
+    def take(self: Residency, complete: Sequence[int]) -> object:
+        self._next = [
+            max(0, n - 1) if n < min(c, self.num_blocks) else n for n, c in zip(self._next, complete, strict=True)
+        ]
         return original(self, complete)
+
+    monkeypatch.setattr(Residency, "take", take)
+
+
+def reads_all_groups_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """D takes the first layer group's watermark for that of all."""
+    original = Residency.take
+    monkeypatch.setattr(Residency, "take", lambda self, complete: original(self, [complete[0]] * len(complete)))
+
+
+def tells_a_group_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """P tells of the group that it has only begun to write."""
+    original = PrefillSession._on_progress
+
+    def progress(self: PrefillSession, tokens: int, num_groups: int | None, now: float) -> None:
+        original(self, tokens, None if num_groups is None else num_groups + 1, now)
+
+    monkeypatch.setattr(PrefillSession, "_on_progress", progress)
+
+
+def forgets_the_last_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """D believes that all has landed when the last layer group has not been asked for."""
+    original = Residency.take
+
+    def take(self: Residency, complete: Sequence[int]) -> object:
+        parts = original(self, complete)
+        last = [part for part in parts if part.layers.stop is None and part.layers.start]
+        self._missing -= sum(part.size for part in last)
+        return [part for part in parts if part not in last]
 
     monkeypatch.setattr(Residency, "take", take)
 
@@ -88,6 +119,9 @@ MUTANTS = [
     frees_at_failure,
     returns_pages_early,
     reads_twice,
+    reads_all_groups_of_the_first,
+    tells_a_group_early,
+    forgets_the_last_group,
     forgets_to_cancel,
 ]
 
@@ -104,6 +138,7 @@ def hostile_worlds() -> list[World]:
             World(**common, longest_read=3.0, abort_at=0.3),
             World(**common, longest_read=3.0, cancel_at=0.3),
             World(**common, longest_read=12.0, loss=0.6),
+            World(**{**common, "chunk_time": 0.5}, layer_groups=(0, 5, 9, 11), all_chunks=bool(seed % 2)),
         ]
     return worlds
 
