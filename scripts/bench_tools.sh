@@ -4,10 +4,13 @@ set -euo pipefail
 
 python=$1 folder=$2
 test -x "$folder/bin/python" || "$python" -m venv "$folder"
+# NIXL's build for the driver's CUDA; without a GPU either will do.
+nixl=nixl-cu12
+if nvidia-smi 2>/dev/null | grep -Eq 'CUDA Version: 1[3-9]'; then nixl=nixl-cu13; fi
 # Without their dependencies: torch is one, and neither needs it here.
 "$folder/bin/python" -m pip install --quiet ${PIP_FLAGS:-} 'numpy>=2' 'msgspec>=0.19'
 "$folder/bin/python" -m pip install --quiet ${PIP_FLAGS:-} --no-deps \
-	nixl-cu12==1.5.1 mooncake-transfer-engine-non-cuda==0.3.13.post1
+	"$nixl==1.5.1" mooncake-transfer-engine-non-cuda==0.3.13.post1
 
 # Mooncake loads the verbs library also when it goes by TCP. Where there is none, Debian's goes into the folder.
 if ! ldconfig -p | grep -q libibverbs.so.1; then

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from xml.sax.saxutils import escape
 
-from pdkv.bench.race import CEILING, Report, Result
+from pdkv.bench.lane import CEILING
+from pdkv.bench.race import Report, Result
 
 _COLOURS = {"pdkv": "#1f6f8b", CEILING: "#b8b8b8"}
 _OTHER = "#d98e04"
@@ -21,6 +22,7 @@ def table(report: Report) -> str:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines += [f"{r.contestant} over {r.path}, {r.layout}: {r.error}" for r in report.results if r.error]
     lines += [f"left out: {why}" for why in report.left_out]
+    lines += [f"from {report.gpus[0]} to {report.gpus[1]}"] if report.gpus else []
     lines.append(
         f"{report.num_bytes / 1e6:,.0f} MB a move, {report.cores} cores, load {report.load[0]}-{report.load[1]}"
     )

@@ -8,15 +8,16 @@ import time
 import msgspec
 import numpy as np
 
-from pdkv.bench.mover import MOVERS, Memory, MoveError, Mover, Role, map_memory
+from pdkv.bench.memories import DriverError, Memory, Place, handle_of, take
+from pdkv.bench.mover import MOVERS, MoveError, Mover, Role
 
 
 class Begin(msgspec.Struct, frozen=True, tag="begin"):
-    contestant: str
+    mover: str
+    """A name in ``MOVERS``."""
     role: Role
-    memory_fd: int
-    memory_bytes: int
-    source_fd: int = -1
+    place: Place
+    source: Place | None = None
     """For the ceiling, whose one process has both memories."""
 
 
@@ -45,16 +46,18 @@ class Answer(msgspec.Struct, frozen=True):
 
     error: str = ""
     address: bytes = b""
+    handles: tuple[bytes, ...] = ()
+    """To ``Begin``: by which its GPU memory can be opened, and the source's where it has both."""
     post_s: float = 0.0
     wire_s: float = 0.0
     cpu_s: float = 0.0
     """Of this process since it began, all threads."""
 
 
-def make_mover(order: Begin) -> Mover:
-    module, _, name = MOVERS[order.contestant].partition(":")
+def make_mover(order: Begin, memory: Memory) -> Mover:
+    module, _, name = MOVERS[order.mover].partition(":")
     kind: type[Mover] = getattr(importlib.import_module(module), name)
-    return kind(order.role, map_memory(order.memory_fd, order.memory_bytes))
+    return kind(order.role, memory)
 
 
 class Contestant:
@@ -62,16 +65,11 @@ class Contestant:
 
     def __init__(self) -> None:
         self._mover: Mover | None = None
-        self._source: Memory | None = None
+        self._memories: list[Memory] = []
 
     def obey(self, order: Order) -> Answer:
         if isinstance(order, Begin):
-            self._mover = make_mover(order)
-            address = self._mover.address()
-            if order.source_fd >= 0:
-                self._source = map_memory(order.source_fd, order.memory_bytes)
-                address = str(self._source.address).encode()
-            return Answer(address=address)
+            return self._begin(order)
         assert self._mover is not None, "begin comes first"
         match order:
             case Meet():
@@ -84,6 +82,17 @@ class Contestant:
             case AskCpu():
                 return Answer(cpu_s=time.process_time())
         return Answer()
+
+    def _begin(self, order: Begin) -> Answer:
+        self._memories = [take(place) for place in (order.place, order.source) if place is not None]
+        self._mover = make_mover(order, self._memories[0])
+        address = self._mover.address()
+        if order.source is not None:
+            source = self._memories[1]
+            address = msgspec.json.encode(
+                Memory(address=source.address, num_bytes=source.num_bytes, device=source.device)
+            )
+        return Answer(address=address, handles=tuple(handle_of(memory) for memory in self._memories))
 
     def close(self) -> None:
         if self._mover is not None:
@@ -98,7 +107,7 @@ def main() -> None:
         order: Order = msgspec.json.decode(line, type=Order)
         try:
             answer = contestant.obey(order)
-        except MoveError as error:
+        except (MoveError, DriverError) as error:
             answer = Answer(error=str(error))
         except Exception as error:  # noqa: BLE001  a foreign library may raise anything; it is told, and scores nothing
             answer = Answer(error=f"{type(error).__name__}: {error}")

@@ -12,7 +12,11 @@ import msgspec
 
 import pdkv
 from pdkv.bench.contestant import Answer, AskCpu, Begin, Load, Meet, Move, Order
-from pdkv.bench.mover import READER, SOURCE, Role
+from pdkv.bench.ground import Ground, Judge
+from pdkv.bench.memories import DriverError
+from pdkv.bench.mover import READER, Role, SpanTable
+
+CEILING = "ceiling"
 
 _PATIENCE_S = 300.0
 
@@ -28,14 +32,6 @@ class Cost(msgspec.Struct, frozen=True):
     wire_s: float
     cpu_s: float
     """Of both sides together."""
-
-
-class Fds(msgspec.Struct, frozen=True):
-    """The two memories that all contestants move between."""
-
-    source: int
-    reader: int
-    num_bytes: int
 
 
 class Launch(msgspec.Struct, frozen=True):
@@ -99,36 +95,41 @@ class _Process:
 class Lane:
     """A contestant on one path, ready to move. ``close`` must be called; so it is by a with statement."""
 
-    def __init__(self, contestant: str, path: str, launch: Launch, fds: Fds, host: str, operation: str) -> None:
-        """Raises ``LaneError`` when it cannot be made ready."""
+    def __init__(self, contestant: str, role: Role, launch: Launch, ground: Ground) -> None:
+        """``role``: the source's. Raises ``LaneError`` when it cannot be made ready."""
         self.contestant = contestant
-        self.path = path
-        self.operation = operation
+        self.path = role.path
+        self.operation = role.operation
         self._processes: list[_Process] = []
+        self._judge: Judge | None = None
         try:
-            self._begin(launch, fds, host)
+            self._judge = self._begin(launch, role, ground)
+        except DriverError as error:
+            self.close()
+            raise LaneError(f"its memory cannot be opened: {error}") from error
         except LaneError:
             self.close()
             raise
 
-    def _begin(self, launch: Launch, fds: Fds, host: str) -> None:
-        self._reader = self._start(launch, (), fds)
-        if self.contestant == "ceiling":
-            role = Role(self.path, READER)
-            begun = self._reader.tell(Begin(self.contestant, role, fds.reader, fds.num_bytes, fds.source))
+    def _begin(self, launch: Launch, far: Role, ground: Ground) -> Judge:
+        mover = ground.prefix + self.contestant
+        near = msgspec.structs.replace(far, side=READER)
+        self._reader = self._start(launch, (), ground.fds())
+        if self.contestant == CEILING:
+            begun = self._reader.tell(Begin(mover, near, ground.reader, ground.source))
             self._reader.tell(Meet(begun.address))
-            return
-        self._source = self._start(launch, launch.source_prefix, fds)
-        near, far = (Role(self.path, side, host, self.operation) for side in (READER, SOURCE))
+            return ground.judge(begun.handles[1], begun.handles[0])
+        self._source = self._start(launch, launch.source_prefix, ground.fds())
         if launch.source_prefix:
             near = msgspec.structs.replace(near, host="0.0.0.0")  # noqa: S104  its own namespace, for one run
-        theirs = self._source.tell(Begin(self.contestant, far, fds.source, fds.num_bytes)).address
-        ours = self._reader.tell(Begin(self.contestant, near, fds.reader, fds.num_bytes)).address
-        self._reader.tell(Meet(theirs))
-        self._source.tell(Meet(ours))
+        theirs = self._source.tell(Begin(mover, far, ground.source))
+        ours = self._reader.tell(Begin(mover, near, ground.reader))
+        self._reader.tell(Meet(theirs.address))
+        self._source.tell(Meet(ours.address))
+        return ground.judge(theirs.handles[0], ours.handles[0])
 
-    def _start(self, launch: Launch, prefix: Sequence[str], fds: Fds) -> _Process:
-        process = _Process(launch, prefix, (fds.source, fds.reader))
+    def _start(self, launch: Launch, prefix: Sequence[str], fds: Sequence[int]) -> _Process:
+        process = _Process(launch, prefix, fds)
         self._processes.append(process)
         return process
 
@@ -142,10 +143,22 @@ class Lane:
         answer = mover.tell(Move())
         return Cost(answer.post_s, answer.wire_s, self._cpu_s() - before)
 
+    def checked_move(self, spans: SpanTable) -> Cost:
+        """Over poison, with every byte compared. Raises ``LaneError`` when one is wrong."""
+        assert self._judge is not None, "a lane that was made ready"
+        self._judge.poison()
+        cost = self.move()
+        if wrong := self._judge.num_wrong(spans):
+            raise LaneError(f"{wrong} of {spans.shape[1]} spans came over wrong")
+        return cost
+
     def _cpu_s(self) -> float:
         return sum(process.tell(AskCpu()).cpu_s for process in self._processes)
 
     def close(self) -> None:
+        if self._judge is not None:
+            self._judge.close()
+            self._judge = None
         for process in self._processes:
             process.end()
         self._processes.clear()

@@ -3,7 +3,8 @@
 import time
 from typing import Any
 
-from pdkv.bench.mover import READER, Memory, MoveError, Mover, Role, SpanTable, Timing
+from pdkv.bench.memories import Memory
+from pdkv.bench.mover import READER, MoveError, Mover, Role, SpanTable, Timing
 
 _MOST_BLOCKS = 1024
 """Of one call: a call with 16,384 returns an error and moves nothing."""
@@ -19,7 +20,7 @@ class MooncakeMover(Mover):
         self._engine: Any = TransferEngine()
         if self._engine.initialize(role.host, "P2PHANDSHAKE", "tcp", "") != 0:
             raise MoveError("the engine does not start")
-        if self._engine.register_memory(memory.address, memory.bytes.size) != 0:
+        if self._engine.register_memory(memory.address, memory.num_bytes) != 0:
             raise MoveError("the memory cannot be registered")
         self._initiates = (role.side == READER) == (role.operation == "read")
         self._peer = ""

@@ -1,12 +1,13 @@
 """The seam of the bench: what a contestant does on either side of a move. Needs nothing but numpy and msgspec."""
 
-import mmap
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
+
+from pdkv.bench.memories import Memory
 
 SOURCE, READER = "source", "reader"
 """The side that holds the bytes, and the side that gets them."""
@@ -17,31 +18,20 @@ MOVERS = {
     "nixl": "pdkv.bench.nixl_mover:NixlMover",
     "mooncake": "pdkv.bench.mooncake_mover:MooncakeMover",
     "ceiling": "pdkv.bench.memcpy_mover:MemcpyMover",
+    "gpu-pdkv": "pdkv.bench.pdkv_mover:PdkvMover",
+    "gpu-ucx": "pdkv.bench.pdkv_mover:UcxMover",
+    "gpu-nixl": "pdkv.bench.nixl_mover:NixlMover",
+    "gpu-ceiling": "pdkv.bench.memcpy_mover:PeerCopyMover",
 }
-"""By the contestant's name. Imported only in its own processes, whose environment may lack the others."""
+"""By the contestant's name, after "gpu-" for the memory of GPUs. Imported only in its own processes, whose environment
+may lack the others."""
 
-Bytes = npt.NDArray[np.uint8]
 SpanTable = npt.NDArray[np.int64]
 """[3, spans]: offset in the source's memory, offset in the reader's, length."""
 
 
 class MoveError(Exception):
     """A contestant that could not do what was asked; scores nothing and is shown so."""
-
-
-class Memory(msgspec.Struct, frozen=True):
-    """One side's memory: a memfd, mapped whole."""
-
-    bytes: Bytes
-    fd: int
-
-    @property
-    def address(self) -> int:
-        return int(self.bytes.ctypes.data)
-
-
-def map_memory(fd: int, num_bytes: int) -> Memory:
-    return Memory(np.frombuffer(mmap.mmap(fd, num_bytes), dtype=np.uint8), fd)
 
 
 class Timing(msgspec.Struct, frozen=True):
@@ -55,7 +45,7 @@ class Role(msgspec.Struct, frozen=True):
     """Which side of which move a contestant's process is."""
 
     path: str
-    """"shm" or "tcp"; "memcpy" for the ceiling."""
+    """"shm", "tcp" or "cuda_ipc"; "memcpy" for the ceiling over host memory."""
     side: str
     host: str = "127.0.0.1"
     """Address that the source listens on."""

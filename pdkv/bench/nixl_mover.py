@@ -1,13 +1,24 @@
 """NIXL over its UCX backend, as engines use it: descriptor lists prepared once, transfers made of indices into them."""
 
+import importlib
+import importlib.util
 import time
 from typing import Any
 
 import numpy as np
 
-from pdkv.bench.mover import READER, Memory, MoveError, Mover, Role, SpanTable, Timing
+from pdkv.bench.memories import Memory, make_current
+from pdkv.bench.mover import READER, MoveError, Mover, Role, SpanTable, Timing
 
 _PATIENCE_S = 300.0
+
+
+def _package() -> Any:
+    """The build that is installed: they differ in the CUDA that they want, and move host memory alike."""
+    for name in ("nixl_cu13", "nixl_cu12"):
+        if importlib.util.find_spec(name) is not None:
+            return importlib.import_module(name)
+    raise MoveError("neither nixl-cu13 nor nixl-cu12 is installed; run `make bench-tools`")
 
 
 class NixlMover(Mover):
@@ -15,24 +26,28 @@ class NixlMover(Mover):
 
     def __init__(self, role: Role, memory: Memory) -> None:
         super().__init__(role, memory)
-        from nixl_cu12 import nixl_agent, nixl_agent_config  # noqa: PLC0415
-
-        self._agent: Any = nixl_agent(f"bench-{role.side}", nixl_agent_config(backends=["UCX"]))
-        self._registered = self._agent.register_memory([(memory.address, memory.bytes.size, 0, "")], "DRAM")
+        if memory.gpu >= 0:
+            make_current(memory.gpu)  # its UCX takes the context that it finds
+        self._kind, self._device = ("DRAM", 0) if memory.gpu < 0 else ("VRAM", memory.gpu)
+        nixl = _package()
+        self._agent: Any = nixl.nixl_agent(f"bench-{role.side}", nixl.nixl_agent_config(backends=["UCX"]))
+        registered = [(memory.address, memory.num_bytes, self._device, "")]
+        self._registered = self._agent.register_memory(registered, self._kind)
         self._initiates = (role.side == READER) == (role.operation == "read")
         self._peer = ""
         self._peer_base = 0
+        self._peer_device = 0
         self._sides: tuple[Any, Any] | None = None
         self._all = np.empty(0, np.int32)
 
     def address(self) -> bytes:
         metadata: bytes = self._agent.get_agent_metadata()
-        return self.memory.address.to_bytes(8, "little") + metadata
+        return self.memory.address.to_bytes(8, "little") + bytes([self._device]) + metadata
 
     def meet(self, address: bytes) -> None:
-        self._peer_base = int.from_bytes(address[:8], "little")
+        self._peer_base, self._peer_device = int.from_bytes(address[:8], "little"), address[8]
         if self._initiates:
-            named = self._agent.add_remote_agent(address[8:])
+            named = self._agent.add_remote_agent(address[9:])
             self._peer = named.decode() if isinstance(named, bytes) else named
             self._agent.make_connection(self._peer)
 
@@ -42,14 +57,14 @@ class NixlMover(Mover):
         remote, local, length = spans
         mine, theirs = (local, remote) if self.role.side == READER else (remote, local)
         self._sides = (
-            self._prepare("NIXL_INIT_AGENT", mine + self.memory.address, length),
-            self._prepare(self._peer, theirs + self._peer_base, length),
+            self._prepare("NIXL_INIT_AGENT", mine + self.memory.address, length, self._device),
+            self._prepare(self._peer, theirs + self._peer_base, length, self._peer_device),
         )
         self._all = np.arange(length.size, dtype=np.int32)
 
-    def _prepare(self, agent: str, addresses: Any, lengths: Any) -> Any:
-        table = np.stack([addresses, lengths, np.zeros_like(lengths)], axis=1).astype(np.uint64)
-        from_list = self._agent.get_xfer_descs(np.ascontiguousarray(table), "DRAM")
+    def _prepare(self, agent: str, addresses: Any, lengths: Any, device: int) -> Any:
+        table = np.stack([addresses, lengths, np.full_like(lengths, device)], axis=1).astype(np.uint64)
+        from_list = self._agent.get_xfer_descs(np.ascontiguousarray(table), self._kind)
         return self._agent.prep_xfer_dlist("" if agent == "NIXL_INIT_AGENT" else agent, from_list)
 
     def move(self) -> Timing:

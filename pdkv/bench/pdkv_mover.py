@@ -6,7 +6,8 @@ import time
 import msgspec
 import numpy as np
 
-from pdkv.bench.mover import READER, Memory, MoveError, Mover, Role, SpanTable, Timing
+from pdkv.bench.memories import Memory
+from pdkv.bench.mover import READER, MoveError, Mover, Role, SpanTable, Timing
 from pdkv.schema import LocalMemory, ReadBatch, TransportAddress
 from pdkv.transport.base import PeerId, ReadStatus, Transport
 from pdkv.transport.shm import ShmTransport
@@ -22,11 +23,15 @@ class PdkvMover(Mover):
     def __init__(self, role: Role, memory: Memory) -> None:
         super().__init__(role, memory)
         self._transport = self._make()
-        self._transport.register(LocalMemory(memory.address, memory.bytes.size, memfd=memory.fd))
+        self._transport.register(LocalMemory(memory.address, memory.num_bytes, memory.device, memory.fd))
         self._peer = PeerId(-1)
         self._batch: ReadBatch | None = None
 
     def _make(self) -> Transport:
+        if self.role.path == "cuda_ipc":
+            from pdkv.transport.nvlink import NvlinkTransport  # noqa: PLC0415  it wants a driver
+
+            return NvlinkTransport()
         if self.role.path == "shm":
             return ShmTransport()
         return SocketTransport(SocketOptions(listen=self.role.host))
@@ -68,4 +73,6 @@ class UcxMover(PdkvMover):
     """pdkv over UCX, on a path that it usually leaves to others."""
 
     def _make(self) -> Transport:
+        if self.role.path == "cuda_ipc":
+            return UcxTransport(UcxOptions(cuda=True))
         return UcxTransport(UcxOptions(tls="posix,self" if self.role.path == "shm" else "tcp"))

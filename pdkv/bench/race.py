@@ -11,27 +11,32 @@ import msgspec
 import numpy as np
 
 from pdkv.bench.geometry import LAYOUTS, Spans, Workload, memory_bytes
-from pdkv.bench.lane import Cost, Fds, Lane, LaneError
-from pdkv.bench.mover import Memory, SpanTable, map_memory
-from pdkv.bench.tools import RIVALS, NotInstalledError, launch_of, operations_of
+from pdkv.bench.ground import Ground, HostGround
+from pdkv.bench.lane import CEILING, Cost, Lane, LaneError
+from pdkv.bench.memories import gpu_names
+from pdkv.bench.mover import SOURCE, Role
+from pdkv.bench.tools import GPU_PATH, RIVALS, NotInstalledError, launch_of, operations_of
 from pdkv.errors import ConfigError
 
-POISON = 0xEE
+PATHS = ("shm", "tcp", GPU_PATH)
 
-CEILING = "ceiling"
+
+class _Written(msgspec.Struct, frozen=True):
+    """Spans, and the file that contestants load them from."""
+
+    spans: Spans
+    file: Path
 
 
 class _Load(msgspec.Struct, frozen=True):
-    """Spans and the file that contestants load them from. The ceiling always copies whole rows, whatever the layout."""
+    """What is moved on one path. The ceiling copies whole rows, whatever the layout; on GPUs, all memory at once."""
 
     layout: str
-    spans: Spans
-    file: Path
-    rows: Spans
-    rows_file: Path
+    spans: _Written
+    ceiling: _Written
 
-    def of(self, contestant: str) -> tuple[Spans, Path]:
-        return (self.rows, self.rows_file) if contestant == CEILING else (self.spans, self.file)
+    def of(self, contestant: str) -> _Written:
+        return self.ceiling if contestant == CEILING else self.spans
 
 
 class Spread(msgspec.Struct, frozen=True):
@@ -76,6 +81,8 @@ class Plan(msgspec.Struct, frozen=True):
     source_prefix: tuple[str, ...] = ()
     host: str = "127.0.0.1"
     """Address of the source, as the reader reaches it."""
+    gpus: tuple[int, ...] = ()
+    """Source's and reader's, for cuda_ipc; empty = the first two, or the only one twice."""
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -90,44 +97,25 @@ class Report(msgspec.Struct, frozen=True):
     results: tuple[Result, ...]
     left_out: tuple[str, ...]
     """Contestants that have no such path, with the reason."""
+    gpus: tuple[str, ...] = ()
+    """Source's and reader's, where memory of GPUs was raced."""
 
 
 Tell = Callable[[str], None]
 
 
-class _Ground:
-    """The two memories. Owned by the race; contestants map them too."""
-
-    def __init__(self, num_bytes: int) -> None:
-        self.fds = Fds(_memfd("source", num_bytes), _memfd("reader", num_bytes), num_bytes)
-        self.source = map_memory(self.fds.source, num_bytes)
-        self.reader = map_memory(self.fds.reader, num_bytes)
-        words = self.source.bytes[: num_bytes // 8 * 8].view(np.uint64)
-        step = 1 << 20
-        for start in range(0, words.size, step):  # every word another one; in steps, for the sake of memory
-            piece = np.arange(start, min(start + step, words.size), dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-            words[start : start + step] = piece ^ (piece >> np.uint64(29))
-
-    def poison(self) -> None:
-        self.reader.bytes[:] = POISON
-
-    def close(self) -> None:
-        os.close(self.fds.source)
-        os.close(self.fds.reader)
-
-
-def num_wrong(source: Memory, reader: Memory, spans: SpanTable) -> int:
-    """Spans that did not come over as they were."""
-    return sum(
-        not np.array_equal(reader.bytes[local : local + length], source.bytes[remote : remote + length])
-        for remote, local, length in spans.T.tolist()
-    )
+def paths_of(device: str) -> tuple[str, ...]:
+    """What is raced on "cpu", on "cuda", or, for "auto", on whichever there is. Raises ``ConfigError``."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"device {device!r} is not one of auto, cpu, cuda")
+    on_gpus = device == "cuda" or (device == "auto" and bool(gpu_names()))
+    return (GPU_PATH,) if on_gpus else ("shm", "tcp")
 
 
 def checked(plan: Plan) -> Plan:
     """The plan, or ``ConfigError`` naming what there is not."""
     for what, chosen, known in (
-        ("path", plan.paths, ("shm", "tcp")),
+        ("path", plan.paths, PATHS),
         ("layout", plan.layouts, LAYOUTS),
         ("rival", plan.rivals, RIVALS),
     ):
@@ -141,35 +129,69 @@ def checked(plan: Plan) -> Plan:
 def run(plan: Plan, tell: Tell) -> Report:
     """Race. ``tell`` hears of every step. Errors of contestants are in the results; ``ConfigError`` for a bad plan."""
     began = os.getloadavg()[0]
-    num_bytes = memory_bytes(plan.workload)
     results: list[Result] = []
     left_out: list[str] = []
-    ground = _Ground(num_bytes)
-    try:
-        with tempfile.TemporaryDirectory(prefix="pdkv-bench-") as folder:
-            loads = _write_spans(plan, Path(folder))
-            for path in plan.paths:
-                results += _race_path(plan, path, ground, loads, left_out, tell)
-    finally:
-        ground.close()
-    load = (round(began, 2), round(os.getloadavg()[0], 2))
-    moved = loads[0].spans.num_bytes
-    return Report("pdkv.bench.xfer/1", plan.workload, moved, os.cpu_count() or 1, load, tuple(results), tuple(left_out))
+    gpus = _gpus(plan)
+    with tempfile.TemporaryDirectory(prefix="pdkv-bench-") as folder, contextlib.ExitStack() as stack:
+        loads = _write_spans(plan, Path(folder))
+        host: Ground | None = None
+        for path in plan.paths:
+            if path == GPU_PATH:
+                ground = _gpu_ground(plan, gpus)
+            else:
+                ground = host = host or stack.enter_context(contextlib.closing(HostGround(memory_bytes(plan.workload))))
+            results += _race_path(plan, path, ground, loads[path], left_out, tell)
+    return Report(
+        schema="pdkv.bench.xfer/1",
+        workload=plan.workload,
+        num_bytes=loads[plan.paths[0]][0].spans.spans.num_bytes,
+        cores=os.cpu_count() or 1,
+        load=(round(began, 2), round(os.getloadavg()[0], 2)),
+        results=tuple(results),
+        left_out=tuple(left_out),
+        gpus=tuple(gpu_names()[gpu] for gpu in gpus),
+    )
 
 
-def _write_spans(plan: Plan, folder: Path) -> list[_Load]:
+def _gpus(plan: Plan) -> tuple[int, ...]:
+    """Source's and reader's; empty when no GPU takes part. Raises ``ConfigError`` for those that there are not."""
+    if GPU_PATH not in plan.paths:
+        return ()
+    found = len(gpu_names())
+    chosen = plan.gpus or ((0, 1) if found > 1 else (0, 0))
+    if missing := [gpu for gpu in chosen if not 0 <= gpu < found]:
+        raise ConfigError(f"path {GPU_PATH} wants GPU {missing[0]}, and this machine has {found} NVIDIA GPUs")
+    return chosen
+
+
+def _gpu_ground(plan: Plan, gpus: Sequence[int]) -> Ground:
+    from pdkv.bench.gpu_ground import GpuGround  # noqa: PLC0415  torch
+
+    return GpuGround(gpus[0], gpus[1], memory_bytes(plan.workload))
+
+
+def _write_spans(plan: Plan, folder: Path) -> dict[str, list[_Load]]:
+    """By path."""
     written = {}
-    for layout in {"arena", *plan.layouts}:
-        spans, file = Spans.of(plan.workload, layout), folder / f"{layout}.npy"
-        np.save(file, spans.table())
-        written[layout] = (spans, file)
-    return [_Load(layout, *written[layout], *written["arena"]) for layout in plan.layouts]
+    for name in {"arena", *plan.layouts}:
+        written[name] = _write(Spans.of(plan.workload, name), folder / f"{name}.npy")
+    whole = np.array([0]), np.array([0]), np.array([memory_bytes(plan.workload)])
+    at_once = _write(Spans(*whole), folder / "whole.npy")
+    return {
+        path: [_Load(name, written[name], at_once if path == GPU_PATH else written["arena"]) for name in plan.layouts]
+        for path in plan.paths
+    }
+
+
+def _write(spans: Spans, file: Path) -> _Written:
+    np.save(file, spans.table())
+    return _Written(spans, file)
 
 
 def _race_path(
     plan: Plan,
     path: str,
-    ground: _Ground,
+    ground: Ground,
     loads: Sequence[_Load],
     left_out: list[str],
     tell: Tell,
@@ -188,11 +210,11 @@ def _race_path(
         results = []
         for load in loads:
             results += [_failed(name, path, load, why) for name, why in broken]
-            results += _race_layout(plan, lanes, load, ground, tell)
+            results += _race_layout(plan, lanes, load, tell)
     return results
 
 
-def _best_lane(plan: Plan, name: str, path: str, ground: _Ground, load: _Load, tell: Tell) -> Lane:
+def _best_lane(plan: Plan, name: str, path: str, ground: Ground, load: _Load, tell: Tell) -> Lane:
     """Of a contestant that can both pull and push, the faster, by one move each."""
     try:
         launch = launch_of(name, path, plan.tools)
@@ -204,8 +226,9 @@ def _best_lane(plan: Plan, name: str, path: str, ground: _Ground, load: _Load, t
     for operation in operations_of(name, path):
         tell(f"{path}: {name} gets ready ({operation})")
         try:
-            lane = Lane(name, "memcpy" if name == CEILING else path, launch, ground.fds, plan.host, operation)
-            made.append((_trial(lane, load.of(name)[1]), lane))
+            role = Role("memcpy" if name == CEILING else path, SOURCE, plan.host, operation)
+            lane = Lane(name, role, launch, ground)
+            made.append((_trial(lane, load.of(name).file), lane))
         except LaneError as error:
             errors.append(f"{operation}: {error}")
     if not made:
@@ -228,7 +251,7 @@ def _trial(lane: Lane, file: Path) -> float:
     return cost.post_s + cost.wire_s
 
 
-def _race_layout(plan: Plan, lanes: Sequence[Lane], load: _Load, ground: _Ground, tell: Tell) -> Iterator[Result]:
+def _race_layout(plan: Plan, lanes: Sequence[Lane], load: _Load, tell: Tell) -> Iterator[Result]:
     costs: dict[str, list[Cost]] = {lane.contestant: [] for lane in lanes}
     errors: dict[str, str] = {}
     for turn in range(-1, plan.repeats):  # one to warm up, which counts for nothing but errors
@@ -238,7 +261,7 @@ def _race_layout(plan: Plan, lanes: Sequence[Lane], load: _Load, ground: _Ground
                 continue
             tell(f"{lane.path}, {load.layout}: {name}, {'warming up' if turn < 0 else f'turn {turn + 1}'}")
             try:
-                cost = _checked_move(lane, load, ground, first=turn < 0)
+                cost = _move(lane, load.of(name), first=turn < 0)
             except LaneError as error:
                 errors[name] = str(error)
             else:
@@ -251,20 +274,14 @@ def _race_layout(plan: Plan, lanes: Sequence[Lane], load: _Load, ground: _Ground
             yield _result(lane, load, costs[name])
 
 
-def _checked_move(lane: Lane, load: _Load, ground: _Ground, *, first: bool) -> Cost:
-    """Over poison, with every byte compared. Raises ``LaneError``."""
-    spans, file = load.of(lane.contestant)
-    ground.poison()
+def _move(lane: Lane, written: _Written, *, first: bool) -> Cost:
     if first:
-        lane.load(file)
-    cost = lane.move()
-    if wrong := num_wrong(ground.source, ground.reader, spans.table()):
-        raise LaneError(f"{wrong} of {spans.length.size} spans came over wrong")
-    return cost
+        lane.load(written.file)
+    return lane.checked_move(written.spans.table())
 
 
 def _result(lane: Lane, load: _Load, costs: Sequence[Cost]) -> Result:
-    spans = load.of(lane.contestant)[0]
+    spans = load.of(lane.contestant).spans
     return Result(
         contestant=lane.contestant,
         path=lane.path,
@@ -280,10 +297,4 @@ def _result(lane: Lane, load: _Load, costs: Sequence[Cost]) -> Result:
 
 
 def _failed(name: str, path: str, load: _Load, why: str) -> Result:
-    return Result(name, path, load.layout, False, Spread(0, 0, 0), load.of(name)[0].length.size, 0, 0, 0, error=why)
-
-
-def _memfd(name: str, num_bytes: int) -> int:
-    fd = os.memfd_create(f"pdkv-bench-{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.ftruncate(fd, num_bytes)
-    return fd
+    return Result(name, path, load.layout, False, Spread(0, 0, 0), load.of(name).spans.length.size, 0, 0, 0, error=why)

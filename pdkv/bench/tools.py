@@ -8,12 +8,15 @@ from pdkv.bench.lane import Launch
 RIVALS = ("nixl", "mooncake", "ucx")
 """What ``--vs`` may name; ucx is pdkv's own over UCX."""
 
+GPU_PATH = "cuda_ipc"
+
 _FOREIGN = ("nixl", "mooncake")
 
 _UCX = {
     # Without error handling NIXL's UCX refuses these transports; it is the fastest list of those that work.
     "shm": {"UCX_TLS": "posix,sysv,cma,self", "UCX_MM_ERROR_HANDLING": "y"},
     "tcp": {"UCX_TLS": "tcp"},
+    GPU_PATH: {},  # it finds the best by itself; what little a list changes is its own affair
 }
 """What the UCX inside NIXL may use, so that it travels by the path that is raced."""
 
@@ -22,6 +25,8 @@ _OPERATIONS = {
     ("nixl", "tcp"): ("read", "write"),
     ("mooncake", "tcp"): ("read", "write"),
     ("mooncake", "shm"): (),
+    ("nixl", GPU_PATH): ("read", "write"),
+    ("mooncake", GPU_PATH): (),
 }
 
 

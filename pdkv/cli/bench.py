@@ -9,6 +9,7 @@ import msgspec
 import typer
 
 from pdkv.cli.lazy import CONTEXT, command_module, ending, keep_lines
+from pdkv.errors import ConfigError
 
 app = command_module()
 bench = typer.Typer(rich_markup_mode=None, help="Measure what a move costs, beside other movers.", no_args_is_help=True)
@@ -23,6 +24,7 @@ Examples:
 
   pdkv bench xfer
   pdkv bench xfer --tokens 32768 --tp 4 --kv-dtype fp8 --vs nixl,mooncake --json
+  pdkv bench xfer --device cuda --tokens 131072 --vs nixl,ucx
   pdkv bench xfer --path tcp --source-prefix "ip netns exec far" --host 10.9.0.1
 
 Other movers come from `make bench-tools`. Exit code 4 when bytes of ours came over wrong.
@@ -31,6 +33,14 @@ Other movers come from `make bench-tools`. Exit code 4 when bytes of ours came o
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def gpu_pair(text: str) -> tuple[int, ...]:
+    """Two numbers of GPUs, or none. Raises ``ConfigError``."""
+    names = _names(text)
+    if names and not (len(names) == 2 and all(name.isdecimal() for name in names)):
+        raise ConfigError(f"--gpus {text!r} is not two numbers of GPUs, as 0,1")
+    return tuple(int(name) for name in names)
 
 
 def _show(step: str) -> None:
@@ -48,7 +58,11 @@ def xfer(  # noqa: PLR0913  a command's parameters are its flags
     kv_dtype: Annotated[str, typer.Option(metavar="NAME", help="Storage of K/V.")] = "fp8",
     index_dtype: Annotated[str, typer.Option(metavar="NAME", help="Storage of index keys.")] = "fp8",
     layout: Annotated[str, typer.Option(metavar="LIST", help="arena, per-layer.")] = "arena,per-layer",
-    path: Annotated[str, typer.Option(metavar="LIST", help="shm, tcp.")] = "shm,tcp",
+    device: Annotated[
+        str, typer.Option(metavar="KIND", help="auto, cpu or cuda; auto = cuda if there is one.")
+    ] = "auto",
+    path: Annotated[str, typer.Option(metavar="LIST", help="shm, tcp, cuda_ipc; by the device if not given.")] = "",
+    gpus: Annotated[str, typer.Option(metavar="A,B", help="Source's and reader's; the first two, or one twice.")] = "",
     vs: Annotated[str, typer.Option(metavar="LIST", help="Rivals: nixl, mooncake, ucx.")] = "",
     repeats: Annotated[int, typer.Option(metavar="N", min=1, help="Moves of each contestant.")] = 5,
     tools: Annotated[Path, typer.Option(metavar="DIR", help="Where the rivals are installed.")] = Path(".venv-bench"),
@@ -67,13 +81,14 @@ def xfer(  # noqa: PLR0913  a command's parameters are its flags
         plan = race.checked(
             race.Plan(
                 Workload(tokens, tp, kv_dtype, index_dtype),
-                _names(path),
+                _names(path) or race.paths_of(device),
                 _names(layout),
                 _names(vs),
                 repeats,
                 tools,
                 tuple(shlex.split(source_prefix)),
                 host,
+                gpu_pair(gpus),
             )
         )
         report = race.run(plan, _show)

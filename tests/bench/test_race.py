@@ -6,12 +6,12 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import msgspec
-import numpy as np
 import pytest
 
 from pdkv.bench import chart, race
 from pdkv.bench.geometry import Workload
-from pdkv.bench.mover import MOVERS, Memory
+from pdkv.bench.memories import gpu_names
+from pdkv.bench.mover import MOVERS
 from pdkv.bench.tools import launch_of
 from pdkv.errors import ConfigError
 
@@ -84,18 +84,10 @@ def test_contestants_that_lie_fail_or_die_score_nothing(kind, why, tmp_path, mon
     assert results["pdkv"].correct, "and the others go on"
 
 
-def test_num_wrong_sees_one_byte():
-    source, reader = (Memory(np.arange(1000, dtype=np.uint8), -1) for _ in range(2))
-    spans = np.array([[0, 500], [0, 500], [500, 500]])
-    assert race.num_wrong(source, reader, spans) == 0
-    reader.bytes[999] ^= 1
-    assert race.num_wrong(source, reader, spans) == 1
-
-
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"paths": ("pigeon",)}, "path 'pigeon' is not one of shm, tcp"),
+        ({"paths": ("pigeon",)}, "path 'pigeon' is not one of shm, tcp, cuda_ipc"),
         ({"layouts": ("rows",)}, "layout 'rows'"),
         ({"rivals": ("rsync",)}, "rival 'rsync' is not one of nixl, mooncake, ucx"),
         ({"paths": ()}, "at least one path"),
@@ -104,6 +96,16 @@ def test_num_wrong_sees_one_byte():
 def test_a_plan_of_what_there_is_not(changes, told):
     with pytest.raises(ConfigError, match=told):
         race.checked(msgspec.structs.replace(SMALL, **changes))
+
+
+@pytest.mark.skipif(bool(gpu_names()), reason="there is a GPU")
+def test_gpus_that_there_are_not():
+    assert race.paths_of("auto") == race.paths_of("cpu") == ("shm", "tcp")
+    assert race.paths_of("cuda") == ("cuda_ipc",)
+    with pytest.raises(ConfigError, match="device 'gpu' is not one of auto, cpu, cuda"):
+        race.paths_of("gpu")
+    with pytest.raises(ConfigError, match="wants GPU 0, and this machine has 0 NVIDIA GPUs"):
+        race.run(msgspec.structs.replace(SMALL, paths=("cuda_ipc",)), lambda _: None)
 
 
 def test_every_contestant_has_its_module():

@@ -41,4 +41,6 @@ def test_planning_as_text_and_json() -> None:
 def test_names_that_there_are_not() -> None:
     done = pdkv("xfer", "--path", "pigeon")
     assert done.returncode == 2
-    assert done.stderr == "pdkv: error: path 'pigeon' is not one of shm, tcp\n"
+    assert done.stderr == "pdkv: error: path 'pigeon' is not one of shm, tcp, cuda_ipc\n"
+    done = pdkv("xfer", "--gpus", "0")
+    assert (done.returncode, done.stderr) == (2, "pdkv: error: --gpus '0' is not two numbers of GPUs, as 0,1\n")
