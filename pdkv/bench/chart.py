@@ -1,35 +1,80 @@
-"""A run as a table of text, and as bars in SVG."""
+"""A run as a table of text or Markdown, and as bars in SVG."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from xml.sax.saxutils import escape
+
+import msgspec
 
 from pdkv.bench.lane import CEILING
 from pdkv.bench.race import Report, Result
+from pdkv.errors import ConfigError
 
 _COLOURS = {"pdkv": "#1f6f8b", CEILING: "#b8b8b8"}
 _OTHER = "#d98e04"
 _WIDTH, _LABEL, _BAR, _GAP = 760, 190, 18, 6
 
 
+_HEAD = (
+    "path",
+    "layout",
+    "contestant",
+    "GB/s",
+    "min-max",
+    "of ceiling",
+    "ours is",
+    "spans",
+    "post ms",
+    "wire ms",
+    "CPU s",
+)
+
+
+def read(file: Path) -> Report:
+    """What ``pdkv bench xfer --json`` printed. Raises ``ConfigError`` for a file that is something else."""
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=Report)
+    except (OSError, msgspec.DecodeError) as error:
+        raise ConfigError(f"{file} is no report of `pdkv bench xfer --json`: {error}") from error
+
+
+def title(report: Report) -> str:
+    """What was moved, in one line."""
+    load = report.workload
+    return f"{load.tokens:,} tokens, one rank of {load.tp}, {load.kv_dtype}: GB/s, median and spread"
+
+
 def table(report: Report) -> str:
     """One line a result: share of the ceiling of the same layout and path's run, and how often ours is as fast."""
-    head = ("path", "layout", "contestant", "GB/s", "min-max", "of ceiling", "ours is", "spans", "post ms", "wire ms")
-    rows: list[tuple[str, ...]] = [(*head, "CPU s")]
+    rows = [_HEAD, *_rows(report)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEAD))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([*lines, *_notes(report)])
+
+
+def markdown(report: Report) -> str:
+    """The same for a document."""
+    rows = [_HEAD, ("---",) * len(_HEAD), *_rows(report)]
+    return "\n".join(["| " + " | ".join(row) + " |" for row in rows] + ["", *(f"- {note}" for note in _notes(report))])
+
+
+def _rows(report: Report) -> list[tuple[str, ...]]:
+    rows = []
     for group in _groups(report.results):
         ceiling, ours = _median(group, CEILING), _median(group, "pdkv")
         rows += [_row(result, ceiling, ours) for result in group]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines += [f"{r.contestant} over {r.path}, {r.layout}: {r.error}" for r in report.results if r.error]
-    lines += [f"left out: {why}" for why in report.left_out]
-    lines += [f"from {report.gpus[0]} to {report.gpus[1]}"] if report.gpus else []
-    lines.append(
-        f"{report.num_bytes / 1e6:,.0f} MB a move, {report.cores} cores, load {report.load[0]}-{report.load[1]}"
-    )
-    return "\n".join(lines)
+    return rows
 
 
-def svg(report: Report, title: str) -> str:
+def _notes(report: Report) -> list[str]:
+    notes = [f"{r.contestant} over {r.path}, {r.layout}: {r.error}" for r in report.results if r.error]
+    notes += [f"left out: {why}" for why in report.left_out]
+    notes += [f"from {report.gpus[0]} to {report.gpus[1]}"] if report.gpus else []
+    moved = f"{report.num_bytes / 1e6:,.0f} MB a move"
+    return [*notes, f"{moved}, {report.cores} cores, load {report.load[0]}-{report.load[1]}"]
+
+
+def svg(report: Report) -> str:
     """Medians as bars, with a line from the slowest to the fastest move."""
     top = max((result.gbps.max for result in report.results), default=0.0) or 1.0
     scale = (_WIDTH - _LABEL - 70) / top
@@ -45,7 +90,7 @@ def svg(report: Report, title: str) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{y + 10}" '
         f'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="white"/>'
-        f"{_text(10, 22, title, bold=True)}{''.join(parts)}</svg>\n"
+        f"{_text(10, 22, title(report), bold=True)}{''.join(parts)}</svg>\n"
     )
 
 

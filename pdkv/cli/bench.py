@@ -75,7 +75,7 @@ def xfer(  # noqa: PLR0913  a command's parameters are its flags
 
     def run() -> int:
         from pdkv.bench import chart as charts  # noqa: PLC0415
-        from pdkv.bench import race  # noqa: PLC0415
+        from pdkv.bench import race
         from pdkv.bench.geometry import Workload  # noqa: PLC0415
 
         plan = race.checked(
@@ -94,10 +94,37 @@ def xfer(  # noqa: PLR0913  a command's parameters are its flags
         report = race.run(plan, _show)
         _show("")
         if chart is not None:
-            title = f"{tokens:,} tokens, one rank of {tp}, {kv_dtype}: GB/s, median and spread of {repeats} moves"
-            chart.write_text(charts.svg(report, title), encoding="utf-8")
+            chart.write_text(charts.svg(report), encoding="utf-8")
         sys.stdout.write((msgspec.json.encode(report).decode() if as_json else charts.table(report)) + "\n")
         return 0 if all(result.correct for result in report.results if result.contestant == "pdkv") else WRONG
+
+    ending(run)
+
+
+_CHART_EXAMPLES = """
+Examples:
+
+  pdkv bench xfer --json > run.json && pdkv bench chart run.json --output run.svg
+  pdkv bench chart run.json --markdown
+"""
+
+
+@bench.command("chart", epilog=keep_lines(_CHART_EXAMPLES), context_settings=CONTEXT)
+def chart(
+    report: Annotated[Path, typer.Argument(metavar="FILE", help="What pdkv bench xfer --json printed.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write bars as SVG.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="The table for a document.")] = False,
+) -> None:
+    """Show a race that was run before: as a table, and as bars."""
+
+    def run() -> int:
+        from pdkv.bench import chart as charts  # noqa: PLC0415
+
+        found = charts.read(report)
+        if output is not None:
+            output.write_text(charts.svg(found), encoding="utf-8")
+        sys.stdout.write((charts.markdown(found) if markdown else charts.table(found)) + "\n")
+        return 0
 
     ending(run)
 

@@ -12,9 +12,9 @@ def pdkv(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_help_names_both_and_gives_examples() -> None:
-    assert {"xfer", "plan"} <= set(pdkv("--help").stdout.split())
-    for command in ("xfer", "plan"):
+def test_help_names_them_and_gives_examples() -> None:
+    assert {"xfer", "plan", "chart"} <= set(pdkv("--help").stdout.split())
+    for command in ("xfer", "plan", "chart"):
         shown = pdkv(command, "--help").stdout
         assert "Examples:" in shown
         assert len(shown.splitlines()) <= 60
@@ -30,6 +30,12 @@ def test_a_small_race_as_json_with_a_chart(tmp_path: Path) -> None:
     assert not results["mooncake"]["correct"], "it is not installed there"
     assert "make bench-tools" in results["mooncake"]["error"]
     assert chart.read_text().startswith("<svg")
+    (tmp_path / "run.json").write_text(done.stdout)
+    again = pdkv("chart", str(tmp_path / "run.json"), "--markdown", "-o", str(tmp_path / "again.svg"))
+    assert (tmp_path / "again.svg").read_bytes() == chart.read_bytes()
+    assert "| tcp | arena | pdkv | " in again.stdout
+    (tmp_path / "run.json").write_text("{}")
+    assert "is no report of `pdkv bench xfer --json`" in pdkv("chart", str(tmp_path / "run.json")).stderr
 
 
 def test_planning_as_text_and_json() -> None:
