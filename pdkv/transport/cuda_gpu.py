@@ -1,0 +1,285 @@
+"""``Gpu`` by NVIDIA's driver, through cuda-bindings; loaded when the first GPU is opened, not when this is imported."""
+
+import ctypes
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+
+from pdkv.errors import TransportError
+from pdkv.schema import Int64Array
+from pdkv.transport.gpu import Exported, GpuSpans, SpanTable
+
+HOW_TO_INSTALL = "pip install 'pdkv[nvlink]' brings cuda-bindings; torch built for CUDA 12.8 or later does too"
+
+_THREADS = 512
+"""Of a block of the gather kernel: sixteen warps, each with a span of its own."""
+
+_BATCHES_SINCE = 12080
+_BATCHES_TELL_NO_INDEX_SINCE = 13000
+
+
+class _Location(ctypes.Structure):
+    _fields_ = (("type", ctypes.c_int), ("id", ctypes.c_int))
+
+
+class _CopyAttributes(ctypes.Structure):
+    """CUmemcpyAttributes."""
+
+    _fields_ = (
+        ("source_access_order", ctypes.c_int),
+        ("source", _Location),
+        ("destination", _Location),
+        ("flags", ctypes.c_uint),
+    )
+
+
+_IN_STREAM_ORDER = 1
+_BESIDE_KERNELS = 1
+
+
+class CudaTable:
+    """Page-locked host memory and as much on the GPU, for ``capacity`` spans of three numbers."""
+
+    def __init__(self, capacity: int, host: int, device: int) -> None:
+        self.capacity = capacity
+        self.host = host
+        self.device = device
+        self.numbers: Int64Array = np.ctypeslib.as_array((ctypes.c_int64 * (3 * capacity)).from_address(host))
+
+
+class CudaGpu:
+    """See ``Gpu``. Uses the device's primary context, as torch does, and leaves the caller's current context as it was.
+
+    ``close`` gives the context back; whatever was mapped or made through it must have been dropped before.
+    """
+
+    def __init__(self, ordinal: int) -> None:
+        """``ordinal``: as CUDA counts in this process. Raises ``TransportError`` without driver, GPU, cuda-bindings."""
+        self._cuda = _bindings("driver")
+        self._told(self._cuda.cuInit(0))
+        self._device = self._told(self._cuda.cuDeviceGet(ordinal))
+        self.uuid = self._told(self._cuda.cuDeviceGetUuid(self._device)).bytes.hex()
+        self._context = self._told(self._cuda.cuDevicePrimaryCtxRetain(self._device))
+        self._closed = False
+        try:
+            with self._current():
+                self._kernel = self._load_kernel()
+            self._copy_batch, self._tells_index = self._find_batches()
+        except TransportError:
+            self.close()
+            raise
+        self.can_copy_batches = self._copy_batch is not None
+
+    @classmethod
+    def of(cls, address: int) -> "CudaGpu":
+        """The GPU whose memory is there."""
+        cuda = _bindings("driver")
+        _told(cuda, cuda.cuInit(0))
+        attribute = cuda.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
+        return cls(int(_told(cuda, cuda.cuPointerGetAttribute(attribute, address))))
+
+    # ---- memory ----
+
+    def holds(self, address: int, length: int) -> bool:
+        with self._current():
+            base, size = self._told(self._cuda.cuMemGetAddressRange(address))
+            attribute = self._cuda.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
+            ordinal = int(self._told(self._cuda.cuPointerGetAttribute(attribute, address)))
+        return ordinal == int(self._device) and address + length <= int(base) + int(size)
+
+    def export(self, address: int) -> Exported:
+        with self._current():
+            base, _ = self._told(self._cuda.cuMemGetAddressRange(address))
+            handle = self._told(self._cuda.cuIpcGetMemHandle(base))
+        return Exported(bytes(handle.reserved), address - int(base))
+
+    def refusal(self, uuid: str) -> str:
+        for ordinal in range(int(self._told(self._cuda.cuDeviceGetCount()))):
+            other = self._told(self._cuda.cuDeviceGet(ordinal))
+            if self._told(self._cuda.cuDeviceGetUuid(other)).bytes.hex() != uuid or int(other) == int(self._device):
+                continue
+            if not self._told(self._cuda.cuDeviceCanAccessPeer(self._device, other)):
+                return f"GPU {self._device} has no peer access to GPU {ordinal}, where the peer's memory is"
+        return ""
+
+    def map(self, handle: bytes) -> int:
+        opened = self._cuda.CUipcMemHandle()
+        opened.reserved = handle
+        flags = self._cuda.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS.value
+        with self._current():  # the reading GPU: the mapping is for it
+            return int(self._told(self._cuda.cuIpcOpenMemHandle(opened, flags)))
+
+    def unmap(self, address: int) -> None:
+        with self._current():
+            self._told(self._cuda.cuIpcCloseMemHandle(address))
+
+    # ---- work ----
+
+    def make_stream(self) -> int:
+        with self._current():
+            return int(self._told(self._cuda.cuStreamCreate(self._cuda.CUstream_flags.CU_STREAM_NON_BLOCKING.value)))
+
+    def drop_stream(self, stream: int) -> None:
+        with self._current():
+            self._told(self._cuda.cuStreamDestroy(stream))
+
+    def make_table(self, capacity: int) -> CudaTable:
+        size = 24 * capacity
+        with self._current():
+            host = int(self._told(self._cuda.cuMemHostAlloc(size, 0)))
+            try:
+                return CudaTable(capacity, host, int(self._told(self._cuda.cuMemAlloc(size))))
+            except TransportError:
+                self._cuda.cuMemFreeHost(host)
+                raise
+
+    def drop_table(self, table: SpanTable) -> None:
+        assert isinstance(table, CudaTable)
+        with self._current():
+            self._told(self._cuda.cuMemFree(table.device))
+            self._told(self._cuda.cuMemFreeHost(table.host))
+
+    def copy(self, spans: GpuSpans, stream: int) -> None:
+        assert self._copy_batch is not None, "can_copy_batches says so"
+        to, source, length = (np.ascontiguousarray(a) for a in (spans.to, spans.source, spans.length))
+        attributes = _CopyAttributes(_IN_STREAM_ORDER, _Location(), _Location(), _BESIDE_KERNELS)
+        first, failed = ctypes.c_size_t(0), ctypes.c_size_t(0)
+        arguments = [
+            ctypes.c_void_p(to.ctypes.data),
+            ctypes.c_void_p(source.ctypes.data),
+            ctypes.c_void_p(length.ctypes.data),
+            ctypes.c_size_t(spans.count),
+            ctypes.byref(attributes),
+            ctypes.byref(first),
+            ctypes.c_size_t(1),
+            *([ctypes.byref(failed)] if self._tells_index else []),
+            ctypes.c_void_p(stream),
+        ]
+        with self._current():
+            code = self._copy_batch(*arguments)
+        if code:
+            self._told((self._cuda.CUresult(code),), "cuMemcpyBatchAsync")
+
+    def gather(self, spans: GpuSpans, table: SpanTable, blocks: int, stream: int) -> None:
+        assert isinstance(table, CudaTable)
+        assert spans.count <= table.capacity, "whoever has the table has it large enough"
+        count = spans.count
+        for row, numbers in enumerate((spans.to, spans.source, spans.length)):
+            table.numbers[row * count : (row + 1) * count] = numbers
+        values = (table.device, count), (ctypes.c_void_p, ctypes.c_uint64)
+        with self._current():
+            self._told(self._cuda.cuMemcpyHtoDAsync(table.device, table.host, 24 * count, stream))
+            grid = min(blocks, -(-count // (_THREADS // 32)))
+            self._told(self._cuda.cuLaunchKernel(self._kernel, grid, 1, 1, _THREADS, 1, 1, 0, stream, values, 0))
+
+    def mark(self, stream: int) -> int:
+        flags = self._cuda.CUevent_flags
+        with self._current():
+            event = self._told(
+                self._cuda.cuEventCreate(
+                    flags.CU_EVENT_BLOCKING_SYNC.value | flags.CU_EVENT_DISABLE_TIMING.value
+                )  # sleeps, and does not spin
+            )
+            self._told(self._cuda.cuEventRecord(event, stream))
+        return int(event)
+
+    def wait(self, event: int) -> None:
+        with self._current():
+            try:
+                self._told(self._cuda.cuEventSynchronize(event))
+            finally:
+                self._cuda.cuEventDestroy(event)
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._cuda.cuDevicePrimaryCtxRelease(self._device)
+
+    # ---- the inside ----
+
+    @contextmanager
+    def _current(self) -> Iterator[None]:
+        """This GPU's context for a few calls; the thread's own comes back afterwards."""
+        self._told(self._cuda.cuCtxPushCurrent(self._context))
+        try:
+            yield
+        finally:
+            self._cuda.cuCtxPopCurrent()
+
+    def _told(self, answer: tuple[Any, ...], call: str = "") -> Any:
+        return _told(self._cuda, answer, call)
+
+    def _find_batches(self) -> tuple[Any, bool]:
+        """The driver's copy of many spans in one call, which takes our arrays as they are: cuda-bindings would make an
+        object of every number. And whether it has the older form with one argument more."""
+        version = int(self._told(self._cuda.cuDriverGetVersion()))
+        if version < _BATCHES_SINCE:
+            return None, False
+        wanted = min(version, _BATCHES_TELL_NO_INDEX_SINCE)
+        wanted = _BATCHES_TELL_NO_INDEX_SINCE if wanted == _BATCHES_TELL_NO_INDEX_SINCE else _BATCHES_SINCE
+        error, address, _ = self._cuda.cuGetProcAddress(b"cuMemcpyBatchAsync", wanted, 0)
+        if int(error) or not address:
+            return None, False
+        return ctypes.CFUNCTYPE(ctypes.c_int)(int(address)), wanted == _BATCHES_SINCE
+
+    def _load_kernel(self) -> Any:
+        attributes = self._cuda.CUdevice_attribute
+        major, minor = (
+            int(self._told(self._cuda.cuDeviceGetAttribute(what, self._device)))
+            for what in (
+                attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+                attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+            )
+        )
+        # The context keeps the module, and ends with it; a hundred transports share a few KB each.
+        module = self._told(self._cuda.cuModuleLoadData(compile_kernel(f"sm_{major}{minor}")))
+        return self._told(self._cuda.cuModuleGetFunction(module, b"gather_spans"))
+
+
+def kernel_source() -> str:
+    """CUDA C++ of the gather kernel."""
+    return files("pdkv.transport").joinpath("native/gather_spans.cu").read_text(encoding="utf-8")
+
+
+def compile_kernel(architecture: str) -> bytes:
+    """The gather kernel as machine code of one GPU architecture ("sm_90"). Needs NVRTC, and neither GPU nor driver.
+    Raises ``TransportError`` with the compiler's words."""
+    nvrtc = _bindings("nvrtc")
+    try:
+        error, program = nvrtc.nvrtcCreateProgram(kernel_source().encode(), b"gather_spans.cu", 0, [], [])
+    except RuntimeError as missing:
+        raise TransportError(f"CUDA's run-time compiler cannot be loaded ({missing}); {HOW_TO_INSTALL}") from missing
+    if int(error):
+        raise TransportError(f"NVRTC makes no program: {error.name}")
+    try:
+        options = [f"--gpu-architecture={architecture}".encode()]
+        if int(nvrtc.nvrtcCompileProgram(program, len(options), options)[0]):
+            log = b" " * nvrtc.nvrtcGetProgramLogSize(program)[1]
+            nvrtc.nvrtcGetProgramLog(program, log)
+            raise TransportError(f"NVRTC cannot build the gather kernel for {architecture}: {log.decode().strip()}")
+        code: bytes = b" " * nvrtc.nvrtcGetCUBINSize(program)[1]
+        nvrtc.nvrtcGetCUBIN(program, code)
+        return code
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+
+
+def _bindings(module: str) -> Any:
+    try:
+        return importlib.import_module(f"cuda.bindings.{module}")
+    except ImportError as error:
+        raise TransportError(f"reading GPU memory needs cuda-bindings ({error}): {HOW_TO_INSTALL}") from error
+
+
+def _told(cuda: Any, answer: tuple[Any, ...], call: str = "") -> Any:
+    """What a call of cuda-bindings returned behind its result code. Raises ``TransportError`` for a bad one."""
+    error, *values = answer
+    if int(error):
+        _, text = cuda.cuGetErrorString(error)
+        said = text.decode() if isinstance(text, bytes) else ""
+        raise TransportError(f"CUDA refuses{f' {call}' if call else ''}: {cuda.CUresult(error).name} ({said})")
+    return None if not values else values[0] if len(values) == 1 else tuple(values)

@@ -1,0 +1,86 @@
+"""What the nvlink transport asks of a GPU: map a peer's memory, copy spans, tell when that has ended."""
+
+from typing import Protocol
+
+import msgspec
+import numpy as np
+
+from pdkv.schema import Int64Array
+
+
+class GpuSpans(msgspec.Struct, frozen=True):
+    """Spans by absolute addresses: three arrays of equal length, one entry a span."""
+
+    to: Int64Array
+    source: Int64Array
+    length: Int64Array
+
+    @property
+    def count(self) -> int:
+        return int(self.length.size)
+
+    def part(self, begin: int, end: int) -> "GpuSpans":
+        return GpuSpans(self.to[begin:end], self.source[begin:end], self.length[begin:end])
+
+    def where(self, chosen: "np.ndarray[tuple[int], np.dtype[np.bool_]]") -> "GpuSpans":
+        return GpuSpans(self.to[chosen], self.source[chosen], self.length[chosen])
+
+
+class Exported(msgspec.Struct, frozen=True, array_like=True):
+    """What another process needs to map an allocation."""
+
+    handle: bytes
+    offset: int
+    """Bytes from the allocation's start to the memory that was asked about."""
+
+
+class SpanTable(Protocol):
+    """Room for spans, here and on the GPU, for one kernel at a time; used again when that has ended."""
+
+    capacity: int
+
+
+class Gpu(Protocol):
+    """One GPU of this process. Handles are plain integers. Any thread may call anything; a stream, an event or a table
+    is used by one at a time. Whatever CUDA refuses is a ``TransportError`` that says what it called it."""
+
+    uuid: str
+    can_copy_batches: bool
+    """Whether ``copy`` exists here; where it does not, ``gather`` takes all spans."""
+
+    def holds(self, address: int, length: int) -> bool:
+        """Whether all of that memory is this GPU's."""
+
+    def export(self, address: int) -> Exported: ...
+
+    def refusal(self, uuid: str) -> str:
+        """Why this GPU cannot read the memory of that one; empty when it can, or when only trying would tell."""
+
+    def map(self, handle: bytes) -> int:
+        """The address at which this GPU reads the allocation of another process."""
+
+    def unmap(self, address: int) -> None:
+        """Waits for kernels and copies that use it."""
+
+    def make_stream(self) -> int: ...
+
+    def drop_stream(self, stream: int) -> None: ...
+
+    def make_table(self, capacity: int) -> SpanTable: ...
+
+    def drop_table(self, table: SpanTable) -> None: ...
+
+    def copy(self, spans: GpuSpans, stream: int) -> None:
+        """Put copies of whole spans on the stream, for the copy engines."""
+
+    def gather(self, spans: GpuSpans, table: SpanTable, blocks: int, stream: int) -> None:
+        """Put a kernel of so many thread blocks on the stream that copies the spans, each shorter than 2 GiB."""
+
+    def mark(self, stream: int) -> int:
+        """An event behind all that is on the stream."""
+
+    def wait(self, event: int) -> None:
+        """Sleep until the event has happened, without the interpreter's lock, and drop it. What was copied before it is
+        visible to whatever is launched afterwards."""
+
+    def close(self) -> None: ...
