@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pdkv_kernels.paged import BLOCK
-from pdkv_kernels.rounding import MAX, magnitude_bits, round_once, store_view, token_scale
+from pdkv_kernels.rounding import MAX, divided, magnitude_bits, portable, round_once, store_view, token_scale
 
 _TRITON_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _VECTORS = 16
@@ -29,7 +29,7 @@ def cast_store(values: Tensor, pages: Tensor, slots: Tensor, scales: Tensor | No
         values, to, slots, scale_to, values.stride(0), values.stride(1), *to.stride()[:3], *strides, num_rows,
         HEADS=heads, DIM=dim, DIM_P=triton.next_power_of_2(dim), FORM=form,
         TYPE=_TRITON_TYPES.get(to.dtype, tl.uint8), MAX=MAX[form], SCALED=scales is not None, BLOCK=BLOCK,
-        VECTORS=_VECTORS, PORTABLE=triton.knobs.runtime.interpret, num_warps=4,
+        VECTORS=_VECTORS, PORTABLE=portable(values.device), num_warps=4,
     )  # fmt: skip
 
 
@@ -51,6 +51,6 @@ def _cast_store(
     if SCALED:
         scale = token_scale(tl.max(magnitude_bits(x), axis=1), stores, FORM, MAX)
         tl.store(scales + page * s_page + head * s_head + offset * s_token, scale, mask=stores)
-        x = tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))
+        x = divided((x,), scale, 1, PORTABLE)[0]
     at = pages + page * p_page + head * p_head + offset * p_token
     tl.store(at[:, None] + d[None, :], round_once(x, FORM, TYPE, PORTABLE), mask=mask)

@@ -1,7 +1,11 @@
 """Round float32 once inside a kernel, as ``quantise_ref`` does: to nearest even, fp8 saturated, on any device.
 
-fp8 is made by integer arithmetic on the bits, so that no device's conversion decides what is in the cache.
+Only NVIDIA's conversion from Ada on is trusted, which rounds and saturates so by instruction, and is tested bit by bit
+but for the sign of NaN. Elsewhere fp8 is made by integer arithmetic, so that no device's conversion decides what is in
+the cache.
 """
+
+from functools import cache
 
 import torch
 import triton
@@ -18,20 +22,51 @@ def store_view(pages: Tensor) -> tuple[Tensor, str]:
     return (pages, "float") if form is None else (pages.view(torch.uint8), form)
 
 
+@cache
+def portable(device: torch.device) -> bool:
+    """Whether kernels must round by integer arithmetic on this device."""
+    if device.type != "cuda" or torch.version.hip:
+        return True
+    return torch.cuda.get_device_capability(device) < (8, 9)
+
+
 @triton.jit
 def round_once(x, FORMAT: tl.constexpr, TYPE: tl.constexpr, PORTABLE: tl.constexpr):
-    """float32 x in TYPE, or as bytes of FORMAT. PORTABLE: do not trust the device's conversion to bfloat16 either."""
+    """float32 x in TYPE, or as bytes of FORMAT. PORTABLE: see ``portable``."""
     if FORMAT == "float":
-        if PORTABLE and TYPE == tl.bfloat16:  # noqa: SIM300
-            return _bfloat16(x)
-        else:
-            return x.to(TYPE)
-    elif FORMAT == "e4m3fn":
-        return _fp8(x, 3, 7, 0x7E, 0x7F, True)
+        return _bfloat16(x) if PORTABLE and TYPE == tl.bfloat16 else x.to(TYPE)  # noqa: SIM300
     elif FORMAT == "e4m3fnuz":
         return _fp8(x, 3, 8, 0x7F, 0x80, False)
+    elif FORMAT == "e4m3fn":
+        return _fp8(x, 3, 7, 0x7E, 0x7F, True) if PORTABLE else x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
     else:
-        return _fp8(x, 2, 15, 0x7B, 0x7F, True)
+        return _fp8(x, 2, 15, 0x7B, 0x7F, True) if PORTABLE else x.to(tl.float8e5).to(tl.uint8, bitcast=True)
+
+
+@triton.jit
+def divided(parts, scale, PARTS: tl.constexpr, PORTABLE: tl.constexpr):
+    """Each of the tensors [rows, columns] over scale [rows], as IEEE divides, where the scale is as ``token_scale``.
+
+    With the reciprocal at hand, two corrections of a quotient by its exact remainder round it as the division would;
+    they must not underflow, so tiny vectors and their scales are multiplied by a power of two first.
+    """
+    quotients = ()
+    if PORTABLE:
+        for nth in tl.static_range(PARTS):
+            quotients = quotients + (tl.div_rn(parts[nth], tl.broadcast_to(scale[:, None], parts[nth].shape)),)
+    else:
+        lift = tl.where(scale < 1e-18, 18446744073709551616.0, 1.0)  # 2^64
+        divisor = scale * lift
+        inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), divisor)
+        divisor, inverse, lift = -divisor[:, None], inverse[:, None], lift[:, None]
+        whole = (scale == 1.0)[:, None]  # infinity too stays what it is
+        for nth in tl.static_range(PARTS):
+            x = parts[nth] * lift
+            quotient = x * inverse
+            quotient = tl.fma(tl.fma(quotient, divisor, x), inverse, quotient)
+            quotient = tl.fma(tl.fma(quotient, divisor, x), inverse, quotient)
+            quotients = quotients + (tl.where(whole, x, quotient),)
+    return quotients
 
 
 @triton.jit

@@ -29,7 +29,7 @@ def router_topk(x: Tensor, weight: Tensor, bias: Tensor, k: int, scaling: float)
     if x.dtype == torch.bfloat16 and num_rows >= _FUSED_FROM and hidden % _TILE_HIDDEN == 0:
         _route[(triton.cdiv(num_rows, _TILE_ROWS),)](
             x, weight, bias, ids, shares, num_rows, hidden, x.stride(0), weight.stride(0), scaling,
-            EXPERTS=experts, EXPERTS_P=padded, K=k, ROWS=_TILE_ROWS, STEP=_TILE_HIDDEN, num_warps=4, num_stages=3,
+            EXPERTS=experts, EXPERTS_P=padded, K=k, ROWS=_TILE_ROWS, STEP=_TILE_HIDDEN, num_warps=8, num_stages=3,
         )  # fmt: skip
         return ids, shares
     logits = functional.linear(x.float(), weight.float())
