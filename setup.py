@@ -53,8 +53,11 @@ setup(
             ),
             extension(
                 "_pull",
-                ("pull_engine", "pull_copy", "pull_mapped", "pull_socket", "pull_host"),
-                ("pull", "pull_host", "pull_internal", "pull_wire"),
+                (
+                    *("pull_engine", "pull_copy", "pull_mapped", "pull_socket", "pull_host"),
+                    *("pull_stage", "pull_cuda", "pull_emulated", "pull_landing", "pull_outbox"),
+                ),
+                ("pull", "pull_device", "pull_host", "pull_internal", "pull_landing", "pull_outbox", "pull_wire"),
             ),
         ],
         language_level=3,

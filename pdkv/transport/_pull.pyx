@@ -1,6 +1,7 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
 """The thin Python face of the native puller and host: copies in, tuples out, never holds the GIL while it waits."""
 
+cimport cython
 from libc.stdint cimport int64_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
@@ -13,6 +14,7 @@ cdef extern from "native/pull.h" nogil:
         PDKV_TOKEN_SIZE
         PDKV_MAX_MEMORIES
         PDKV_HOSTNAME_SIZE
+        PDKV_PULL_ERROR_SIZE
 
     ctypedef struct pdkv_puller:
         pass
@@ -39,7 +41,18 @@ cdef extern from "native/pull.h" nogil:
         int status
         char error[200]
 
+    ctypedef struct pdkv_device:
+        pass
+
+    pdkv_device *pdkv_device_cuda(char *error, size_t error_size)
+    pdkv_device *pdkv_device_emulated(unsigned delay_us, char *error, size_t error_size)
+    int pdkv_device_adopt(pdkv_device *device, uint64_t address, uint64_t length, int fd, char *error,
+                          size_t error_size)
+    int pdkv_device_try(pdkv_device *device, size_t slot_bytes, char *error, size_t error_size)
+    void pdkv_device_destroy(pdkv_device *device)
+
     pdkv_puller *pdkv_puller_create(pdkv_pull_limits limits)
+    void pdkv_puller_use_device(pdkv_puller *puller, pdkv_device *device)
     int pdkv_puller_add_destination(pdkv_puller *puller, uint64_t address, uint64_t length)
     int64_t pdkv_puller_connect(pdkv_puller *puller, const pdkv_far_address *address, const pdkv_far_memory *memories,
                                 size_t num_memories)
@@ -57,6 +70,7 @@ cdef extern from "native/pull_host.h" nogil:
         pass
 
     pdkv_host *pdkv_host_create(int listener, const unsigned char *token)
+    void pdkv_host_use_device(pdkv_host *host, pdkv_device *device, size_t slot_bytes)
     int pdkv_host_add_memory(pdkv_host *host, uint64_t address, uint64_t length, int fd)
     void pdkv_host_destroy(pdkv_host *host)
 
@@ -66,10 +80,48 @@ MAX_MEMORIES = PDKV_MAX_MEMORIES
 MAX_HOST = PDKV_HOSTNAME_SIZE - 1
 
 
+cdef class Device:
+    """A GPU, or its stand-in, as the threads of pullers and hosts copy to and from it. Used by the owner's thread;
+    lives as long as they do."""
+
+    cdef pdkv_device *device
+    cdef int owner_pid
+
+    def __init__(self, str name, unsigned delay_us):
+        """``name``: "cuda..." or "emulated", whose copies take ``delay_us`` each. Raises ``OSError``."""
+        cdef char error[PDKV_PULL_ERROR_SIZE]
+        error[0] = 0
+        if name == "emulated":
+            self.device = pdkv_device_emulated(delay_us, error, PDKV_PULL_ERROR_SIZE)
+        else:
+            self.device = pdkv_device_cuda(error, PDKV_PULL_ERROR_SIZE)
+        if self.device == NULL:
+            raise OSError(error.decode(errors="replace"))
+        self.owner_pid = os.getpid()
+
+    def adopt(self, uint64_t address, uint64_t length, int fd, size_t slot_bytes) -> None:
+        """Make a range known, and try a stage with slots of ``slot_bytes``. Raises ``OSError`` with the reason."""
+        cdef char error[PDKV_PULL_ERROR_SIZE]
+        cdef int failed
+        error[0] = 0
+        with nogil:
+            failed = pdkv_device_adopt(self.device, address, length, fd, error, PDKV_PULL_ERROR_SIZE)
+            if not failed:
+                failed = pdkv_device_try(self.device, slot_bytes, error, PDKV_PULL_ERROR_SIZE)
+        if failed:
+            raise OSError(error.decode(errors="replace"))
+
+    def __dealloc__(self):
+        if self.device != NULL and self.owner_pid == os.getpid():
+            pdkv_device_destroy(self.device)
+
+
+@cython.no_gc_clear  # its threads use the device until it is closed
 cdef class Puller:
     """Reads from peers. ``close`` must be called; all calls from one thread."""
 
     cdef pdkv_puller *puller
+    cdef Device device
     cdef int owner_pid
 
     def __init__(self, unsigned streams, unsigned copies, uint64_t slice_bytes):
@@ -77,6 +129,11 @@ cdef class Puller:
         if self.puller == NULL:
             raise MemoryError
         self.owner_pid = os.getpid()
+
+    def use_device(self, Device device) -> None:
+        """All destinations lie on it. Before the first of them, and before ``connect``."""
+        pdkv_puller_use_device(self._alive(), device.device)
+        self.device = device
 
     def add_destination(self, uint64_t address, uint64_t length) -> None:
         if pdkv_puller_add_destination(self._alive(), address, length) != 0:
@@ -166,10 +223,12 @@ cdef class Puller:
         return self.puller
 
 
+@cython.no_gc_clear  # its threads use the device until it is closed
 cdef class Host:
     """Lets peers that know the token read registered memory. ``close`` must be called; all calls from one thread."""
 
     cdef pdkv_host *host
+    cdef Device device
     cdef int owner_pid
 
     def __init__(self, int listener, bytes token):
@@ -181,6 +240,13 @@ cdef class Host:
         if self.host == NULL:
             raise MemoryError
         self.owner_pid = os.getpid()
+
+    def use_device(self, Device device, size_t slot_bytes) -> None:
+        """All memory lies on it. Before the first memory."""
+        if self.host == NULL:
+            raise ValueError("the transport is closed")
+        pdkv_host_use_device(self.host, device.device, slot_bytes)
+        self.device = device
 
     def add_memory(self, uint64_t address, uint64_t length, int fd) -> None:
         """``fd`` (-1 = none) goes to peers on this host, and stays the caller's."""

@@ -82,6 +82,15 @@ class Transport(ABC):
         """What carries this peer's bytes: "rdma", "cuda_ipc", "shm", "tcp", "inproc", or "unknown" before the first
         read has completed."""
 
+    def note(self, peer: PeerId) -> str:
+        """What else there is to say of how this peer's bytes travel, such as "staged through pinned host memory"; empty
+        when there is nothing. For logs and people."""
+        return ""
+
+    def crawls(self, peer: PeerId) -> bool:
+        """Whether reads of this peer, seen how the first one went, go at a small part of what its path could carry."""
+        return False
+
     @abstractmethod
     def close(self) -> None:
         """Close all peers, deregister all memory, end all threads. Outstanding batches are cancelled and lost.

@@ -12,7 +12,7 @@ from pdkv.schema import LocalMemory, MemoryDescriptor, ReadBatch, TransportAddre
 from pdkv.transport.base import Completion, PeerId, ReadId, ReadStatus, Transport
 
 try:
-    from pdkv.transport._pull import MAX_HOST, MAX_MEMORIES, TOKEN_SIZE, Host, Puller
+    from pdkv.transport._pull import MAX_HOST, MAX_MEMORIES, TOKEN_SIZE, Device, Host, Puller
 
     _EXTENSION_ERROR: ImportError | None = None
 except ImportError as missing:
@@ -33,6 +33,10 @@ class PullLimits(msgspec.Struct, frozen=True):
     """Threads that copy out of mappings at the same time, over all peers."""
     slice_bytes: int
     """Most bytes that a thread takes at once: what a close waits for, and an eighth of what TCP asks for ahead."""
+    stages: bool = False
+    """GPU memory can be registered: its bytes pass through pinned host memory."""
+    emulated_copy_us: int = 0
+    """What each copy of memory on "emulated", the tests' stand-in for a GPU, takes."""
 
 
 class FarEnd(msgspec.Struct, frozen=True):
@@ -68,6 +72,9 @@ class PullingTransport(Transport):
                 "or run `python setup.py build_ext --inplace` in a checkout"
             ) from _EXTENSION_ERROR
         self._closed = False
+        self._limits = limits
+        self._device: Device | None = None
+        self._has_peers = False
         self._token = secrets.token_bytes(TOKEN_SIZE)
         self._memories: list[MemoryDescriptor] = []
         try:
@@ -94,16 +101,38 @@ class PullingTransport(Transport):
 
     def register(self, memory: LocalMemory) -> MemoryDescriptor:
         self._check_open()
-        if memory.device != "cpu" or memory.address <= 0 or memory.length <= 0:
-            raise TransportError(f"{self.name} cannot register {memory}: it takes CPU memory of positive length")
+        if memory.address <= 0 or memory.length <= 0 or (memory.device != "cpu" and not self._limits.stages):
+            taken = "memory" if self._limits.stages else "CPU memory"
+            raise TransportError(f"{self.name} cannot register {memory}: it takes {taken} of positive length")
         if len(self._memories) == MAX_MEMORIES:
             raise TransportError(f"{self.name} takes at most {MAX_MEMORIES} memories")
+        self._use_device_of(memory)
         key, fd = self._key_of(memory)
         self._host.add_memory(memory.address, memory.length, fd)
         self._puller.add_destination(memory.address, memory.length)
         descriptor = MemoryDescriptor(address=memory.address, length=memory.length, key=key)
         self._memories.append(descriptor)
         return descriptor
+
+    def _use_device_of(self, memory: LocalMemory) -> None:
+        """Get ready to stage, if the memory is a GPU's. All memory of a transport lies on the same device."""
+        if self._memories and (memory.device != "cpu") != (self._device is not None):
+            raise TransportError(f"{self.name} takes memory of one device, and {memory.device} is another than before")
+        if memory.device == "cpu":
+            return
+        if self._device is None and self._has_peers:
+            raise TransportError(f"{self.name} takes memory on {memory.device} only before it reads from anybody")
+        try:
+            device = self._device or Device(memory.device, self._limits.emulated_copy_us)
+            device.adopt(memory.address, memory.length, memory.memfd, self._limits.slice_bytes)
+        except OSError as error:
+            raise TransportError(
+                f"{self.name} cannot stage {memory.length} bytes on {memory.device}: {error}"
+            ) from error
+        if self._device is None:
+            self._device = device
+            self._puller.use_device(device)
+            self._host.use_device(device, self._limits.slice_bytes)
 
     def address(self) -> TransportAddress:
         return TransportAddress(transport=self.name, address=self._own_address(), memories=tuple(self._memories))
@@ -118,6 +147,7 @@ class PullingTransport(Transport):
         if not all(0 < memory.length < _MOST_BYTES for memory in memories):
             raise TransportError("the peer describes memory outside its address space")
         known = [(memory.length, memory.inode, memory.fd) for memory in memories]
+        self._has_peers = True
         try:
             return PeerId(self._puller.connect(end.token, end.host, end.port, end.pid, known))
         except MemoryError as error:

@@ -22,6 +22,12 @@ UCX_TCP = TransportSpec(factory=f"{KIT}:make_ucx", argument="tcp", path="tcp")
 UCX_SHM = TransportSpec(factory=f"{KIT}:make_ucx", argument="posix,self", path="shm")
 SHM = TransportSpec(factory=f"{KIT}:make_shm", path="shm")
 SOCKETS = TransportSpec(factory=f"{KIT}:make_sockets", path="tcp")
+STAGED = TransportSpec(
+    factory=f"{KIT}:make_sockets",
+    argument='{"emulated_copy_us": 200}',
+    path="tcp",
+    memory="pdkv.transport.conformance_memory:HiddenArray",
+)
 AUTO = TransportSpec(factory=f"{KIT}:make_auto", path="shm")
 
 
@@ -31,6 +37,7 @@ def cases():
         "inproc-slow": INPROC_SLOW,
         "shm": SHM,
         "sockets": SOCKETS,
+        "sockets-staged": STAGED,
         "auto": AUTO,
         "ucx-tcp": UCX_TCP,
         "ucx-shm": UCX_SHM,

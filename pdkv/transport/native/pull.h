@@ -44,8 +44,20 @@ typedef struct pdkv_pulled {
     char error[PDKV_PULL_ERROR_SIZE];
 } pdkv_pulled;
 
+/* A GPU, or what stands in for one (pull_device.h). NULL with a reason in `error`. `delay_us`: of each copy. */
+typedef struct pdkv_device pdkv_device;
+pdkv_device *pdkv_device_cuda(char *error, size_t error_size);
+pdkv_device *pdkv_device_emulated(unsigned delay_us, char *error, size_t error_size);
+int pdkv_device_adopt(pdkv_device *device, uint64_t address, uint64_t length, int fd, char *error, size_t error_size);
+/* Whether a thread gets buffers of `slot_bytes` and a queue of copies. Opens and closes them on a thread of its own. */
+int pdkv_device_try(pdkv_device *device, size_t slot_bytes, char *error, size_t error_size);
+void pdkv_device_destroy(pdkv_device *device); /* after the puller and the host that use it */
+
 /* NULL when threads, memory or descriptors are short. */
 pdkv_puller *pdkv_puller_create(pdkv_pull_limits limits);
+
+/* All destinations lie on this device: what comes over TCP is staged. Before the first destination and peer. */
+void pdkv_puller_use_device(pdkv_puller *puller, pdkv_device *device);
 
 /* Makes a range a legal destination. 0, or -1 when memory is short. */
 int pdkv_puller_add_destination(pdkv_puller *puller, uint64_t address, uint64_t length);

@@ -176,6 +176,11 @@ pdkv_puller *pdkv_puller_create(pdkv_pull_limits limits)
     return puller;
 }
 
+void pdkv_puller_use_device(pdkv_puller *puller, pdkv_device *device)
+{
+    puller->device = device;
+}
+
 int pdkv_puller_add_destination(pdkv_puller *puller, uint64_t address, uint64_t length)
 {
     size_t size = (puller->num_destinations + 1) * sizeof(*puller->destinations);

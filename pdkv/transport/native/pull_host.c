@@ -14,6 +14,7 @@
 #include <unistd.h>
 
 #include "pull_host.h"
+#include "pull_outbox.h"
 #include "pull_wire.h"
 
 enum {
@@ -51,6 +52,8 @@ struct pdkv_host {
     int closing;
     pdkv_host_memory memories[PDKV_MAX_MEMORIES];
     size_t num_memories;
+    pdkv_device *device; /* that all memory lies on; NULL = the host's own */
+    size_t slot_bytes;
 };
 
 /* ---- the greeting ---- */
@@ -135,27 +138,8 @@ static int find_bytes(pdkv_host *host, const pdkv_wire_span *span, struct iovec 
     return inside ? 0 : -1;
 }
 
-static int send_parts(int fd, struct iovec *parts, size_t count)
-{
-    while (count > 0) {
-        struct msghdr message = {.msg_iov = parts, .msg_iovlen = count};
-        ssize_t sent = sendmsg(fd, &message, MSG_NOSIGNAL);
-        if (sent < 0 && errno == EINTR)
-            continue;
-        if (sent <= 0)
-            return -1;
-        size_t passed = (size_t)sent;
-        for (; count > 0 && passed >= parts->iov_len; parts++, count--)
-            passed -= parts->iov_len;
-        if (count > 0) {
-            parts->iov_base = (char *)parts->iov_base + passed;
-            parts->iov_len -= passed;
-        }
-    }
-    return 0;
-}
-
-static int answer_request(pdkv_host *host, int fd)
+/* `outbox`: NULL when memory can be sent from where it lies. */
+static int answer_request(pdkv_host *host, int fd, pdkv_outbox *outbox)
 {
     pdkv_request request;
     pdkv_wire_span spans[PDKV_WIRE_SPANS];
@@ -167,7 +151,37 @@ static int answer_request(pdkv_host *host, int fd)
     for (size_t i = 0; i < request.num_spans; i++)
         if (find_bytes(host, &spans[i], &parts[i]) != 0)
             return -1;
-    return send_parts(fd, parts, request.num_spans);
+    return outbox ? pdkv_outbox_add(outbox, parts, request.num_spans) : pdkv_send_parts(fd, parts, request.num_spans);
+}
+
+static int is_asked(int fd)
+{
+    struct pollfd look = {.fd = fd, .events = POLLIN};
+    return poll(&look, 1, 0) > 0;
+}
+
+/* Begins the copies of all that is asked before it sends what was copied: the copies hide behind the wire. */
+static void answer_staged(pdkv_host *host, int fd, pdkv_device *device)
+{
+    pdkv_outbox outbox = {.fd = fd, .slot_bytes = host->slot_bytes};
+    if (pdkv_stage_open(device, outbox.slot_bytes, &outbox.stage) != 0)
+        return;
+    for (int failed = 0; !failed;)
+        failed = outbox.count > 0 && !is_asked(fd) ? pdkv_outbox_send(&outbox) : answer_request(host, fd, &outbox);
+    pdkv_stage_close(outbox.stage);
+}
+
+/* Until the connection is over. */
+static void answer_requests(pdkv_host *host, int fd)
+{
+    pthread_mutex_lock(&host->lock);
+    pdkv_device *device = host->device;
+    pthread_mutex_unlock(&host->lock);
+    if (device != NULL)
+        answer_staged(host, fd, device);
+    else
+        while (answer_request(host, fd, NULL) == 0)
+            ;
 }
 
 /* ---- guests ---- */
@@ -210,8 +224,8 @@ static void *serve(void *argument)
     host->num_strangers--;
     pthread_mutex_unlock(&host->lock);
     patience(guest->fd, 0);
-    while (!refused && answer_request(host, guest->fd) == 0)
-        ;
+    if (!refused)
+        answer_requests(host, guest->fd);
     leave(guest);
     return NULL;
 }
@@ -282,6 +296,14 @@ pdkv_host *pdkv_host_create(int listener, const unsigned char *token)
         close(host->wake);
     free(host);
     return NULL;
+}
+
+void pdkv_host_use_device(pdkv_host *host, pdkv_device *device, size_t slot_bytes)
+{
+    pthread_mutex_lock(&host->lock);
+    host->device = device;
+    host->slot_bytes = slot_bytes;
+    pthread_mutex_unlock(&host->lock);
 }
 
 int pdkv_host_add_memory(pdkv_host *host, uint64_t address, uint64_t length, int fd)

@@ -7,10 +7,15 @@
 
 #include <stdint.h>
 
+#include "pull.h"
+
 typedef struct pdkv_host pdkv_host;
 
 /* Takes over `listener`, a listening TCP or unix socket. NULL when threads, memory or descriptors are short. */
 pdkv_host *pdkv_host_create(int listener, const unsigned char *token);
+
+/* All memory lies on this device: what TCP is to carry passes through buffers of `slot_bytes`. Before the first memory. */
+void pdkv_host_use_device(pdkv_host *host, pdkv_device *device, size_t slot_bytes);
 
 /* Makes memory readable; `fd` (-1 = none) is what a unix socket's peers are handed, and stays the caller's. 0, or -1
  * when there are PDKV_MAX_MEMORIES already. */

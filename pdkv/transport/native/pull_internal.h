@@ -79,6 +79,7 @@ struct pdkv_puller {
     unsigned copying;
     int done_fd;
     pdkv_pulled *first_done, *last_done; /* under the lock */
+    pdkv_device *device; /* that all destinations lie on, set before any peer; NULL = the host's own memory */
     /* owner thread only */
     pdkv_destination *destinations;
     size_t num_destinations;

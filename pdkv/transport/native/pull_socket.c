@@ -13,6 +13,7 @@
 #include <unistd.h>
 
 #include "pull_internal.h"
+#include "pull_landing.h"
 #include "pull_wire.h"
 
 enum {
@@ -183,7 +184,15 @@ static void skip(pdkv_slice *slice, uint64_t bytes)
     }
 }
 
-/* Receives until the slice is here; 0, or -1 when the connection is over. */
+static int lost(pdkv_source *source, ssize_t got)
+{
+    char text[64];
+    const char *why = got == 0 ? "it closed the connection" : strerror_r(errno, text, sizeof(text));
+    pdkv_lose(source, "the peer is gone: %s", why);
+    return -1;
+}
+
+/* Receives until the slice is where it belongs; 0, or -1 when the connection is over. */
 static int receive(pdkv_source *source, int fd, pdkv_slice *rest)
 {
     struct iovec parts[PDKV_WIRE_SPANS];
@@ -198,23 +207,41 @@ static int receive(pdkv_source *source, int fd, pdkv_slice *rest)
         ssize_t got = recvmsg(fd, &message, MSG_WAITALL);
         if (got < 0 && errno == EINTR)
             continue;
-        if (got <= 0) {
-            char text[64];
-            const char *why = got == 0 ? "it closed the connection" : strerror_r(errno, text, sizeof(text));
-            pdkv_lose(source, "the peer is gone: %s", why);
-            return -1;
-        }
+        if (got <= 0)
+            return lost(source, got);
         skip(rest, (uint64_t)got);
     }
     return 0;
 }
 
-/* Keeps up to AHEAD slices asked for; returns how many there are now, or -1 when the connection is over. */
-static int ask_ahead(pdkv_stream *stream, pdkv_asked *asked, int first, int count)
+/* Receives a slice for a device. While nothing comes, slices that came before are given back: a peer that stops amid
+ * one must not hold up others. */
+static int receive_staged(pdkv_landing *landing, int fd, const pdkv_slice *slice)
+{
+    pdkv_source *source = landing->source;
+    char *at = pdkv_landing_place(landing);
+    for (uint64_t left = slice->bytes; left > 0;) {
+        if (atomic_load(&source->over))
+            return -1;
+        ssize_t got = recv(fd, at, left, landing->count > 0 ? MSG_DONTWAIT : MSG_WAITALL);
+        if (got < 0 && (errno == EAGAIN || errno == EWOULDBLOCK))
+            pdkv_landing_settle(landing);
+        else if (got <= 0 && !(got < 0 && errno == EINTR))
+            return lost(source, got);
+        at += got > 0 ? got : 0;
+        left -= got > 0 ? (uint64_t)got : 0;
+    }
+    pdkv_landing_begin(landing, slice);
+    return 0;
+}
+
+/* Keeps up to AHEAD slices asked for; returns how many there are now, or -1 when the connection is over. Waits for work
+ * when there is none, unless `busy`. */
+static int ask_ahead(pdkv_stream *stream, pdkv_asked *asked, int first, int count, int busy)
 {
     pdkv_source *source = stream->source;
     for (pdkv_slice slice; count < AHEAD; count++) {
-        if (!pdkv_take_slice(source, source->puller->limits.slice_bytes, count == 0, &slice))
+        if (!pdkv_take_slice(source, source->puller->limits.slice_bytes, count == 0 && !busy, &slice))
             break;
         asked[(first + count) % AHEAD] = (pdkv_asked){.whole = slice, .rest = slice};
         if (ask_for(stream->fd, slice) == 0)
@@ -225,21 +252,39 @@ static int ask_ahead(pdkv_stream *stream, pdkv_asked *asked, int first, int coun
     return count;
 }
 
+/* Receives the slice that was asked for first and gives it back, at once or when it has landed. */
+static int fetch(pdkv_stream *stream, pdkv_landing *landing, pdkv_asked *asked)
+{
+    if (landing->stage != NULL)
+        return receive_staged(landing, stream->fd, &asked->whole);
+    if (receive(stream->source, stream->fd, &asked->rest) != 0)
+        return -1;
+    pdkv_return_slice(stream->source, &asked->whole);
+    return 0;
+}
+
 void pdkv_run_socket(pdkv_stream *stream)
 {
     pdkv_source *source = stream->source;
+    pdkv_device *device = source->puller->device;
+    pdkv_landing landing = {.source = source};
     pdkv_asked asked[AHEAD];
     int first = 0, count = 0;
-    if (open_stream(stream) == 0) {
-        while ((count = ask_ahead(stream, asked, first, count)) > 0) {
-            if (receive(source, stream->fd, &asked[first].rest) != 0)
+    if (open_stream(stream) == 0 && (device == NULL || pdkv_landing_open(&landing, source, device) == 0)) {
+        while ((count = ask_ahead(stream, asked, first, count, landing.count > 0)) > 0 || landing.count > 0) {
+            if (count == 0) {
+                pdkv_landing_settle(&landing);
+                continue;
+            }
+            if (fetch(stream, &landing, &asked[first]) != 0)
                 break;
-            pdkv_return_slice(source, &asked[first].whole);
             first = (first + 1) % AHEAD;
             count--;
         }
     }
     close_stream(stream); /* before what it was to receive is given back: nothing lands afterwards */
+    if (landing.stage != NULL)
+        pdkv_landing_close(&landing);
     for (; count > 0; count--, first = (first + 1) % AHEAD)
         pdkv_return_slice(source, &asked[first].whole);
 }
