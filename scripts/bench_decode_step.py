@@ -54,10 +54,10 @@ def main() -> int:
 
 def _row(model: M3Model, options: argparse.Namespace, batch: int, query_len: int) -> str:
     blocks = -(-(options.context + 1) // 128)
-    arena = _arena(model, options, batch * blocks)
+    arena = random_arena(model, options, batch * blocks)
     settings = EngineSettings(max_model_len=blocks * 128, max_batch=batch, speculative_tokens=query_len - 1)
     shapes = DecodeShapes((batch,), (query_len,), DecodeShapes.of(settings, 128, arena.num_pages).max_blocks)
-    runs = [_run(number, blocks, options.context, query_len) for number in range(batch)]
+    runs = [random_run(number, blocks, options.context, query_len) for number in range(batch)]
     eager = DecodeGraphs(model, arena, shapes, replays=False)
     wanted = eager.run(runs)
     eager_ms = 1e3 * _median(lambda: eager.run(runs), 10)
@@ -93,7 +93,7 @@ def _engine_row(model: M3Model, options: argparse.Namespace, batch: int) -> str:
     return f"{batch:5} {step_ms:15.3f} {1e3 * (step_ms - gpu_ms):15.0f}"
 
 
-def _arena(model: M3Model, options: argparse.Namespace, num_pages: int) -> Arena:
+def random_arena(model: M3Model, options: argparse.Namespace, num_pages: int) -> Arena:
     """Every byte random but for exponents that would make a number infinite or NaN."""
     arena = Arena.allocate(
         RowLayout.of(kv_layout(model.config, options.kv_dtype, options.index_dtype)), num_pages, model.device
@@ -107,7 +107,7 @@ def _arena(model: M3Model, options: argparse.Namespace, num_pages: int) -> Arena
     return arena
 
 
-def _run(number: int, blocks: int, context: int, query_len: int) -> Run:
+def random_run(number: int, blocks: int, context: int, query_len: int) -> Run:
     tokens = tuple(7 + number + i for i in range(query_len))
     pages = tuple(range(number * blocks, (number + 1) * blocks))
     return Run(
