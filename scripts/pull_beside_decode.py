@@ -28,10 +28,11 @@ from bench_decode_step import random_arena, random_run
 
 from pdkv.bench.geometry import Spans, Workload, memory_bytes
 from pdkv.bench.memories import GpuPlace, allocate
-from pdkv.m3.decode_graphs import DecodeGraphs, DecodeShapes
+from pdkv.m3.decode_graphs import DecodeShapes
 from pdkv.m3.model import load_model
 from pdkv.m3.requests import EngineSettings
 from pdkv.m3.run import Run
+from pdkv.m3.step import StepRunner
 from pdkv.schema import LocalMemory, ReadBatch, TransportAddress
 from pdkv.transport.base import PeerId, ReadStatus
 from pdkv.transport.nvlink import NvlinkTransport
@@ -156,7 +157,8 @@ def _measure(options: argparse.Namespace, gpu: int, puller: Puller) -> list[Step
     arena = random_arena(model, options, options.batch * blocks)
     settings = EngineSettings(max_model_len=blocks * 128, max_batch=options.batch)
     shapes = DecodeShapes((options.batch,), (1,), DecodeShapes.of(settings, 128, arena.num_pages).max_blocks)
-    graphs = DecodeGraphs(model, arena, shapes)
+    runner = StepRunner(model, arena, shapes)
+    runner.prepare()
     runs = [random_run(number, blocks, options.context, 1) for number in range(options.batch)]
     modes = [Mode("nothing"), Mode("rows", "arena"), Mode("fragments", "per-layer")]
     modes += [Mode(f"rows, at most {limit:g} GB/s", "arena", limit) for limit in options.limits]
@@ -164,15 +166,15 @@ def _measure(options: argparse.Namespace, gpu: int, puller: Puller) -> list[Step
     for turn in range(-1, options.rounds):
         for result in results:
             with puller.pulling(result.mode, result.gbps if turn >= 0 else []):
-                times = [_timed(graphs, runs) for _ in range(options.steps)]
+                times = [_timed(runner, runs) for _ in range(options.steps)]
             if turn >= 0:
                 result.milliseconds.extend(times)
     return results
 
 
-def _timed(graphs: DecodeGraphs, runs: Sequence[Run]) -> float:
+def _timed(runner: StepRunner, runs: Sequence[Run]) -> float:
     began = time.perf_counter()
-    graphs.run(runs)
+    runner.run(runs)
     return 1e3 * (time.perf_counter() - began)
 
 
