@@ -169,12 +169,17 @@ class ServedConfig(RoleConfig):
     ] = 0
     no_prefix_cache: Annotated[bool, Field(description="Compute and move every prompt whole.")] = False
     transport: Annotated[
-        Literal["auto", "shm", "sockets", "ucx"], Field(description="What moves pages, auto: what can.")
+        Literal["auto", "nvlink", "shm", "sockets", "ucx"], Field(description="What moves pages, auto: what can.")
     ] = "auto"
     require_transport: Annotated[
         Literal["rdma", "cuda_ipc", "shm", "tcp"] | None, Field(description="Refuse a peer reached by a lesser path.")
     ] = None
     ucx_tls: Annotated[str | None, Field(description="UCX transports to use, as in UCX_TLS."), _ADVANCED] = None
+    nvlink_blocks: Annotated[
+        int,
+        Field(ge=1, le=1024, description="Most thread blocks that a GPU spends on gathering short spans."),
+        _ADVANCED,
+    ] = 64
     ucx_library: Annotated[
         str | None,
         Field(description="The libucp to load; default: a system one with InfiniBand, else the wheel's."),

@@ -46,6 +46,7 @@ def engine_settings(config: WorkerConfig, served: ServedModel, listen: str) -> W
         device=config.device,
         num_threads=config.threads,
         transport=config.transport,
+        nvlink_blocks=config.nvlink_blocks,
         ucx_tls=config.ucx_tls,
         ucx_library=config.ucx_library,
         require_transport=config.require_transport,

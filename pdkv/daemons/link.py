@@ -40,10 +40,12 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     num_threads: int
     """torch threads; 0 = all cores."""
     transport: str
-    """"auto", "shm", "sockets", "ucx"."""
+    """"auto", "nvlink", "shm", "sockets", "ucx"."""
     ucx_tls: str | None
     ucx_library: str | None
     require_transport: str | None
+    nvlink_blocks: int = 64
+    """Most thread blocks that gather short spans of a peer's GPU memory."""
     lease_ttl_s: float
     insecure: bool
     """Allows ``control_listen`` on an address that is not loopback although messages are not authenticated."""

@@ -9,6 +9,7 @@ from pdkv.daemons.link import WorkerSettings
 from pdkv.errors import ConfigError, TransportError
 from pdkv.transport.auto import AutoTransport, Way
 from pdkv.transport.base import Transport
+from pdkv.transport.nvlink import NvlinkTransport
 from pdkv.transport.shm import ShmTransport
 from pdkv.transport.sockets import SocketOptions, SocketTransport
 from pdkv.transport.ucx import UcxOptions, UcxTransport
@@ -21,19 +22,22 @@ _CARDS = Path("/sys/class/infiniband")
 
 
 def make_transport(settings: WorkerSettings) -> Transport:
-    """``--transport auto``: a mapping of the peer's memory on the same host, RDMA where both have it, else TCP. Whoever
-    says what UCX is to use (``--ucx-tls``) means UCX. Raises ``TransportError`` when what is asked for cannot start."""
+    """``--transport auto``: a mapping of the peer's memory (a GPU's, the host's) on the same host, RDMA where both have
+    it, else TCP. Whoever says what UCX is to use (``--ucx-tls``) means UCX. Raises ``TransportError`` when that cannot
+    start."""
     match settings.transport:
         case "auto" if settings.ucx_tls is None:
             return AutoTransport(_ways(settings))
         case "auto" | "ucx":
             return _ucx(settings)
+        case "nvlink":
+            return NvlinkTransport(settings.nvlink_blocks)
         case "shm":
             return ShmTransport()
         case "sockets":
             return _sockets(settings)
         case unknown:
-            raise ConfigError(f"transport {unknown!r} is not one of auto, shm, sockets, ucx")
+            raise ConfigError(f"transport {unknown!r} is not one of auto, nvlink, shm, sockets, ucx")
 
 
 def describe(transport: Transport) -> str:
@@ -49,6 +53,8 @@ def _ways(settings: WorkerSettings) -> list[Way]:
     """Those that ``--require-transport`` allows. UCX is always there: it alone knows what it can reach."""
     required = PathRequirement(settings.require_transport)
     ways = []
+    if settings.device == "cuda" and required.allows("cuda_ipc"):
+        ways.append(Way(NvlinkTransport(settings.nvlink_blocks), "cuda_ipc"))
     if required.allows("shm"):
         ways.append(Way(ShmTransport(), "shm"))
     if required.allows("tcp"):
@@ -57,7 +63,7 @@ def _ways(settings: WorkerSettings) -> list[Way]:
         ucx = _ucx(settings)
         ways.append(Way(ucx, "rdma" if ucx.library.has_infiniband and _has_cards() else "tcp"))
     except TransportError as error:
-        if not ways or settings.ucx_library is not None or settings.device == "cuda":  # it alone reads GPU memory
+        if not ways or settings.ucx_library is not None:
             for way in ways:
                 way.transport.close()
             raise

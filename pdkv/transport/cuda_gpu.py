@@ -59,8 +59,7 @@ class CudaGpu:
 
     def __init__(self, ordinal: int) -> None:
         """``ordinal``: as CUDA counts in this process. Raises ``TransportError`` without driver, GPU, cuda-bindings."""
-        self._cuda = _bindings("driver")
-        self._told(self._cuda.cuInit(0))
+        self._cuda = _driver()
         self._device = self._told(self._cuda.cuDeviceGet(ordinal))
         self.uuid = self._told(self._cuda.cuDeviceGetUuid(self._device)).bytes.hex()
         self._context = self._told(self._cuda.cuDevicePrimaryCtxRetain(self._device))
@@ -77,8 +76,7 @@ class CudaGpu:
     @classmethod
     def of(cls, address: int) -> "CudaGpu":
         """The GPU whose memory is there."""
-        cuda = _bindings("driver")
-        _told(cuda, cuda.cuInit(0))
+        cuda = _driver()
         attribute = cuda.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
         return cls(int(_told(cuda, cuda.cuPointerGetAttribute(attribute, address))))
 
@@ -273,6 +271,15 @@ def _bindings(module: str) -> Any:
         return importlib.import_module(f"cuda.bindings.{module}")
     except ImportError as error:
         raise TransportError(f"reading GPU memory needs cuda-bindings ({error}): {HOW_TO_INSTALL}") from error
+
+
+def _driver() -> Any:
+    cuda = _bindings("driver")
+    try:
+        _told(cuda, cuda.cuInit(0))
+    except RuntimeError as missing:
+        raise TransportError(f"there is no NVIDIA driver here: {missing}") from missing
+    return cuda
 
 
 def _told(cuda: Any, answer: tuple[Any, ...], call: str = "") -> Any:

@@ -52,6 +52,7 @@ def test_workers_get_every_setting_that_was_made() -> None:
         "dtype": "bfloat16",
         "transport": "ucx",
         "require_transport": "tcp",
+        "nvlink_blocks": 32,
         "ucx_tls": "tcp,self",
         "ucx_library": "/opt/libucp.so",
         "lease_ttl_s": 3.0,

@@ -1,0 +1,54 @@
+"""Memory of a GPU as the conformance kit wants it, by the driver alone: far ends start faster without torch."""
+
+import weakref
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from pdkv.schema import LocalMemory
+from pdkv.transport.conformance_target import Bytes
+
+
+@cache
+def driver() -> Any:
+    """cuda-bindings' driver module, with the first GPU's primary context current in this thread."""
+    from cuda.bindings import driver as cuda
+
+    told(cuda.cuInit(0))
+    told(cuda.cuCtxSetCurrent(told(cuda.cuDevicePrimaryCtxRetain(told(cuda.cuDeviceGet(0))))))
+    return cuda
+
+
+def told(answer: tuple[Any, ...]) -> Any:
+    error, *values = answer
+    assert int(error) == 0, error
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+def free_bytes() -> int:
+    """Of the first GPU."""
+    return int(told(driver().cuMemGetInfo())[0])
+
+
+class GpuMemory:
+    """See ``KitMemory``: one allocation on the first GPU, and what it holds as a copy."""
+
+    def __init__(self, size: int) -> None:
+        address = int(told(driver().cuMemAlloc(size)))
+        self.memory = LocalMemory(address, size, "cuda:0")
+        weakref.finalize(self, driver().cuMemFree, address)
+
+    @property
+    def bytes(self) -> Bytes:
+        copy = np.empty(self.memory.length, dtype=np.uint8)
+        told(driver().cuMemcpyDtoH(copy.ctypes.data, self.memory.address, copy.size))
+        return copy
+
+    def fill(self, values: Bytes | int) -> None:
+        if isinstance(values, int):
+            told(driver().cuMemsetD8(self.memory.address, values, self.memory.length))
+        else:
+            values = np.ascontiguousarray(values)
+            told(driver().cuMemcpyHtoD(self.memory.address, values.ctypes.data, values.size))
+        told(driver().cuCtxSynchronize())

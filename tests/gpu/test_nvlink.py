@@ -1,0 +1,120 @@
+"""The nvlink transport on GPUs: the conformance kit over device memory, and what a peer's death leaves behind."""
+
+import select
+
+import numpy as np
+import pytest
+import torch
+
+from pdkv.schema import ReadBatch
+from pdkv.transport.base import ReadStatus, Transport
+from pdkv.transport.conformance import check_names, run_check
+from pdkv.transport.conformance_rig import Rig
+from pdkv.transport.conformance_target import SpawnedTarget, TransportSpec
+from pdkv.transport.nvlink import NvlinkTransport
+
+from . import memory
+
+HERE = __name__
+MEMORY = f"{memory.__name__}:GpuMemory"
+GIB = 1 << 30
+
+
+def make(argument: str) -> Transport:
+    """Factory: the argument is from how many bytes on spans go to the copy engines; empty = the default."""
+    return NvlinkTransport(row_bytes=int(argument)) if argument else NvlinkTransport()
+
+
+def make_huge(_size: int) -> memory.GpuMemory:
+    """What stands for an arena, whatever the kit asks for."""
+    return memory.GpuMemory(4 * GIB)
+
+
+SPEC = TransportSpec(f"{HERE}:make", path="cuda_ipc", memory=MEMORY)
+ON_ANOTHER = TransportSpec(f"{HERE}:make", path="cuda_ipc", memory=MEMORY, prefix=("env", "CUDA_VISIBLE_DEVICES=1"))
+READS = ("reads_every_byte", "reads_scattered_odd_spans", "reads_spans_of_tens_of_mb")
+
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+
+
+@pytest.mark.parametrize("name", check_names(SPEC))
+def test_conforms_on_one_gpu(name: str) -> None:
+    run_check(SPEC, name)
+
+
+@pytest.mark.multi_gpu(2)
+@two_gpus
+@pytest.mark.parametrize("name", check_names(ON_ANOTHER))
+def test_conforms_across_gpus(name: str) -> None:
+    run_check(ON_ANOTHER, name)
+
+
+@pytest.mark.parametrize("row_bytes", ["1", str(1 << 40)], ids=["copies", "kernel"])
+@pytest.mark.parametrize("name", READS)
+def test_each_half_alone_reads_everything(name: str, row_bytes: str) -> None:
+    run_check(TransportSpec(f"{HERE}:make", row_bytes, path="cuda_ipc", memory=MEMORY), name)
+
+
+def _whole(rig: Rig, size: int, offset: int) -> ReadBatch:
+    return rig.span(0, 0, offset, size)
+
+
+def test_a_peer_that_dies_amid_reads_takes_nothing_down() -> None:
+    """Reads end, the GPU goes on working, and its memory is free again although it was mapped here."""
+    before = memory.free_bytes()
+    size = 4 * GIB
+    spec = TransportSpec(f"{HERE}:make", path="cuda_ipc", memory=f"{HERE}:make_huge")
+    reader, into = NvlinkTransport(), memory.GpuMemory(size)
+    reader.register(into.memory)
+    target = SpawnedTarget(spec, 1)
+    try:
+        peer = reader.connect(target.address)
+        one = np.array([0], dtype=np.int64)
+        batch = ReadBatch(memory=one, remote=one, local=one + into.memory.address, length=one + size)
+        reads = [reader.submit(peer, batch) for _ in range(200)]  # half a second of copies on one H200
+        ends = {end.read: end for end in _wait(reader, 1)}
+        target.kill()
+        while len(ends) < len(reads):
+            ends |= {end.read: end for end in _wait(reader, 1)}
+        statuses = [ends[read].status for read in reads]
+        assert statuses[0] is ReadStatus.OK
+        assert statuses[-1] is ReadStatus.FAILED, "the peer was killed before the last read was copied"
+        assert set(statuses) == {ReadStatus.OK, ReadStatus.FAILED}
+        assert "ended" in ends[reads[-1]].error
+        late = reader.submit(peer, batch)
+        assert [(end.read, end.status) for end in _wait(reader, 1)] == [(late, ReadStatus.FAILED)]
+        into.fill(7)  # the context is sound
+        assert bool((into.bytes[:1000] == 7).all())
+    finally:
+        target.kill()
+        reader.close()
+    del into
+    assert before - memory.free_bytes() < GIB, "the dead peer's memory is still held"
+
+
+def test_an_idle_peers_death_gives_its_memory_back() -> None:
+    """Nobody reads, so only the process's end can tell: otherwise a worker that starts again finds no room."""
+    spec = TransportSpec(f"{HERE}:make", path="cuda_ipc", memory=f"{HERE}:make_huge")
+    reader, into = NvlinkTransport(), memory.GpuMemory(1 << 20)
+    reader.register(into.memory)
+    target = SpawnedTarget(spec, 1)
+    try:
+        reader.connect(target.address)
+        held = memory.free_bytes()
+        target.kill()
+        assert select.select([reader.fileno()], [], [], 30)[0], "the end of the peer's process is not seen"
+        assert reader.poll() == []
+        (known,) = reader._peers.values()
+        assert known._thread is not None
+        known._thread.join(30)
+        assert memory.free_bytes() - held > 7 * GIB
+    finally:
+        reader.close()
+
+
+def _wait(reader: Transport, at_least: int) -> list:
+    ends = []
+    while len(ends) < at_least:
+        assert select.select([reader.fileno()], [], [], 60)[0], "nothing completes"
+        ends += reader.poll()
+    return ends
