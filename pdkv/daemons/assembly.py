@@ -7,8 +7,8 @@ from pathlib import Path
 import msgspec
 
 from pdkv.agent.decode_agent import DecodeAgent
-from pdkv.agent.events import DecodeAgentEvent, PrefillAgentEvent, WorkerIdentity
-from pdkv.agent.loop import Agent, AgentLoop, CrashHandler
+from pdkv.agent.events import DecodeAgentEvent, PrefillAgentEvent, RaiseWatermark, WorkerIdentity
+from pdkv.agent.loop import Agent, AgentLoop, CrashHandler, now
 from pdkv.agent.paths import PathRequirement
 from pdkv.agent.peer_links import PeerLinks
 from pdkv.agent.prefill_agent import PrefillAgent
@@ -29,14 +29,15 @@ from pdkv.errors import RankLostError
 from pdkv.m3.config import M3Config, model_fingerprint
 from pdkv.m3.decode_graphs import DecodeShapes
 from pdkv.m3.engine import Engine
+from pdkv.m3.layer_progress import LayerProgress, TellGroups, group_starts
 from pdkv.m3.model import M3Model
 from pdkv.m3.prefix_cache import seed_of
-from pdkv.m3.requests import EngineSettings
+from pdkv.m3.requests import EngineSettings, RequestId
 from pdkv.m3.step import StepRunner
 from pdkv.memory.arena import Arena
 from pdkv.memory.pages import PagePool
 from pdkv.memory.row import RowLayout
-from pdkv.schema import Incarnation
+from pdkv.schema import Incarnation, TransferId
 from pdkv.transport.base import Transport
 from pdkv.wire.channel import Channel, NoSecurity
 from pdkv.wire.messages import RankOffer
@@ -93,26 +94,41 @@ def assemble(settings: WorkerSettings, emit: Emit, others: OtherRanks, transport
         prefix_seed=seed_of(identity.manifest.model_fingerprint, share.layout.kv) if settings.prefix_cache else None,
         speculative_tokens=settings.speculative_tokens,
     )
+    loop: AgentLoop[object] = AgentLoop(channel, transport)
     return Assembly(
-        engine=Engine(RankedRunner(_runner(settings, share.model, arena, bounds), others), pool, bounds),
+        engine=Engine(RankedRunner(_runner(settings, share.model, arena, bounds, loop), others), pool, bounds),
         arena=arena,
         pool=pool,
         layout=share.layout,
         identity=identity,
         control=control,
         transport=describe(transport),
-        loop=AgentLoop(channel, transport),
+        loop=loop,
         agent=agent,  # type: ignore[arg-type]  # its own commands are all that its role posts
     )
 
 
-def _runner(settings: WorkerSettings, model: M3Model, arena: Arena, bounds: EngineSettings) -> StepRunner:
-    """Steps that only decode happen on a decode worker; on a GPU they are captured before anybody asks for one."""
-    decodes = settings.role == "decode"
-    shapes = DecodeShapes.of(bounds, model.config.block_size, arena.num_pages) if decodes else None
-    runner = StepRunner(model, arena, shapes)
+def _runner(
+    settings: WorkerSettings, model: M3Model, arena: Arena, bounds: EngineSettings, loop: AgentLoop[object]
+) -> StepRunner:
+    """Steps that only decode happen on a decode worker; on a GPU they are captured before anybody asks for one.
+
+    A prefill worker's steps tell its agent of layers that are ready, whatever the engine thread is at.
+    """
+    if settings.role == "prefill":
+        num_layers = model.config.num_layers
+        starts = _layer_groups(settings, num_layers)
+        return StepRunner(model, arena, progress=LayerProgress(starts, num_layers, model.device, _telling(loop)))
+    runner = StepRunner(model, arena, DecodeShapes.of(bounds, model.config.block_size, arena.num_pages))
     runner.prepare()
     return runner
+
+
+def _telling(loop: AgentLoop[object]) -> TellGroups:
+    def tell(request: RequestId, tokens: int, num_groups: int) -> None:
+        loop.post(RaiseWatermark(TransferId(request), tokens, now(), num_groups))
+
+    return tell
 
 
 def _load_all(settings: WorkerSettings, others: OtherRanks) -> RankShare:
@@ -148,7 +164,7 @@ def _identity(settings: WorkerSettings, incarnation: Incarnation, offers: tuple[
         incarnation=incarnation,
         offers=offers,
         digest=pairing_digest([offer.manifest for offer in offers]),
-        policy=session_policy(settings.lease_ttl_s),
+        policy=session_policy(settings.lease_ttl_s, _layer_groups(settings, offers[0].manifest.num_layers)),
     )
 
 
@@ -170,9 +186,14 @@ def new_incarnation() -> Incarnation:
     return Incarnation(secrets.randbits(64) | 1 << 56)
 
 
-def session_policy(lease_ttl_s: float) -> SessionPolicy:
+def session_policy(lease_ttl_s: float, layer_groups: tuple[int, ...] = (0,)) -> SessionPolicy:
     """A tenth of the lease as margin, four renewals in its life."""
-    return SessionPolicy(LeasePolicy(ttl_s=lease_ttl_s, margin_s=lease_ttl_s / 10, renew_every_s=lease_ttl_s / 4))
+    lease = LeasePolicy(ttl_s=lease_ttl_s, margin_s=lease_ttl_s / 10, renew_every_s=lease_ttl_s / 4)
+    return SessionPolicy(lease, layer_groups=layer_groups)
+
+
+def _layer_groups(settings: WorkerSettings, num_layers: int) -> tuple[int, ...]:
+    return group_starts(num_layers, settings.layer_groups)
 
 
 def advertised(endpoint: str, host: str) -> str:

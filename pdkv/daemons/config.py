@@ -94,6 +94,7 @@ def _refuse_reachable(name: str, address: str, insecure: bool, harm: str) -> Non
         )
 
 
+_LAYER_GROUPS = Field(ge=1, le=64, description="Parts in which a prompt's last chunk can be read, layers by layers.")
 _ADMIN = "Address of /livez, /readyz, /metrics and POST /drain; port 0 = any."
 AddressText = Annotated[str, AfterValidator(Address)]
 Urls = Annotated[tuple[Annotated[str, AfterValidator(_worker_url)], ...], NoDecode, BeforeValidator(_split_commas)]
@@ -232,6 +233,7 @@ class WorkerConfig(ServedConfig):
 class PrefillConfig(WorkerConfig):
     listen: Annotated[AddressText, Field(description="HTTP address, for the router.")] = Address("127.0.0.1:8100")
     admin_listen: Annotated[AddressText, Field(description=_ADMIN)] = Address("127.0.0.1:8190")
+    layer_groups: Annotated[int, _LAYER_GROUPS, _ADVANCED] = 4
     drain_timeout: Annotated[
         float,
         Field(gt=0, description="After SIGTERM: seconds in which pages wait to be pulled; default: a lease or 60."),
@@ -300,6 +302,7 @@ class UpConfig(ServedConfig):
     speculative_tokens: Annotated[
         int, Field(ge=0, le=7, description="Tokens that decode proposes by prompt lookup; 0 = none.")
     ] = 0
+    layer_groups: Annotated[int, _LAYER_GROUPS, _ADVANCED] = 4
     host: Annotated[str, Field(description="Host that the router listens on.")] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, description="Port that the router listens on; 0 = any.")] = 8000
     threads: Annotated[int, Field(ge=0, description="Torch threads of each worker; 0 = cores / workers.")] = 0

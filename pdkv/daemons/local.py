@@ -156,7 +156,9 @@ def _served_flags(config: ServedConfig) -> list[str]:
 
 def _rank_flags(config: UpConfig, role: str) -> list[str]:
     flags = ["--tp", str(config.prefill_tp if role == "prefill" else config.decode_tp)]
-    if role == "decode":
+    if role == "prefill":
+        flags += ["--layer-groups", str(config.layer_groups)]
+    else:
         flags += ["--speculative-tokens", str(config.speculative_tokens)]
     return [*flags, "--ep"] if config.ep else flags
 

@@ -10,6 +10,7 @@ from torch.nn import functional
 from pdkv.errors import CapacityError, ModelError
 from pdkv.m3.attention import KvViews, StepBatch, attend, attention_step, select, store
 from pdkv.m3.config import IndexScheduleOverride, M3Config, load_config
+from pdkv.m3.layer_progress import OnStored
 from pdkv.m3.layers import feed_forward, norm
 from pdkv.m3.operations import operations_for
 from pdkv.m3.parallel import SOLO, Group
@@ -59,12 +60,15 @@ class M3Model:
         return None if whole is None else whole[:, : self.config.vocab_size]
 
     @torch.no_grad()
-    def hidden(self, batch: StepBatch, cache: KvViews) -> Tensor:
+    def hidden(self, batch: StepBatch, cache: KvViews, on_stored: OnStored | None = None) -> Tensor:
         """One step: the wanted rows as lm_head takes them, [num_logits, hidden], the same bits on every rank.
 
         Collective: two sums a layer and one of embeddings.
         Writes k, v and index_k of the batch's tokens into their pages of ``cache``, then attends to them and to all
         that the pages held for earlier positions. Bytes of later positions are never looked at.
+
+        ``on_stored`` is called once a layer, in order, unless no row is wanted: with several ranks after the layer's
+        first sum, which none of them leaves before all have come to it, and so have stored.
         """
         config, weights = self.config, self._weights
         step = attention_step(batch, config, self._operations)
@@ -75,10 +79,14 @@ class M3Model:
             asked = store(self._normed(x, layer.input_norm), number, layer.attention, step, cache, config)
             if number == last and batch.logits_rows.numel() == 0:
                 break  # a chunk of a longer prompt: nobody reads what the last layer would say
+            if on_stored is not None and self.group.size == 1:
+                on_stored(number + 1)
             sparse = config.sparse_layers[number]
             if sparse:
                 blocks = select(asked, number, step, cache, config, blocks)
             x = x + self.group.sum(attend(asked, blocks if sparse else None, number, layer.attention, step, cache))
+            if on_stored is not None and self.group.size > 1:
+                on_stored(number + 1)
             x = x + self.group.sum(
                 feed_forward(self._normed(x, layer.post_attention_norm), layer.mlp, config, self._operations)
             )

@@ -7,6 +7,7 @@ import torch
 
 from pdkv.m3.config import M3Config
 from pdkv.m3.decode_graphs import MAX_QUERY_LEN, DecodeGraphs, DecodeShapes
+from pdkv.m3.layer_progress import LayerProgress
 from pdkv.m3.model import KvViews, M3Model, StepBatch
 from pdkv.m3.requests import PromptScored, RequestId, RequestRefused
 from pdkv.m3.run import NOT_FINITE, Run
@@ -49,10 +50,18 @@ class _Choice(NamedTuple):
 class StepRunner:
     """Steps of one rank's model over its cache, on the model's device. Collective: every rank runs the same steps."""
 
-    def __init__(self, model: M3Model, cache: KvViews, decode: DecodeShapes | None = None) -> None:
-        """``decode``: shapes in which steps that only decode run, on a device that replays them as CUDA graphs."""
+    def __init__(
+        self,
+        model: M3Model,
+        cache: KvViews,
+        decode: DecodeShapes | None = None,
+        progress: LayerProgress | None = None,
+    ) -> None:
+        """``decode``: shapes in which steps that only decode run, on a device that replays them as CUDA graphs.
+        ``progress``: told of layers as they are stored, on rank 0 of a worker that others read from."""
         self._model = model
         self._cache = cache
+        self._progress = progress
         self._graphs = DecodeGraphs(model, cache, decode) if decode is not None and model.can_capture else None
 
     def prepare(self) -> None:
@@ -69,7 +78,8 @@ class StepRunner:
         if self._graphs is not None and self._graphs.takes(runs):
             return self._decode(self._graphs, runs)
         device = self._model.device
-        hidden = self._model.hidden(step_batch(runs, device), self._cache)  # [num_rows, hidden]
+        on_stored = self._progress.of(runs) if self._progress is not None else None
+        hidden = self._model.hidden(step_batch(runs, device), self._cache, on_stored)  # [num_rows, hidden]
         rows = torch.split(hidden, [len(run.wanted_rows) for run in runs])
         choices = [choice for run in runs for choice in _choices(run)]
         behind = [mine[len(mine) - run.num_choices :] for run, mine in zip(runs, rows, strict=True)]

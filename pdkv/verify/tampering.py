@@ -84,10 +84,12 @@ class WitnessTransport(Transport):
         rows = rows_of(batch, arena.layout.pitch)
         pages = (rows.local - arena.memory.address) // arena.layout.pitch
         sources = rows.remote // arena.layout.pitch
-        self.rows += [RowPair(int(s), int(p)) for s, p in zip(sources, pages, strict=True)]
+        pairs = [RowPair(int(s), int(p)) for s, p in zip(sources, pages, strict=True)]
+        self.rows = list(dict.fromkeys([*self.rows, *pairs]))  # layer groups of a block come one after another
         mutation = self._mutation
         if mutation is not None and mutation.kind is Kind.DROP:
-            batch = without_region(rows, arena.layout, mutation.region)
+            within = (rows.local - arena.memory.address) % arena.layout.pitch
+            batch = without_region(rows, within, arena.layout, mutation.region)
         read = self._inner.submit(peer, batch)
         self._posted[read] = pages
         return read
@@ -149,8 +151,9 @@ def rows_of(batch: ReadBatch, pitch: int) -> ReadBatch:
     )
 
 
-def without_region(rows: ReadBatch, layout: RowLayout, region: str) -> ReadBatch:
-    """Whole rows with every slot of one region cut out."""
+def without_region(rows: ReadBatch, within: Int64Array, layout: RowLayout, region: str) -> ReadBatch:
+    """Spans of single rows, which begin ``within`` bytes behind their rows' starts, with every slot of one region cut
+    out."""
     kept: list[tuple[int, int]] = []
     for slot in layout.slots:
         if slot.spec.name == region:
@@ -159,13 +162,16 @@ def without_region(rows: ReadBatch, layout: RowLayout, region: str) -> ReadBatch
             kept[-1] = (kept[-1][0], slot.offset + slot.num_bytes)
         else:
             kept.append((slot.offset, slot.offset + slot.num_bytes))
-    starts = np.array([start for start, _ in kept], dtype=np.int64)
-    lengths = np.array([stop - start for start, stop in kept], dtype=np.int64)
+    # Of each span what each run of kept slots has in common with it: [num_spans, num_kept].
+    starts = np.maximum(np.array([start for start, _ in kept], dtype=np.int64), within[:, None])
+    stops = np.minimum(np.array([stop for _, stop in kept], dtype=np.int64), (within + rows.length)[:, None])
+    span, run = np.nonzero(stops > starts)
+    skipped = starts[span, run] - within[span]
     return ReadBatch(
-        memory=np.repeat(rows.memory, len(kept)),
-        remote=(rows.remote[:, None] + starts).ravel(),
-        local=(rows.local[:, None] + starts).ravel(),
-        length=np.tile(lengths, rows.num_spans),
+        memory=rows.memory[span],
+        remote=rows.remote[span] + skipped,
+        local=rows.local[span] + skipped,
+        length=(stops - starts)[span, run],
     )
 
 

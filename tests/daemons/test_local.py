@@ -98,5 +98,7 @@ def test_each_role_gets_its_own_number_of_ranks() -> None:
     assert (_value(prefill, "--tp"), _value(decode, "--tp")) == ("2", "4")
     assert _value(decode, "--speculative-tokens") == "3"
     assert "--speculative-tokens" not in prefill
+    assert _value(prefill, "--layer-groups") == "4"
+    assert "--layer-groups" not in decode
     assert "--ep" in prefill
     assert "--ep" in decode

@@ -69,11 +69,31 @@ def test_runs_are_cut_into_rows_and_a_region_is_cut_out_of_them() -> None:
     rows = rows_of(batch, layout.pitch)
     assert rows.remote.tolist() == [5 * layout.pitch, 6 * layout.pitch, 7 * layout.pitch]
     assert rows.local.tolist() == [1000, 1000 + layout.pitch, 1000 + 2 * layout.pitch]
-    left = without_region(rows, layout, "v")
-    touched = np.zeros(3 * layout.pitch, dtype=int)
-    for start, length in zip(left.local - 1000, left.length, strict=True):
-        touched[start : start + length] += 1
+    left = without_region(rows, np.zeros(3, dtype=np.int64), layout, "v")
+    touched = touches(left, 1000, 3 * layout.pitch)
     for row in range(3):
         for slot in layout.slots:
             where = slice(row * layout.pitch + slot.offset, row * layout.pitch + slot.offset + slot.num_bytes)
             assert (touched[where] == (slot.spec.name != "v")).all()
+
+
+def test_a_region_is_cut_out_of_a_layer_group_of_a_row() -> None:
+    layout = RowLayout.of(make_layout(num_layers=2, num_dense=1, num_kv_heads=2, head_dim=16))
+    wanted = [slot for slot in layout.slots if slot.spec.layer == 1]
+    within = np.array([slot.offset for slot in wanted], dtype=np.int64)
+    length = np.array([slot.num_bytes for slot in wanted], dtype=np.int64)
+    rows = ReadBatch(np.zeros_like(within), 7 * layout.pitch + within, 1000 + within, length)
+    left = without_region(rows, within, layout, "k")
+    assert (left.local - 1000 == left.remote - 7 * layout.pitch).all()
+    touched = touches(left, 1000, layout.pitch)
+    for slot in layout.slots:
+        where = slice(slot.offset, slot.offset + slot.num_bytes)
+        assert (touched[where] == (slot in wanted and slot.spec.name != "k")).all()
+
+
+def touches(batch: ReadBatch, base: int, size: int) -> np.ndarray:
+    """How often a batch writes each byte behind ``base``."""
+    touched = np.zeros(size, dtype=int)
+    for start, length in zip(batch.local - base, batch.length, strict=True):
+        touched[start : start + length] += 1
+    return touched
