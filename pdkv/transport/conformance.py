@@ -39,9 +39,11 @@ def make_inproc(argument: str) -> Transport:
 
 
 def make_ucx(argument: str) -> Transport:
-    """Factory of ``ucx``: the argument is UCX's list of transports; empty = the default."""
+    """Factory of ``ucx``: the argument is UCX's list of transports, or ``UcxOptions`` as JSON; empty = the default."""
     from pdkv.transport.ucx import UcxOptions, UcxTransport  # noqa: PLC0415
 
+    if argument.startswith("{"):
+        return UcxTransport(msgspec.json.decode(argument, type=UcxOptions))
     return UcxTransport(UcxOptions(tls=argument or None))
 
 
