@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from pdkv_kernels.swigluoai_ref import swigluoai_ref
+from pdkv_kernels.moe_combine import moe_combine
+from pdkv_kernels.swigluoai import swigluoai
 
 
 def moe_grouped(
@@ -29,13 +30,10 @@ def moe_grouped(
     # How many pairs belong to an expert or to one before it: where its group ends.
     ends = torch.searchsorted(sorted_ids, torch.arange(held, device=x.device), right=True).int()
     both = torch._grouped_mm(x[order // k], gate_up.transpose(1, 2), offs=ends)  # [num_rows * k, 2 * size]
-    hidden = swigluoai_ref(both, *activation).to(x.dtype)
-    results = torch._grouped_mm(hidden, down.transpose(1, 2), offs=ends).float()
-    # Rows behind the last group hold whatever the memory held, NaN too: they are replaced, not multiplied.
-    ours = (sorted_ids < held)[:, None]
-    results = torch.where(ours, results * weights.flatten()[order, None], 0.0)
-    by_row = torch.empty_like(results).index_copy_(0, order, results)
-    return by_row.view(num_rows, k, -1).sum(dim=1)
+    results = torch._grouped_mm(swigluoai(both, *activation), down.transpose(1, 2), offs=ends)
+    # Rows behind the last group hold whatever the memory held, NaN too: they are never looked at.
+    places = torch.empty_like(order).scatter_(0, order, torch.arange(num_rows * k, device=x.device))
+    return moe_combine(results, places, weights, ends[-1:])
 
 
 def can_group(x: Tensor, gate_up: Tensor, down: Tensor) -> bool:

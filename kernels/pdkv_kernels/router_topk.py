@@ -6,6 +6,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
+from pdkv_kernels.swigluoai import sigmoid
+
 _FUSED_FROM = 1024
 """Rows from which product and choice are one kernel; with fewer, too few programs would share the product."""
 _ROWS_CHOSEN = 4
@@ -47,7 +49,7 @@ def _store_best(
 ):  # fmt: skip
     """The K best of each row of float32 [rows, EXPERTS_P], best first, equal ones by number."""
     expert = tl.arange(0, EXPERTS_P)
-    scores = 1.0 / (1.0 + tl.exp(-logits))
+    scores = sigmoid(logits)
     biased = scores + tl.load(bias + expert, mask=expert < EXPERTS, other=0.0)[None, :] + 0.0  # no -0
     bits = biased.to(tl.int32, bitcast=True)
     rank = tl.where(bits < 0, -(bits & 0x7FFFFFFF), bits)

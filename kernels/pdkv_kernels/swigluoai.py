@@ -31,6 +31,13 @@ def swigluoai(gate_up: Tensor, alpha: float, limit: float, beta: float) -> Tenso
 
 
 @triton.jit
+def sigmoid(x):
+    """1 / (1 + e^-x), without overflow on either side."""
+    power = tl.exp(-tl.abs(x))
+    return tl.where(x < 0.0, power, 1.0) / (1.0 + power)
+
+
+@triton.jit
 def _swigluoai(
     gate_up, out, row_stride, size, alpha, limit, beta,
     COLUMNS: tl.constexpr, TYPE: tl.constexpr, PORTABLE: tl.constexpr,
@@ -44,5 +51,5 @@ def _swigluoai(
     gate = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
     up = tl.minimum(up, limit, propagate_nan=tl.PropagateNan.ALL)
     up = tl.maximum(up, -limit, propagate_nan=tl.PropagateNan.ALL)
-    gated = gate * (1.0 / (1.0 + tl.exp(-alpha * gate))) * (up + beta)
+    gated = gate * sigmoid(alpha * gate) * (up + beta)
     tl.store(out + row * size + column, round_once(gated, "float", TYPE, PORTABLE), mask=there)

@@ -9,6 +9,8 @@ ACTIVATION = (1.702, 7.0, 1.0)
 NUM_EXPERTS, HIDDEN, SIZE, TOP = 8, 64, 48, 3
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU: torch sees none")
+# Behind the groups lies garbage, and numpy, which the interpreter computes with, warns of it.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])]
 
 
