@@ -1,10 +1,10 @@
 """Decode steps in fixed shapes on a GPU: captured once as CUDA graphs, replayed with whatever the buffers hold.
 
-A step takes one copy to the device (numbers of sequences, their new tokens, their page tables), one replay, one copy
-back (tokens, log-probabilities) and one wait. Everything else a step needs is computed on the device, inside the graph.
+A step takes one copy to the device (numbers of sequences, their new tokens), one for each page table that has changed,
+one replay, and one copy back (tokens, log-probabilities). Everything else a step needs is computed on the device, in
+the graph. The next step may be launched before anybody has read this one's tokens: it takes them from the device.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from pdkv.m3.attention import KvViews, StepBatch
+from pdkv.m3.decode_rows import BEHIND, END, START, TOKENS, DecodeRows, Numbers
 from pdkv.m3.model import M3Model
 from pdkv.m3.requests import EngineSettings
 from pdkv.m3.run import Run
+from pdkv.m3.sampling import Sample
 
 MAX_QUERY_LEN = 8
-_END, _START, _TOKENS = 0, 1, 2
-"""Columns of a sequence's row in the buffer; its page table follows its tokens."""
 _ROWS_AT_ONCE = 64
 """Rows of logits held at once inside a step."""
 
@@ -45,29 +45,57 @@ class DecodeShapes:
         return cls(tuple(sorted(sizes)), tuple(sorted(query_lens)), blocks)
 
 
-class Chosen(NamedTuple):
-    """The greedy choice behind one row."""
-
-    token: int
-    logprob: float
-    finite: bool
-    """Whether all logits are; else the other two mean nothing."""
-
-
-class DecodeResult(NamedTuple):
-    chosen: list[Chosen]
-    """One for each token of each run, in order."""
-    hidden: Tensor  # [one row for each of ``chosen``, hidden], as lm_head takes it
-    """Valid until the next step."""
-
-
 class _Step(NamedTuple):
-    told: Tensor  # float64 [batch * query_len, 3], fields of ``Chosen``
-    hidden: Tensor  # [batch * query_len, hidden]
+    told: Tensor  # float64 [batch * query_len, 3]: token, log-probability, 1 where all logits are finite
+    hidden: Tensor  # [batch * query_len, hidden], as lm_head takes it
+
+
+class _Side:
+    """What the host writes for a step and reads of it. There are two: one is written while the other is copied."""
+
+    def __init__(self, shapes: "DecodeShapes", device: torch.device) -> None:
+        most, longest = shapes.batch_sizes[-1], shapes.query_lens[-1]
+        # Pinned, or a copy would wait for the device and be no part of the stream's order.
+        on_gpu = device.type == "cuda"
+        self.numbers = torch.zeros(most, TOKENS + longest, dtype=torch.int32, pin_memory=on_gpu)
+        self.tables = torch.zeros(most, shapes.max_blocks, dtype=torch.int32, pin_memory=on_gpu)
+        self.told = torch.zeros(most * longest, 3, dtype=torch.float64, pin_memory=on_gpu)
+        self.rows: Numbers = self.numbers.numpy()
+        self.table_rows: Numbers = self.tables.numpy()
+        self.ended = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
+        self.is_in_use = False
+
+
+class DecodeInFlight:
+    """A step that the device may still be at. Owned by the engine thread."""
+
+    def __init__(self, side: _Side, step: _Step, rows: list[int]) -> None:
+        """``rows``: of ``step``, one for each token of each run, in order."""
+        self._side = side
+        self._step = step
+        self._rows = rows
+
+    def wait(self) -> list[Sample | None]:
+        """The greedy choice behind each token of each run, in order; None where the logits are not finite. Called once;
+        when it returns, the step's writes into the cache are done."""
+        side = self._side
+        if side.ended is not None:
+            side.ended.synchronize()
+        told = side.told[: self._step.told.shape[0]].tolist()
+        side.is_in_use = False
+        samples: list[Sample | None] = []
+        for row in self._rows:
+            token, logprob, finite = told[row]
+            samples.append(Sample(int(token), logprob) if finite else None)
+        return samples
+
+    def hidden(self, which: Sequence[int] | None = None) -> Tensor:  # [len(which), hidden], as lm_head takes it
+        """Rows behind the tokens ``which``, counted over all runs; None: behind all. Only until the next launch."""
+        return self._step.hidden[self._rows if which is None else [self._rows[token] for token in which]]
 
 
 class DecodeGraphs:
-    """Decode steps of one model over one cache. Owned by the engine thread, as are its buffers; one step at a time.
+    """Decode steps of one model over one cache. Owned by the engine thread, as are its buffers; two steps at a time.
 
     ``replays`` false: the same shapes and operations, one by one, on any device. Other threads of the process may use
     the device while a graph is captured, as long as they wait for nothing but their own work.
@@ -81,24 +109,23 @@ class DecodeGraphs:
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, _Step]] = {}
         self._pool = torch.cuda.graph_pool_handle() if replays else None
         most, longest = shapes.batch_sizes[-1], shapes.query_lens[-1]
-        self._table = _TOKENS + longest
-        size = (most, self._table + shapes.max_blocks)
-        # Pinned, or the copy would wait for the device and be no part of the stream's order.
-        self._on_gpu = model.device.type == "cuda"
-        self._staged = torch.zeros(size, dtype=torch.int32, pin_memory=self._on_gpu)
-        self._rows = self._staged.numpy()
-        self._pages: list[tuple[int, ...]] = [() for _ in range(most)]  # what each row's page table was filled from
-        self._inputs = torch.zeros(size, dtype=torch.int32, device=model.device)
-        self._told = torch.zeros(most * longest, 3, dtype=torch.float64, pin_memory=self._on_gpu)
+        self._sides = (_Side(shapes, model.device), _Side(shapes, model.device))
+        self._rows = DecodeRows(most)
+        self._numbers = torch.zeros(most, TOKENS + longest, dtype=torch.int32, device=model.device)
+        self._tables = torch.zeros(most, shapes.max_blocks, dtype=torch.int32, device=model.device)
+        self._last = torch.zeros(most, dtype=torch.int32, device=model.device)
+        """What the latest step chose behind each sequence's last token."""
 
     def takes(self, runs: Sequence[Run]) -> bool:
-        """Whether ``run`` can: a token is wanted behind every row, and there is a shape for them."""
-        return 0 < len(runs) <= self._shapes.batch_sizes[-1] and all(
-            run.num_choices == len(run.tokens) <= self._shapes.query_lens[-1]
-            and len(run.pages) <= self._shapes.max_blocks
-            and not run.targets
-            for run in runs
-        )
+        """Whether ``launch`` can: a token is wanted behind every row, and there is a shape for them."""
+        longest, widest = self._shapes.query_lens[-1], self._shapes.max_blocks
+        if not 0 < len(runs) <= self._shapes.batch_sizes[-1]:
+            return False
+        for run in runs:
+            wanted = run.sampling is not None and 1 + run.num_drafts == len(run.tokens) <= longest
+            if not wanted or run.targets or len(run.pages) > widest:
+                return False
+        return True
 
     @torch.inference_mode()
     def prepare(self) -> None:
@@ -108,51 +135,48 @@ class DecodeGraphs:
                 self._captured(batch, query_len)
 
     @torch.inference_mode()
-    def run(self, runs: Sequence[Run]) -> DecodeResult:
-        """One step of runs that ``takes`` accepts; when it returns, its writes into the cache are done."""
-        longest = max(len(run.tokens) for run in runs)
+    def launch(self, runs: Sequence[Run]) -> DecodeInFlight:
+        """One step of runs that ``takes`` accepts. One other may be in flight: runs may take its tokens for theirs."""
+        longest = max([len(run.tokens) for run in runs])
         query_len = next(n for n in self._shapes.query_lens if n >= longest)
         batch = next(n for n in self._shapes.batch_sizes if n >= len(runs))
-        self._fill(runs, batch, query_len)
-        self._inputs[:batch].copy_(self._staged[:batch], non_blocking=True)
+        side = self._free_side()
+        places = self._rows.enter(runs, side.rows, query_len)
+        side.rows[len(runs) : batch] = 0
+        side.rows[len(runs) : batch, BEHIND] = -1
+        self._numbers[:batch].copy_(side.numbers[:batch], non_blocking=True)
+        for row, pages in self._rows.new_pages(runs):
+            side.table_rows[row, : len(pages)] = pages
+            self._tables[row, : len(pages)].copy_(side.tables[row, : len(pages)], non_blocking=True)
         if self._replays:
             graph, step = self._captured(batch, query_len)
             graph.replay()
         else:
             step = self._compute(batch, query_len)
-        told = self._told[: step.told.shape[0]]
-        told.copy_(step.told, non_blocking=True)
-        if self._on_gpu:
-            torch.cuda.current_stream(self._model.device).synchronize()
-        return self._result(runs, query_len, told.tolist(), step.hidden)
+        side.told[: step.told.shape[0]].copy_(step.told, non_blocking=True)
+        if side.ended is not None:
+            side.ended.record(torch.cuda.current_stream(self._model.device))
+        return DecodeInFlight(side, step, _step_rows(runs, places, query_len))
 
-    def _fill(self, runs: Sequence[Run], batch: int, query_len: int) -> None:
-        """A run of fewer tokens than ``query_len`` has them last: rows before them repeat what is stored already."""
-        rows, count = self._rows, len(runs)
-        rows[:count, _END] = [run.end for run in runs]
-        rows[:count, _START] = [run.start for run in runs]
-        rows[count:batch, : self._table] = 0
-        begin = _TOKENS + query_len
-        if all(len(run.tokens) == query_len for run in runs):
-            rows[:count, _TOKENS:begin] = [run.tokens for run in runs]
-        else:
-            for i, run in enumerate(runs):
-                rows[i, begin - len(run.tokens) : begin] = run.tokens
-        for i, run in enumerate(runs):
-            if run.pages != self._pages[i]:
-                rows[i, self._table : self._table + len(run.pages)] = run.pages
-                self._pages[i] = run.pages
+    def _free_side(self) -> _Side:
+        """What the host writes now, no copy reads any more: the step that had this side has been waited for."""
+        side = next((side for side in self._sides if not side.is_in_use), None)
+        assert side is not None, "two steps are in flight"
+        side.is_in_use = True
+        return side
 
     def _captured(self, batch: int, query_len: int) -> tuple[torch.cuda.CUDAGraph, _Step]:
         found = self._graphs.get((batch, query_len))
         if found is not None:
             return found
         device = self._model.device
+        last = self._last.clone()  # a step that is tried out must not choose what the real one begins with
         aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         aside.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(aside):  # what compiles, loads or measures itself at first use does so here
             self._compute(batch, query_len)
         torch.cuda.current_stream(device).wait_stream(aside)
+        self._last.copy_(last)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             step = self._compute(batch, query_len)
@@ -161,24 +185,29 @@ class DecodeGraphs:
 
     def _compute(self, batch: int, query_len: int) -> _Step:
         """All from the buffers, nothing from the host: this is what a graph holds."""
-        rows = self._inputs[:batch]
+        rows = self._numbers[:batch]
         device = rows.device
         before = torch.arange(-query_len, 0, device=device)  # [query_len]
-        positions = rows[:, _END, None] + before  # int64 [batch, query_len]; negative where there is no token
+        positions = rows[:, END, None] + before  # int64 [batch, query_len]; negative where there is no token
+        behind = rows[:, BEHIND]
+        tokens = rows[:, TOKENS : TOKENS + query_len].clone()
+        tokens[:, -1] = torch.where(behind >= 0, self._last[behind.clamp(min=0)], tokens[:, -1])
         hidden = self._model.hidden(
             StepBatch(
-                token_ids=rows[:, _TOKENS : _TOKENS + query_len].long().flatten(),
+                token_ids=tokens.long().flatten(),
                 positions=positions.flatten(),
                 query_starts=torch.arange(0, batch * query_len + 1, query_len, dtype=torch.int32, device=device),
-                context_lens=rows[:, _END] - query_len,
-                page_table=rows[:, self._table :],
+                context_lens=rows[:, END] - query_len,
+                page_table=self._tables[:batch],
                 logits_rows=torch.arange(batch * query_len, device=device),
                 query_len=query_len,
-                stored_from=rows[:, _START],
+                stored_from=rows[:, START],
             ),
             self._cache,
         )
-        return _Step(torch.cat([self._greedy(some) for some in torch.split(hidden, _ROWS_AT_ONCE)]), hidden)
+        told = torch.cat([self._greedy(some) for some in torch.split(hidden, _ROWS_AT_ONCE)])
+        self._last[:batch] = told[query_len - 1 :: query_len, 0].int()
+        return _Step(told, hidden)
 
     def _greedy(self, hidden: Tensor) -> Tensor:  # [num_rows, hidden] -> float64 [num_rows, 3]
         """Of equal logits the lowest token, as everywhere."""
@@ -189,9 +218,10 @@ class DecodeGraphs:
         finite = logits.isfinite().all(dim=-1)
         return torch.stack((token.double(), logprob.double(), finite.double()), dim=1)
 
-    def _result(self, runs: Sequence[Run], query_len: int, told: list[list[float]], hidden: Tensor) -> DecodeResult:
-        rows = [(i + 1) * query_len - left for i, run in enumerate(runs) for left in range(len(run.tokens), 0, -1)]
-        chosen = [Chosen(int(told[row][0]), told[row][1], told[row][2] == 1.0) for row in rows]
-        assert not any(math.isnan(c.logprob) for c in chosen if c.finite), "finite logits have a finite best"
-        wanted = hidden[: len(rows)] if len(rows) == len(runs) * query_len else hidden[rows]
-        return DecodeResult(chosen, wanted)
+
+def _step_rows(runs: Sequence[Run], places: Sequence[int], query_len: int) -> list[int]:
+    """Of each token of each run, in order: a sequence's tokens are the last of its rows."""
+    if query_len == 1:
+        return list(places)
+    ends = [(place + 1) * query_len for place in places]
+    return [row for run, end in zip(runs, ends, strict=True) for row in range(end - len(run.tokens), end)]

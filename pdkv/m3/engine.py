@@ -1,5 +1,7 @@
 """The engine: schedule, run, postprocess; the same code prefills, decodes, and serves undivided."""
 
+from typing import NamedTuple
+
 from pdkv.m3.logprobs import NO_TOP, TopLogprobs
 from pdkv.m3.requests import (
     EngineEvent,
@@ -10,10 +12,15 @@ from pdkv.m3.requests import (
     RequestId,
     RequestRefused,
 )
-from pdkv.m3.run import TokenBounds
+from pdkv.m3.run import Run, TokenBounds
 from pdkv.m3.scheduler import Scheduler
-from pdkv.m3.step import Runner
+from pdkv.m3.step import Runner, StepInFlight
 from pdkv.memory.pages import PagePool
+
+
+class _Flight(NamedTuple):
+    runs: list[Run]
+    step: StepInFlight
 
 
 class Engine:
@@ -22,11 +29,18 @@ class Engine:
     Nothing here knows where a prompt's state comes from: a ``DecodeRequest`` gets pages, somebody fills them,
     ``resume`` says that they are full.
 
+    Where the runner can, the step behind is launched before anybody waits for the one in flight: while the device
+    computes, the host accounts for the step before. What a step chose is told one step later then, and nothing else
+    differs.
+
     Every request that is not refused ends once: by ``RequestFinished``, or by the caller's ``release``.
     """
 
     def __init__(self, runner: Runner, pool: PagePool, settings: EngineSettings) -> None:
         self._runner = runner
+        self._overlaps = settings.overlap and runner.overlaps
+        self._in_flight: _Flight | None = None
+        """Launched behind the last step that was waited for."""
         self._num_steps = 0
         config = runner.config
         self._scheduler = Scheduler(
@@ -56,7 +70,8 @@ class Engine:
     def release(self, request_id: RequestId) -> None:
         """Give back everything of a request at whatever stage. Idempotent; an unknown id is harmless.
 
-        The caller vouches that nobody reads or writes the pages any more.
+        The caller vouches that nobody else reads or writes the pages any more. What a step in flight writes to is free
+        when that step has ended.
         """
         self._scheduler.release(request_id)
 
@@ -67,22 +82,28 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """``step`` would do something now. False with requests queued means: until a release makes room."""
-        return self._scheduler.can_run or self._scheduler.can_admit
+        return self._in_flight is not None or self._scheduler.can_run or self._scheduler.can_admit
 
     def step(self) -> list[EngineEvent]:
-        """Run one batch; ``[]`` when idle.
+        """Run one batch, or wait for one that runs; ``[]`` when idle.
 
         A step that finds room for queued requests returns at once, so that a reservation never waits for a batch.
         """
         admitted = self._scheduler.admit()
         if admitted:
             return admitted
-        runs = self._scheduler.schedule()
-        if not runs:
+        flight = self._in_flight or self._launch()
+        if flight is None:
             return []
-        samples, scored = self._runner.run(runs)
+        self._in_flight = self._launch() if self._overlaps else None
+        samples, scored = flight.step.wait()
         self._num_steps += 1
-        return self._withhold(scored, [*scored.values(), *self._scheduler.complete(runs, samples)])
+        events = self._scheduler.complete(flight.runs, samples)
+        return self._withhold(scored, [*scored.values(), *events]) if scored else events
+
+    def _launch(self) -> _Flight | None:
+        runs = self._scheduler.schedule()
+        return _Flight(runs, self._runner.launch(runs)) if runs else None
 
     def statistics(self) -> EngineStatistics:
         return self._scheduler.statistics(num_steps=self._num_steps)

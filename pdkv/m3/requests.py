@@ -26,6 +26,8 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     """What names of cached pages hang on besides tokens (``prefix_cache.seed_of``). None: nothing is cached."""
     speculative_tokens: int = 0
     """Most tokens that are proposed by prompt lookup and verified in one step; 0: decode one by one."""
+    overlap: bool = True
+    """Launch a step that only decodes before the last one's tokens are known here, where runner and requests allow."""
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "prefill_chunk", "max_batch", "max_queued"):
@@ -118,7 +120,7 @@ class PrefillFinished(msgspec.Struct, frozen=True):
     top: TopLogprobs = NO_TOP
 
 
-class TokenGenerated(msgspec.Struct, frozen=True):
+class TokenGenerated(msgspec.Struct, frozen=True, gc=False):
     """One generated token of a ``DecodeRequest`` or ``CompleteRequest``, the first included."""
 
     id: RequestId
@@ -128,7 +130,7 @@ class TokenGenerated(msgspec.Struct, frozen=True):
 
 
 class RequestFinished(msgspec.Struct, frozen=True):
-    """The end of a ``DecodeRequest`` or ``CompleteRequest``; its pages are already free again."""
+    """The end of a ``DecodeRequest`` or ``CompleteRequest``; its pages are free, or once the step in flight ends."""
 
     id: RequestId
     reason: FinishReason

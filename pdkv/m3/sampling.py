@@ -32,7 +32,7 @@ class SamplingParams(msgspec.Struct, frozen=True):
             raise RequestError(f"seed is {self.seed}, must fit {_SEED_BITS} bits", param="seed")
 
 
-class Sample(msgspec.Struct, frozen=True):
+class Sample(msgspec.Struct, frozen=True, gc=False):
     """A chosen token, and log-probabilities under the plain softmax (temperature 1, every token)."""
 
     token: int

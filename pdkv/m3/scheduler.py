@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Sequence as SequenceOf
 from itertools import islice
+from typing import NamedTuple
 
 from pdkv.errors import RequestError
 from pdkv.m3.chunks import share_chunk
@@ -31,6 +32,14 @@ from pdkv.memory.pages import PagePool
 __all__ = ["NOT_FINITE", "Run", "Scheduler", "TokenBounds"]
 
 
+class _UnderWay(NamedTuple):
+    """A step from ``schedule`` to ``complete``."""
+
+    sequences: list[Sequence]
+    """One for each of its runs, in order; an id may be another request's by then."""
+    only_decodes: bool
+
+
 class Scheduler:
     """Continuous batching without preemption. Owned by the engine thread, as is the pool.
 
@@ -41,6 +50,10 @@ class Scheduler:
 
     Full pages of computed tokens are kept in the pool under the names of what is in them, and taken from there by
     requests that begin with the same tokens; nobody writes to them again.
+
+    A step is under way from ``schedule`` to ``complete``. A second one may be scheduled behind it: then tokens that the
+    first is choosing are not known yet, and what of them ends a request is found when the second is under way already.
+    That one computes the request once more, for nothing: its choice is dropped, and the pages are held until it ends.
     """
 
     def __init__(self, pool: PagePool, settings: EngineSettings, bounds: TokenBounds) -> None:
@@ -52,6 +65,7 @@ class Scheduler:
         self._queue: deque[RequestId] = deque()
         self._prefilling: dict[RequestId, Sequence] = {}
         self._decoding: dict[RequestId, Sequence] = {}
+        self._under_way: deque[_UnderWay] = deque()
         self._num_blocks_found = self._num_blocks_missed = 0
         self._num_drafts = self._num_drafts_accepted = 0
 
@@ -103,7 +117,8 @@ class Scheduler:
         return events + self.admit()
 
     def release(self, request_id: RequestId) -> None:
-        """Forget a request at whatever stage and let go of its pages. Idempotent; never called during a step."""
+        """Forget a request at whatever stage; let go of its pages, as soon as no step under way computes it.
+        Idempotent."""
         sequence = self._sequences.pop(request_id, None)
         if sequence is None:
             return
@@ -111,7 +126,9 @@ class Scheduler:
             self._queue.remove(request_id)
         self._prefilling.pop(request_id, None)
         self._decoding.pop(request_id, None)
-        self._pool.free(sequence.held)
+        sequence.stage = Stage.RELEASED
+        if not sequence.num_under_way:
+            self._pool.free(sequence.held)
 
     def empty_cache(self) -> None:
         """Keep nothing for later requests: neither what is kept now nor what running requests hold."""
@@ -120,33 +137,67 @@ class Scheduler:
             sequence.keep_nothing()
 
     def schedule(self) -> list[Run]:
-        """The next step: every decode that has a slot, then one chunk of prompt tokens. Changes nothing."""
+        """The next step: every decode that has a slot, then one chunk of prompt tokens. It is under way until
+        ``complete``; ``[]`` is no step.
+
+        Behind a step that is under way: ``[]`` unless all that it chooses is chosen greedily and nothing but decodes
+        are to follow.
+        """
+        if self._under_way and not self._can_follow():
+            return []
         most_drafts = self._settings.speculative_tokens
-        runs = [s.decode_run(most_drafts) for s in islice(self._decoding.values(), self._settings.max_batch)]
+        # What ends by its length is known to end, whatever its last token will be.
+        going = (sequence for sequence in self._decoding.values() if not sequence.ends_under_way)
+        sequences = list(islice(going, self._settings.max_batch))
+        runs = [sequence.decode_run(most_drafts) for sequence in sequences]
         prompts = list(self._prefilling.values())
         shares = share_chunk([prompt.num_prompt_left for prompt in prompts], self._settings.prefill_chunk)
-        runs += [prompt.prompt_run(share) for prompt, share in zip(prompts, shares, strict=True) if share]
-        for run in runs:
-            written = self._sequences[run.id].pages_written(run)
-            assert all(self._pool.is_writable(page) for page in written), f"{written} are shared, or kept"
+        for prompt, share in zip(prompts, shares, strict=True):
+            if share:
+                sequences.append(prompt)
+                runs.append(prompt.prompt_run(share))
+        for place, (sequence, run) in enumerate(zip(sequences, runs, strict=True)):
+            for page in sequence.pages_written(run):
+                assert self._pool.is_writable(page), f"page {page} is shared, or kept"
+            sequence.place = place
+            sequence.num_under_way += 1
+        if runs:
+            self._under_way.append(_UnderWay(sequences, not prompts))
         return runs
 
+    def _can_follow(self) -> bool:
+        """A second step can be known now: where its tokens come from, if not what they are."""
+        first = self._under_way[0]
+        return (
+            len(self._under_way) == 1
+            and not self._prefilling
+            and not self._settings.speculative_tokens  # what to propose hangs on the tokens
+            and first.only_decodes
+            and all(sequence.decodes_plainly for sequence in first.sequences)
+        )
+
     def complete(self, runs: SequenceOf[Run], samples: SequenceOf[Sample | None]) -> list[EngineEvent]:
-        """Account for a step: ``samples`` are ``num_choices`` of each run, in order; ``None`` is what cannot be chosen
-        because the model's output is not finite, and ends the request."""
+        """Account for the oldest step under way: ``samples`` are ``num_choices`` of each run, in order; ``None`` is
+        what cannot be chosen because the model's output is not finite, and ends the request."""
+        if not runs:
+            return self.admit()
         events: list[EngineEvent] = []
-        chosen = iter(samples)
-        for run in runs:
-            sequence = self._sequences[run.id]
-            mine = [next(chosen) for _ in range(run.num_choices)]
-            if sequence.stage is Stage.PREFILLING:
+        num_seen = 0
+        for run, sequence in zip(runs, self._under_way.popleft().sequences, strict=True):
+            assert run.id == sequence.request.id, "steps end in the order in which they were scheduled"
+            mine = samples[num_seen : num_seen + run.num_choices]
+            num_seen += run.num_choices
+            sequence.num_under_way -= 1
+            if sequence.stage is Stage.DECODING:
+                events += self._verify(sequence, run, mine)
+            elif sequence.stage is Stage.PREFILLING:
                 sequence.num_computed = run.end
                 events.append(PrefillProgress(run.id, run.end))
                 if mine:
-                    events.extend(self._accept(sequence, mine[0]))
-            else:
-                events.extend(self._verify(sequence, run, mine))
-        assert not list(chosen), "more samples than runs that wanted one"
+                    events += self._accept(sequence, mine[0])
+            elif not sequence.num_under_way:  # released meanwhile
+                self._pool.free(sequence.held)
+        assert num_seen == len(samples), "more samples than runs that wanted one"
         return events + self.admit()
 
     @property
@@ -202,7 +253,7 @@ class Scheduler:
                 sequence.twins[block] = kept
             sequence.num_kept = block + 1
 
-    def _verify(self, sequence: Sequence, run: Run, samples: list[Sample | None]) -> list[EngineEvent]:
+    def _verify(self, sequence: Sequence, run: Run, samples: SequenceOf[Sample | None]) -> list[EngineEvent]:
         """Accept tokens up to the first that differs from what was proposed in its place.
 
         A sample hangs on seed and position alone, so each is the token that decoding one by one would have chosen.
@@ -214,7 +265,7 @@ class Scheduler:
         for i, sample in enumerate(samples):
             sequence.num_computed = run.start + i + 1
             events += self._accept(sequence, sample)
-            if run.id not in self._sequences or i == len(drafts) or sequence.tokens[-1] != drafts[i]:
+            if sequence.stage is not Stage.DECODING or i == len(drafts) or sequence.tokens[-1] != drafts[i]:
                 break
             self._num_drafts_accepted += 1
         return events

@@ -4,7 +4,7 @@ from enum import Enum
 
 from pdkv.m3.prefix_cache import BlockNames
 from pdkv.m3.requests import DecodeRequest, EngineRequest, FinishReason, PrefillRequest
-from pdkv.m3.run import Run
+from pdkv.m3.run import PENDING, Run
 from pdkv.m3.speculation import PromptLookup
 
 
@@ -14,6 +14,8 @@ class Stage(Enum):
     HOLDING = "holding"
     WAITING_FOR_STATE = "waiting_for_state"
     DECODING = "decoding"
+    RELEASED = "released"
+    """Forgotten by its id; its pages are let go when no step is under way that computes it."""
 
 
 class Sequence:
@@ -32,6 +34,16 @@ class Sequence:
         """Leading tokens whose state is in the pages."""
         self.num_kept = 0
         """Leading blocks whose pages are kept in the prefix cache."""
+        self.num_under_way = 0
+        """Steps that compute it and have not ended."""
+        self.place = 0
+        """Of its run in the latest of them."""
+        self.decodes_plainly = (
+            not isinstance(request, PrefillRequest) and request.sampling.temperature == 0 and not request.num_top
+        )
+        """Greedily, and nothing is told but the token and its log-probability: all of it is known on the device."""
+        self._most_tokens = len(request.prompt) + (1 if isinstance(request, PrefillRequest) else request.max_tokens)
+        self._run_pages: tuple[int, ...] = ()
         self._names = names
         self._lookup = PromptLookup()
         self._block_size = block_size
@@ -104,8 +116,13 @@ class Sequence:
     def decode_run(self, most_drafts: int) -> Run:
         """The last generated token, and what may follow it: never more than may still be generated."""
         request = self.request
-        assert not isinstance(request, PrefillRequest), "a prefill generates nothing but its first token"
-        room = request.max_tokens - self.num_generated - 1
+        if self.num_under_way:  # the token is not known here yet, so nothing can be proposed to follow it
+            start = self.num_computed + self.num_under_way
+            pages = self._pages_up_to(start + 1)
+            return Run(
+                id=request.id, tokens=(PENDING,), start=start, pages=pages, sampling=request.sampling, behind=self.place
+            )
+        room = self._most_tokens - len(self.tokens) - 1
         drafts = self._lookup.propose(self.tokens, min(most_drafts, room)) if most_drafts else ()
         tokens = (self.tokens[-1], *drafts)
         return Run(
@@ -118,6 +135,11 @@ class Sequence:
             num_top=request.num_top,
         )
 
+    @property
+    def ends_under_way(self) -> bool:
+        """The last token that it may generate is chosen by a step that is under way."""
+        return len(self.tokens) + self.num_under_way >= self._most_tokens
+
     def pages_written(self, run: Run) -> tuple[int, ...]:
         """Pages that a run writes to."""
         return run.pages[run.start // self._block_size :]
@@ -127,7 +149,11 @@ class Sequence:
         assert not isinstance(request, PrefillRequest)
         if self.tokens[-1] in eos_tokens and not request.ignore_eos:
             return FinishReason.STOP
-        return FinishReason.LENGTH if self.num_generated >= request.max_tokens else None
+        return FinishReason.LENGTH if len(self.tokens) >= self._most_tokens else None
 
     def _pages_up_to(self, end: int) -> tuple[int, ...]:
-        return self.pages[: -(-end // self._block_size)]
+        """The same object as before while the number of blocks is: who compares page tables sees that at once."""
+        num_blocks = -(-end // self._block_size)
+        if len(self._run_pages) != num_blocks:
+            self._run_pages = self.pages[:num_blocks]
+        return self._run_pages

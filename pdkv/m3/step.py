@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from pdkv.m3.config import M3Config
-from pdkv.m3.decode_graphs import MAX_QUERY_LEN, DecodeGraphs, DecodeShapes
+from pdkv.m3.decode_graphs import MAX_QUERY_LEN, DecodeGraphs, DecodeInFlight, DecodeShapes
 from pdkv.m3.layer_progress import LayerProgress
 from pdkv.m3.model import KvViews, M3Model, StepBatch
 from pdkv.m3.requests import PromptScored, RequestId, RequestRefused
@@ -27,14 +27,36 @@ class StepOutput(NamedTuple):
     """What was scored, by request."""
 
 
+class StepInFlight(Protocol):
+    """A step that was launched."""
+
+    def wait(self) -> StepOutput:
+        """When it returns, all ranks' kernels that write into the cache have ended. Called once, in order of launch."""
+        ...
+
+
+class Landed(NamedTuple):
+    """A step that has ended already."""
+
+    output: StepOutput
+
+    def wait(self) -> StepOutput:
+        return self.output
+
+
 class Runner(Protocol):
     """Whatever carries out a step, in this process or in several. Used from the engine thread only."""
 
     @property
     def config(self) -> M3Config: ...
 
-    def run(self, runs: Sequence[Run]) -> StepOutput:
-        """Compute one step. When it returns, all ranks' kernels that write into the cache have ended."""
+    @property
+    def overlaps(self) -> bool:
+        """A step that only decodes is launched without a wait, and one other behind it before anybody waits for it."""
+        ...
+
+    def launch(self, runs: Sequence[Run]) -> StepInFlight:
+        """Begin one step, or compute it."""
         ...
 
 
@@ -56,13 +78,18 @@ class StepRunner:
         cache: KvViews,
         decode: DecodeShapes | None = None,
         progress: LayerProgress | None = None,
+        *,
+        always_shaped: bool = False,
     ) -> None:
-        """``decode``: shapes in which steps that only decode run, on a device that replays them as CUDA graphs.
+        """``decode``: shapes in which steps that only decode run, on a device that replays them as CUDA graphs;
+        ``always_shaped``: on any other too, launched one by one and in the same order.
         ``progress``: told of layers as they are stored, on rank 0 of a worker that others read from."""
         self._model = model
         self._cache = cache
         self._progress = progress
-        self._graphs = DecodeGraphs(model, cache, decode) if decode is not None and model.can_capture else None
+        self._graphs: DecodeGraphs | None = None
+        if decode is not None and (model.can_capture or always_shaped):
+            self._graphs = DecodeGraphs(model, cache, decode, replays=model.can_capture)
 
     def prepare(self) -> None:
         """Do now what the first steps would take time for."""
@@ -73,17 +100,29 @@ class StepRunner:
     def config(self) -> M3Config:
         return self._model.config
 
-    @torch.inference_mode()
-    def run(self, runs: Sequence[Run]) -> StepOutput:
+    @property
+    def overlaps(self) -> bool:
+        return self._graphs is not None
+
+    def launch(self, runs: Sequence[Run]) -> StepInFlight:
         if self._graphs is not None and self._graphs.takes(runs):
-            return self._decode(self._graphs, runs)
+            return _Decoding(self, runs, self._graphs.launch(runs))
+        assert all(run.behind is None for run in runs), "tokens that are on the device, for a step that is not"
+        return Landed(self._compute(runs))
+
+    def run(self, runs: Sequence[Run]) -> StepOutput:
+        """Compute one step."""
+        return self.launch(runs).wait()
+
+    @torch.inference_mode()
+    def _compute(self, runs: Sequence[Run]) -> StepOutput:
         device = self._model.device
         on_stored = self._progress.of(runs) if self._progress is not None else None
         hidden = self._model.hidden(step_batch(runs, device), self._cache, on_stored)  # [num_rows, hidden]
         rows = torch.split(hidden, [len(run.wanted_rows) for run in runs])
         choices = [choice for run in runs for choice in _choices(run)]
         behind = [mine[len(mine) - run.num_choices :] for run, mine in zip(runs, rows, strict=True)]
-        samples = self._choose(torch.cat(behind), choices)
+        samples = self.choose(torch.cat(behind), choices)
         scored: dict[RequestId, PromptScored | RequestRefused] = {}
         for run, mine in zip(runs, rows, strict=True):
             if run.targets:
@@ -97,19 +136,8 @@ class StepRunner:
             torch.accelerator.current_stream(device).synchronize()
         return StepOutput(samples, scored)
 
-    def _decode(self, graphs: DecodeGraphs, runs: Sequence[Run]) -> StepOutput:
-        """Greedy choices come with the step; where something else is asked for, the row's logits are computed again."""
-        result = graphs.run(runs)
-        choices = [choice for run in runs for choice in _choices(run)]
-        others = [row for row, choice in enumerate(choices) if choice.num_top or choice.sampling.temperature]
-        samples: list[Sample | None] = [Sample(c.token, c.logprob) if c.finite else None for c in result.chosen]
-        if others:
-            found = self._choose(result.hidden[others], [choices[row] for row in others])
-            for row, sample_or_none in zip(others, found, strict=True):
-                samples[row] = sample_or_none
-        return StepOutput(samples, {})
-
-    def _choose(self, hidden: torch.Tensor, choices: Sequence[_Choice]) -> list[Sample | None]:
+    @torch.inference_mode()
+    def choose(self, hidden: torch.Tensor, choices: Sequence["_Choice"]) -> list[Sample | None]:
         """hidden: [num_choices, hidden], as lm_head takes it; a limited number of rows becomes logits at a time."""
         samples: list[Sample | None] = []  # stay empty on every rank but the first
         for begin in range(0, len(choices), _ROWS_AT_ONCE):
@@ -117,6 +145,30 @@ class StepRunner:
             logits = self._model.logits(hidden[few])
             samples += [] if logits is None else _choose(logits, choices[few])
         return samples
+
+
+class _Decoding(NamedTuple):
+    """Greedy choices come with the step; where something else is asked for, the row's logits are computed again.
+
+    Nothing may be launched behind a step of that kind before it has been waited for."""
+
+    runner: StepRunner
+    runs: Sequence[Run]
+    flight: DecodeInFlight
+
+    def wait(self) -> StepOutput:
+        samples = self.flight.wait()
+        if not all(_is_plain(run) for run in self.runs):
+            choices = [choice for run in self.runs for choice in _choices(run)]
+            others = [row for row, choice in enumerate(choices) if choice.num_top or choice.sampling.temperature]
+            found = self.runner.choose(self.flight.hidden(others), [choices[row] for row in others])
+            for row, sample_or_none in zip(others, found, strict=True):
+                samples[row] = sample_or_none
+        return StepOutput(samples, {})
+
+
+def _is_plain(run: Run) -> bool:
+    return run.num_top == 0 and run.sampling is not None and run.sampling.temperature == 0
 
 
 def step_batch(runs: Sequence[Run], device: torch.device) -> StepBatch:

@@ -17,7 +17,7 @@ from pdkv.daemons.ranked_runner import RankedRunner
 from pdkv.errors import RankLostError
 from pdkv.m3.requests import RequestId
 from pdkv.m3.run import Run
-from pdkv.m3.step import StepOutput
+from pdkv.m3.step import Landed, StepOutput
 
 PATIENCE_S = 20.0
 RUNS = [Run(id=RequestId(b"one"), tokens=(1, 2), start=0, pages=(3,), sampling=None)]
@@ -80,10 +80,10 @@ class Computes:
     def __init__(self, error: RankLostError | None = None) -> None:
         self._error = error
 
-    def run(self, _runs: object) -> StepOutput:
+    def launch(self, _runs: object) -> Landed:
         if self._error is not None:
             raise self._error
-        return StepOutput([], {})
+        return Landed(StepOutput([], {}))
 
 
 def test_a_step_has_ended_when_it_has_on_every_rank(watched: Watched) -> None:

@@ -1,14 +1,14 @@
 """Replayed decode steps against the same steps launched one by one: bit for bit, in tokens and in the arena."""
 
+import msgspec
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from pdkv.m3.config import kv_layout
 from pdkv.m3.decode_graphs import DecodeGraphs, DecodeShapes
 from pdkv.m3.model import M3Model
 from pdkv.m3.requests import EngineSettings, RequestId
-from pdkv.m3.run import Run
-from pdkv.m3.sampling import SamplingParams
+from pdkv.m3.run import PENDING, Run
+from pdkv.m3.sampling import Sample, SamplingParams
 from pdkv.m3.step import StepRunner
 from pdkv.memory.arena import Arena
 from pdkv.memory.row import RowLayout
@@ -31,9 +31,12 @@ class Side:
         for number, length in enumerate((700, 130, 1279)):
             runner.run([run(number, tuple(i * 7 % 380 for i in range(length)), 0, sampling=None)])
 
-    def step(self, runs: list[Run]) -> tuple[list[float], torch.Tensor, torch.Tensor]:
-        result = self.graphs.run(runs)
-        return [c.token for c in result.chosen] + [c.logprob for c in result.chosen], result.hidden, self.arena.rows()
+    def step(self, runs: list[Run]) -> tuple[list[Sample | None], torch.Tensor, torch.Tensor]:
+        flight = self.graphs.launch(runs)
+        return flight.wait(), flight.hidden(), self.arena.rows()
+
+    def samples(self, runs: list[Run]) -> list[Sample | None]:
+        return self.graphs.launch(runs).wait()
 
 
 def run(number: int, tokens: tuple[int, ...], start: int, sampling: SamplingParams | None = GREEDY) -> Run:
@@ -74,33 +77,37 @@ def test_replay_equals_eager_bit_for_bit() -> None:
 def test_rows_that_fill_up_a_step_change_nothing() -> None:
     model = gpu_model(small_config("bfloat16"))
     mixed, alone = Side(model, replays=True), Side(model, replays=True)
-    together = mixed.graphs.run([run(0, (9, 10, 11), 700), run(1, (12,), 130)])
-    apart = [alone.graphs.run([run(0, (9, 10, 11), 700)]).chosen, alone.graphs.run([run(1, (12,), 130)]).chosen]
-    assert [c.token for c in together.chosen] == [c.token for few in apart for c in few]
-    assert all(c.finite for c in together.chosen)
+    together = mixed.samples([run(0, (9, 10, 11), 700), run(1, (12,), 130)])
+    apart = alone.samples([run(0, (9, 10, 11), 700)]) + alone.samples([run(1, (12,), 130)])
+    assert None not in together
+    assert [s and s.token for s in together] == [s and s.token for s in apart]
 
 
 def test_a_transfer_that_lands_between_replays_is_seen_by_the_next() -> None:
     model = gpu_model(small_config("bfloat16"))
     side = Side(model, replays=True)
-    before = side.graphs.run([run(0, (5,), 700)]).chosen
+    before = side.samples([run(0, (5,), 700)])
     elsewhere = run(2, (5,), 700)
     for source, target in zip(run(0, (5,), 700).pages, elsewhere.pages, strict=True):
         side.arena.rows()[target].copy_(side.arena.rows()[source])  # as a read of a peer's pages would
-    assert side.graphs.run([elsewhere]).chosen == before
+    assert side.samples([elsewhere]) == before
 
 
-def test_a_step_waits_once_and_copies_twice() -> None:
+def test_a_graph_takes_its_tokens_from_the_one_before() -> None:
+    """The second step is launched before the first is waited for, in another shape, its sequences in another order."""
     model = gpu_model(small_config("bfloat16"))
-    side = Side(model, replays=True)
-    side.graphs.run([run(0, (5,), 700)])
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
-        side.graphs.run([run(0, (6,), 701)])
-    calls: dict[str, int] = {}
-    for event in profiled.events():
-        calls[event.name] = calls.get(event.name, 0) + 1
-    waits = {name: n for name, n in calls.items() if "Synchronize" in name and not name.startswith("cudaDevice")}
-    assert waits == {"cudaStreamSynchronize": 1}, calls
-    assert calls.get("cudaMemcpyAsync") == 2, calls
-    assert calls.get("cudaGraphLaunch") == 1, calls
-    assert "aten::item" not in calls, calls
+    ahead, waiting = Side(model, replays=True), Side(model, replays=True)
+    first = [run(0, (6,), 700), run(1, (7,), 130), run(2, (8,), 1279)]
+    chosen = waiting.samples(first)
+    assert None not in chosen
+    tokens = [sample.token for sample in chosen if sample is not None]
+    wanted = waiting.samples([run(2, (tokens[2],), 1280), run(0, (tokens[0],), 701)])
+    one = ahead.graphs.launch(first)
+    two = ahead.graphs.launch([follow(run(2, (PENDING,), 1280), 2), follow(run(0, (PENDING,), 701), 0)])
+    assert one.wait() == chosen
+    assert two.wait() == wanted
+    assert torch.equal(ahead.arena.rows(), waiting.arena.rows())
+
+
+def follow(pending: Run, behind: int) -> Run:
+    return msgspec.structs.replace(pending, behind=behind)
