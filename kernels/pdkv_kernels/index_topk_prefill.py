@@ -233,7 +233,7 @@ def _key_of(score, block, visible, init_blocks, local_blocks):
 
 @triton.jit
 def _next_scores(at, block, visible, scores_block, COUNT: tl.constexpr):
-    scores = ()
+    scores: tl.tuple = ()
     for nth in tl.static_range(COUNT):
         scores = scores + (tl.load(at + nth * scores_block, mask=block + nth < visible, other=0.0),)
     return scores
@@ -255,12 +255,12 @@ def _select_blocks(
     visible = visible[:, None]
     block = (tl.arange(0, SPLITS) * TOPK_P)[None, :] + tl.zeros([COLUMNS, SPLITS], tl.int32)
     at = scores + block.to(tl.int64) * scores_block + column[:, None]
-    best = ()
+    best: tl.tuple = ()
     for _ in tl.static_range(TOPK_P):
         best = best + (tl.full([COLUMNS, SPLITS], -(1 << 63), tl.int64),)
     coming = _next_scores(at, block, visible, scores_block, TOPK_P)
     for _ in range(0, most, TOPK_P * SPLITS):
-        keys = ()
+        keys: tl.tuple = ()
         for nth in tl.static_range(TOPK_P):
             keys = keys + (_key_of(coming[nth], block + nth, visible, init_blocks, local_blocks),)
         # Scores of the next run travel while this one is sorted.
@@ -269,7 +269,7 @@ def _select_blocks(
         coming = _next_scores(at, block, visible, scores_block, TOPK_P)
         best = best_of_both(best, sorted_keys(keys, TOPK_P), TOPK_P)
     best = best_of_parts(best, TOPK_P, SPLITS)
-    chosen = ()
+    chosen: tl.tuple = ()
     for nth in tl.static_range(TOPK_P):
         number = 0x7FFFFFFF - (best[nth] & 0x7FFFFFFF)
         chosen = chosen + (tl.where(best[nth] >= (-0x7FFFFFFE << 32), number, -1).to(tl.int32),)

@@ -88,7 +88,7 @@ def _type(data: Tensor) -> tl.dtype:
 @triton.jit
 def _load_parts(at, column, exists, HALF: tl.constexpr, DIM: tl.constexpr, PARTS: tl.constexpr):
     """Vectors in parts of HALF columns, float32: the two that rotate against each other, and the rest."""
-    parts = ()
+    parts: tl.tuple = ()
     for nth in tl.static_range(PARTS):
         there = exists[:, None] & ((column < HALF) & (nth * HALF + column < DIM))[None, :]
         parts = parts + (tl.load(at[:, None] + (nth * HALF + column)[None, :], mask=there, other=0.0).to(tl.float32),)
@@ -107,7 +107,7 @@ def _rotated(
         squares += (parts[nth] * parts[nth]).to(tl.float64)
     mean = tl.sum(squares, axis=1) / DIM
     inverse = inverse_root(mean + tl.full(mean.shape, EPS, tl.float64))[:, None]
-    normed = ()
+    normed: tl.tuple = ()
     for nth in tl.static_range(PARTS):
         there = ((column < HALF) & (nth * HALF + column < DIM))[None, :]
         gain = tl.load(weights[:, None] + (nth * HALF + column)[None, :], mask=there, other=0.0).to(tl.float32)

@@ -59,7 +59,7 @@ def _rms_norm(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, PART)
-    kept = ()
+    kept: tl.tuple = ()
     squares = tl.zeros([PART], tl.float64)
     for nth in tl.static_range(PARTS):
         at = nth * PART + column

@@ -50,7 +50,7 @@ def divided(parts, scale, PARTS: tl.constexpr, PORTABLE: tl.constexpr):
     With the reciprocal at hand, two corrections of a quotient by its exact remainder round it as the division would;
     they must not underflow, so tiny vectors and their scales are multiplied by a power of two first.
     """
-    quotients = ()
+    quotients: tl.tuple = ()
     if PORTABLE:
         for nth in tl.static_range(PARTS):
             quotients = quotients + (tl.div_rn(parts[nth], tl.broadcast_to(scale[:, None], parts[nth].shape)),)

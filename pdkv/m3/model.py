@@ -11,7 +11,7 @@ from pdkv.errors import CapacityError, ModelError
 from pdkv.m3.attention import KvViews, StepBatch, attend, attention_step, select, store
 from pdkv.m3.config import IndexScheduleOverride, M3Config, load_config
 from pdkv.m3.layer_progress import OnStored
-from pdkv.m3.layers import feed_forward, norm
+from pdkv.m3.layers import feed_forward
 from pdkv.m3.operations import operations_for
 from pdkv.m3.parallel import SOLO, Group
 from pdkv.m3.random_weights import random_weights
@@ -72,11 +72,13 @@ class M3Model:
         """
         config, weights = self.config, self._weights
         step = attention_step(batch, config, self._operations)
+        operations, eps = self._operations, config.rms_norm_eps
         x = self._embedded(batch.token_ids)  # [num_tokens, hidden]
+        normed = operations.norm(x, weights.layers[0].input_norm, eps)
         last = config.num_layers - 1
         blocks = None  # of the last sparse layer of this step, for those that reuse a selection
         for number, layer in enumerate(weights.layers):
-            asked = store(self._normed(x, layer.input_norm), number, layer.attention, step, cache, config)
+            asked = store(normed, number, layer.attention, step, cache, config)
             if number == last and batch.logits_rows.numel() == 0:
                 break  # a chunk of a longer prompt: nobody reads what the last layer would say
             if on_stored is not None and self.group.size == 1:
@@ -84,13 +86,16 @@ class M3Model:
             sparse = config.sparse_layers[number]
             if sparse:
                 blocks = select(asked, number, step, cache, config, blocks)
-            x = x + self.group.sum(attend(asked, blocks if sparse else None, number, layer.attention, step, cache))
+            more = self.group.sum(attend(asked, blocks if sparse else None, number, layer.attention, step, cache))
             if on_stored is not None and self.group.size > 1:
                 on_stored(number + 1)
-            x = x + self.group.sum(
-                feed_forward(self._normed(x, layer.post_attention_norm), layer.mlp, config, self._operations)
-            )
-        return self._normed(x[batch.logits_rows], weights.norm)
+            x, normed = operations.add_norm(x, more, layer.post_attention_norm, eps)
+            more = self.group.sum(feed_forward(normed, layer.mlp, config, operations))
+            if number == last:
+                x = x + more
+            else:
+                x, normed = operations.add_norm(x, more, weights.layers[number + 1].input_norm, eps)
+        return operations.norm(x[batch.logits_rows], weights.norm, eps)
 
     def _embedded(self, token_ids: Tensor) -> Tensor:
         """Each token's row comes from the one rank that has it; the others add zeros."""
@@ -101,9 +106,6 @@ class M3Model:
         elsewhere = (local < 0) | (local >= len(vocab))
         rows = functional.embedding(local.masked_fill(elsewhere, 0), embed)
         return self.group.sum(rows.masked_fill(elsewhere[:, None], 0))
-
-    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
-        return norm(x, weight, self.config.rms_norm_eps)
 
 
 def load_model(

@@ -13,7 +13,10 @@ from pdkv_kernels.kv_store_ref import HeadNorms, PackedHeads, Queries, TokenRows
 from pdkv_kernels.moe_ref import moe_ref
 from pdkv_kernels.paged import LayerPages, PagedKv, RaggedQueries
 from pdkv_kernels.paged_attention_ref import paged_attention_ref
+from pdkv_kernels.rms_norm_ref import rms_norm_ref
+from pdkv_kernels.router_topk_ref import router_topk_ref
 from pdkv_kernels.sparse_attention_ref import sparse_attention_ref
+from pdkv_kernels.swigluoai_ref import swigluoai_ref
 from torch import Tensor
 
 from pdkv.m3.config import M3Config
@@ -43,6 +46,22 @@ class Operations(Protocol):
 
     can_capture: bool
     """A CUDA graph may hold a decode step: nothing reads the device back or launches by what is in a tensor."""
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """``rms_norm_ref``, rounded once into x's dtype: [num_rows, dim]."""
+        ...
+
+    def add_norm(self, x: Tensor, more: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """x + more, and ``norm`` of that sum as x's dtype holds it."""
+        ...
+
+    def activate(self, gate_up: Tensor, activation: tuple[float, float, float]) -> Tensor:
+        """``swigluoai_ref``, rounded once into gate_up's dtype: [num_rows, size]; activation: alpha, limit, beta."""
+        ...
+
+    def route(self, x: Tensor, weight: Tensor, bias: Tensor, k: int, scaling: float) -> tuple[Tensor, Tensor]:
+        """``router_topk_ref``: ids, int64, and shares, float32, [num_rows, k] each."""
+        ...
 
     def kv_store(
         self, packed: Tensor, heads: PackedHeads, norms: HeadNorms, rows: TokenRows, pages: LayerPages
@@ -75,6 +94,19 @@ class ReferenceOperations:
     """Torch on any device. Reads the device back, where there is one: slow there, and never captured."""
 
     can_capture = False
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return rms_norm_ref(x, weight, eps).to(x.dtype)
+
+    def add_norm(self, x: Tensor, more: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        total = x + more
+        return total, self.norm(total, weight, eps)
+
+    def activate(self, gate_up: Tensor, activation: tuple[float, float, float]) -> Tensor:
+        return swigluoai_ref(gate_up, *activation).to(gate_up.dtype)
+
+    def route(self, x: Tensor, weight: Tensor, bias: Tensor, k: int, scaling: float) -> tuple[Tensor, Tensor]:
+        return router_topk_ref(x, weight, bias, k, scaling)
 
     def kv_store(
         self, packed: Tensor, heads: PackedHeads, norms: HeadNorms, rows: TokenRows, pages: LayerPages

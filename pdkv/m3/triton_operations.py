@@ -10,9 +10,12 @@ from pdkv_kernels.paged import LayerPages, PagedKv
 from pdkv_kernels.paged_attention_decode import dense_plan, paged_attention_decode_into
 from pdkv_kernels.paged_attention_gathered import paged_attention_gathered
 from pdkv_kernels.paged_attention_ref import paged_attention_ref
+from pdkv_kernels.rms_norm import add_rms_norm, rms_norm
+from pdkv_kernels.router_topk import router_topk
 from pdkv_kernels.softmax_merge import MergeWorkspace
 from pdkv_kernels.sparse_attention_decode import attend_plan, sparse_attention_decode_into
 from pdkv_kernels.sparse_attention_prefill import sparse_attention_prefill
+from pdkv_kernels.swigluoai import swigluoai
 from torch import Tensor
 
 from pdkv.m3.operations import Experts, ReferenceOperations, StepQueries
@@ -28,6 +31,18 @@ class TritonOperations:
         grouped = torch.version.hip is None and torch.cuda.get_device_capability(device) >= _GROUPED_FROM
         self.can_capture = grouped and dtype == torch.bfloat16
         self._references = ReferenceOperations()
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return rms_norm(x, weight, eps)
+
+    def add_norm(self, x: Tensor, more: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        return add_rms_norm(x, more, weight, eps)
+
+    def activate(self, gate_up: Tensor, activation: tuple[float, float, float]) -> Tensor:
+        return swigluoai(gate_up, *activation)
+
+    def route(self, x: Tensor, weight: Tensor, bias: Tensor, k: int, scaling: float) -> tuple[Tensor, Tensor]:
+        return router_topk(x, weight, bias, k, scaling)
 
     def kv_store(
         self, packed: Tensor, heads: PackedHeads, norms: HeadNorms, rows: TokenRows, pages: LayerPages
