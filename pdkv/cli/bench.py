@@ -8,6 +8,7 @@ from typing import Annotated
 import msgspec
 import typer
 
+from pdkv.cli import bench_serve
 from pdkv.cli.lazy import CONTEXT, command_module, ending, keep_lines
 from pdkv.errors import ConfigError
 
@@ -15,6 +16,7 @@ app = command_module()
 bench = typer.Typer(rich_markup_mode=None, help="Measure what a move costs, beside other movers.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 bench.callback()(lambda: None)
+bench_serve.add_to(bench)
 
 WRONG = 4
 """Exit code: bytes of ours came over wrong, or not at all."""

@@ -13,8 +13,8 @@ def pdkv(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_help_names_them_and_gives_examples() -> None:
-    assert {"xfer", "plan", "chart"} <= set(pdkv("--help").stdout.split())
-    for command in ("xfer", "plan", "chart"):
+    assert {"xfer", "serve", "plan", "chart"} <= set(pdkv("--help").stdout.split())
+    for command in ("xfer", "serve", "plan", "chart"):
         shown = pdkv(command, "--help").stdout
         assert "Examples:" in shown
         assert len(shown.splitlines()) <= 60
@@ -50,3 +50,15 @@ def test_names_that_there_are_not() -> None:
     assert done.stderr == "pdkv: error: path 'pigeon' is not one of shm, tcp, cuda_ipc\n"
     done = pdkv("xfer", "--gpus", "0")
     assert (done.returncode, done.stderr) == (2, "pdkv: error: --gpus '0' is not two numbers of GPUs, as 0,1\n")
+
+
+def test_a_server_that_is_not_there_and_a_checkpoint_that_is_none(tmp_path: Path) -> None:
+    done = pdkv("serve", "--url", "http://127.0.0.1:1")
+    assert done.returncode == 1
+    assert done.stderr.startswith("pdkv: error: no model is served at http://127.0.0.1:1")
+    done = pdkv("serve", "--model", str(tmp_path))
+    assert done.returncode == 2
+    assert "holds no config.json" in done.stderr
+    done = pdkv("serve", "--transport", "pigeon")
+    assert done.returncode == 2
+    assert "--transport" in done.stderr

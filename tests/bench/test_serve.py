@@ -1,0 +1,187 @@
+"""Load on servers: what is timed and counted, that failures are told, and that wrong answers are seen."""
+
+import json
+import threading
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from pdkv.bench import serve
+from pdkv.bench.http_clients import ServerError
+from pdkv.bench.serve_load import Load, Served, Side, Spread, Stopwatch, chains, noise
+from pdkv.bench.undivided_clients import Undivided
+from pdkv.daemons.config import UpConfig
+from pdkv.errors import ConfigError
+from pdkv.verify.undivided import complete
+from tests.bench.scripted_server import served, tokens
+from tests.soak import write_tiny_checkpoint
+
+SMALL = Load(concurrency=2, requests=5, input_tokens=100, output_tokens=4)
+FACTS = {
+    "num_pages": 1,
+    "num_regions": 2,
+    "num_spans": 1,
+    "num_bytes": 100,
+    "bytes_by_region": {"k": 100},
+    "bytes_before_done": 75,
+    "read_s": 0.1,
+    "total_s": 0.2,
+    "path": "shm",
+    "peer": "p",
+    "exposed_s": 0.025,
+    "hidden_fraction": 0.75,
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("tiny")
+    write_tiny_checkpoint(directory)
+    return directory
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+def ask(script, plan=None):
+    with served(script) as url:
+        return serve.run(plan or serve.ServePlan(SMALL, url=url, timeout_s=30), quiet)
+
+
+def test_a_stopwatch_divides_gaps_among_tokens_that_come_together():
+    watch = Stopwatch(10.0)
+    for group, at in (([], 10.5), ([1], 11.0), ([2, 3], 12.0), ([4], 12.25)):
+        watch.saw(group, at)
+    one = watch.served(13.0)
+    assert (one.tokens, one.ttft_s, one.itl_s, one.total_s) == ((1, 2, 3, 4), 1.0, (0.5, 0.5, 0.25), 3.0)
+
+
+def test_a_side_sums_up_what_was_answered_and_counts_the_rest():
+    good = [Served((1, 2), ttft_s=n / 100, itl_s=(n / 1000,), total_s=n / 10) for n in range(1, 101)]
+    side = Side.of("divided", [*good, Served(error="no"), Served(error="no")], 50.0)
+    assert (side.answered, side.errors, side.requests_per_s, side.output_tokens_per_s) == (100, {"no": 2}, 2.0, 4.0)
+    assert side.ttft_ms == Spread(505.0, 901.0, 990.1, 1000.0)
+    assert side.exposed_ms is None
+    assert Side.of("divided", [Served(error="no")], 1.0).ttft_ms is None
+
+
+def test_prompts_are_the_seeds_and_never_alike():
+    for made, again in ((chains(SMALL), chains(SMALL)), (noise(SMALL), noise(SMALL))):
+        assert made == again
+        assert len({question.prompt for question in made}) == 6
+        assert {len(question.prompt) for question in made} == {100}
+    assert all(len(question.expected) == 4 for question in chains(SMALL))
+    assert {min(q.prompt) >= 3 and max(q.prompt) < 1000 for q in noise(SMALL)} == {True}
+    with pytest.raises(ConfigError, match="--input-tokens 63 is less than the 64 of a chain"):
+        chains(msgspec.structs.replace(SMALL, input_tokens=63))
+
+
+def test_every_answer_is_streamed_and_counted():
+    bodies = []
+
+    def script(body):
+        bodies.append(body)
+        return tokens([7], [8, 9], [10], transfer=FACTS)
+
+    report = ask(script)
+    (side,) = report.sides
+    assert (side.answered, side.errors, side.paths) == (5, {}, {"shm": 5})
+    assert side.exposed_ms == Spread(25.0, 25.0, 25.0, 25.0)
+    assert side.hidden == Spread(0.75, 0.75, 0.75, 0.75)
+    assert len(bodies) == 6, "one warms up"
+    assert all(body["stream"] and body["ignore_eos"] and body["max_tokens"] == 4 for body in bodies)
+    shown = serve.table(report)
+    assert "transfers: 5 over shm" in shown
+    assert "answers: not compared" in shown
+    assert json.loads(msgspec.json.encode(report))["schema"] == "pdkv.bench.serve/1"
+
+
+def test_no_more_clients_than_asked_for_are_at_work():
+    lock, at_work, most = threading.Lock(), [0], [0]
+
+    def script(_):
+        with lock:
+            at_work[0] += 1
+            most[0] = max(most[0], at_work[0])
+
+        def stream():
+            yield from tokens([1], [2], [3])
+            with lock:
+                at_work[0] -= 1
+            yield from tokens([4])
+
+        return stream()
+
+    ask(script)
+    assert 1 <= most[0] <= 2
+
+
+def test_failures_of_every_kind_are_told_and_counted():
+    asked = iter(range(100))
+
+    def script(_):
+        kinds = {
+            1: lambda: 503,
+            2: lambda: tokens([1], [2]),
+            3: lambda: iter([b'data: {"error": {"message": "gone", "code": "peer_lost"}}']),
+            4: lambda: iter([b"data: {"]),
+        }
+        return kinds.get(next(asked), lambda: tokens([1, 2, 3, 4]))()
+
+    report = ask(script)
+    (side,) = report.sides
+    assert side.answered == 1
+    assert sorted(side.errors.values()) == [1, 1, 1, 1]
+    assert {"HTTP 503, scripted: as told", "2 tokens short", "peer_lost: gone"} <= set(side.errors)
+    assert report.failed
+    assert "divided: 1 failed: peer_lost: gone" in serve.table(report)
+
+
+def test_a_server_that_is_not_there_or_refuses_all():
+    with pytest.raises(ServerError, match="did not answer the first request: HTTP 500"):
+        ask(lambda _: 500)
+    with pytest.raises(ServerError, match="no model is served at http://127.0.0.1:1"):
+        serve.run(serve.ServePlan(SMALL, url="http://127.0.0.1:1"), quiet)
+
+
+def test_answers_of_chains_are_known():
+    right = {question.prompt: list(question.expected) for question in chains(SMALL)}
+    wrong = chains(SMALL)[2].prompt
+
+    def script(body):
+        prompt = tuple(body["prompt"])
+        return tokens([0, 0, 0, 0] if prompt == wrong else right[prompt])
+
+    with served(script) as url:
+        report = serve.run(serve.ServePlan(SMALL, url=url, chains=True), quiet)
+    assert (report.answers.compared, report.answers.equal) == (5, 4)
+    assert report.answers.wrong == ("request 2: [0, 0, 0, 0]",)
+    assert "WRONG: request 2" in serve.table(report)
+
+
+def test_the_undivided_engine_answers_as_it_does_alone_and_sees_what_differs(checkpoint):
+    up = UpConfig(model=checkpoint, threads=1)
+    engine = Undivided(up)
+    questions = noise(SMALL, (0, engine.vocab_size))
+    alone = [complete(checkpoint, q.prompt, 4, ignore_eos=True).token_ids for q in questions]
+    answers = dict(zip((q.prompt for q in questions), alone, strict=True))
+    lie = questions[3].prompt
+
+    def script(body):
+        prompt = tuple(body["prompt"])
+        told = list(answers[prompt])
+        return tokens([*told[:2], (told[2] + 1) % engine.vocab_size, told[3]] if prompt == lie else told)
+
+    with served(script) as url:
+        report = serve.run(serve.ServePlan(SMALL, up, url), quiet)
+    _, undivided = report.sides
+    assert undivided.answered == 5
+    assert undivided.ttft_ms is not None
+    assert undivided.itl_ms is not None
+    assert (report.answers.compared, report.answers.equal) == (5, 4)
+    assert report.answers.near_ties == ()
+    assert report.answers.wrong[0].startswith("request 3, token 2: ")
+    best = engine.is_near_tie(questions[0], alone[0], 2)
+    assert not best, "the first choice by far is no near tie"
