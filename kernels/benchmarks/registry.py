@@ -16,6 +16,9 @@ OPERATIONS = {
     "paged_attention_prefill": "benchmarks.paged_attention_prefill",
     "kv_store": "benchmarks.kv_store",
     "page_digest": "benchmarks.page_digest",
+    "rms_norm": "benchmarks.rms_norm",
+    "swigluoai": "benchmarks.swigluoai",
+    "router_topk": "benchmarks.router_topk",
 }
 """One line per operation, in the order in which they are reported."""
 

@@ -1,0 +1,35 @@
+"""The gated activation of a dense MLP at TP1."""
+
+from collections.abc import Iterator
+
+import torch
+from pdkv_kernels.swigluoai import swigluoai
+from pdkv_kernels.swigluoai_ref import swigluoai_ref
+
+from benchmarks.registry import Question, wanted
+from benchmarks.timing import Rates, Work, rotations
+from benchmarks.token_rows import ROWS, eager_note
+
+TESTS = "tests/kernels/test_token_ops_triton.py"
+_SIZE = 12288
+_ACTIVATION = (1.702, 7.0, 1.0)
+
+
+def works(question: Question, rates: Rates) -> Iterator[Work]:
+    """Bytes: gates and ups, and the result, once."""
+    for num_rows in ROWS:
+        if wanted(question, f"{num_rows} rows"):
+            yield _work(num_rows)
+            torch.cuda.empty_cache()
+
+
+def _work(num_rows: int) -> Work:
+    num_bytes = num_rows * _SIZE * 6
+    many = [torch.randn(num_rows, 2 * _SIZE, device="cuda").bfloat16() * 4 for _ in range(rotations(num_bytes))]
+    return Work(
+        shape=f"{num_rows} rows",
+        calls=[lambda x=x: swigluoai(x, *_ACTIVATION) for x in many],
+        num_bytes=num_bytes,
+        ceiling="copy",
+        note=eager_note([lambda x=x: swigluoai_ref(x, *_ACTIVATION).to(x.dtype) for x in many]),
+    )
