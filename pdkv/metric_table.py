@@ -206,6 +206,11 @@ HANDSHAKE_SECONDS = _histogram(
 )
 PEERS = _gauge("pdkv_peers", "Workers of the other role with a handshake behind them.", WORKERS)
 TRANSPORT_SELECTED = _gauge("pdkv_transport_selected", "Prefill workers that are read over a path.", (DECODE,), _PATH)
+TRANSPORT_STAGED = _gauge(
+    "pdkv_transport_staged",
+    "Prefill workers whose reads are staged through pinned host memory: GPU memory over TCP.",
+    (DECODE,),
+)
 MESSAGES_DROPPED = _counter(
     "pdkv_control_messages_dropped_total", "Control messages that could not be obeyed.", WORKERS
 )

@@ -205,6 +205,8 @@ class PeerFacts(msgspec.Struct, frozen=True):
     state: str
     path: str
     probe_gbps: float
+    note: str = ""
+    """What the transport says of the way beyond ``path``: "staged through pinned host memory"."""
 
 
 class AgentStatistics(msgspec.Struct, frozen=True):

@@ -45,6 +45,8 @@ class PeerLink:
         self.name = control
         self.error = HandshakeError(FailureCode.PEER_LOST, f"prefill worker {control} is gone")
         self.path = "unknown"
+        self.note = ""
+        """What the transport says of the way beyond ``path``."""
         self.probe_gbps = 0.0
         self.started = at
         self.deadline = at + HANDSHAKE_S
@@ -57,7 +59,7 @@ class PeerLink:
         self.probe_started = 0.0
 
     def facts(self) -> PeerFacts:
-        return PeerFacts(self.control, self.incarnation, self.state.value, self.path, self.probe_gbps)
+        return PeerFacts(self.control, self.incarnation, self.state.value, self.path, self.probe_gbps, self.note)
 
 
 class PeerLinks:
@@ -127,7 +129,7 @@ class PeerLinks:
         link = self._numbered(report.link)
         if link is None:
             return
-        link.path = report.path
+        link.path, link.note = report.path, report.note
         if report.error:
             told = f"probe of {link.control} failed: {report.error}"
         elif report.num_wrong:
@@ -226,7 +228,8 @@ class PeerLinks:
         link.state = LinkState.READY
         self.meter.welcomed(at - link.started)
         self._changed.append(link)
-        _LOG.info("link to prefill worker %s ready over %s, probe at %.2f GB/s", link.name, link.path, link.probe_gbps)
+        over = f"{link.path} ({link.note})" if link.note else link.path
+        _LOG.info("link to prefill worker %s ready over %s, probe at %.2f GB/s", link.name, over, link.probe_gbps)
 
     def _numbered(self, number: int) -> PeerLink | None:
         """The link that the ranks know by ``number``; None when it is lost."""

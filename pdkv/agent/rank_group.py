@@ -123,7 +123,8 @@ def _summed(reports: Sequence[RankReport]) -> RankReport:
             probed = [report for report in reports if isinstance(report, LinkProbed)]
             path = worst_path(report.path for report in probed)
             first = next((report.first_wrong for report in probed if report.num_wrong), "")
-            return LinkProbed(link, path, sum(report.num_wrong for report in probed), first, error)
+            note = "; ".join(sorted({report.note for report in probed} - {""}))
+            return LinkProbed(link, path, sum(report.num_wrong for report in probed), first, error, note)
         case PagesRead(link=link, read=read):
             read_by_rank = [report for report in reports if isinstance(report, PagesRead)]
             batches = tuple(batch for report in read_by_rank for batch in report.batches)

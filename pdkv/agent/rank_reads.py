@@ -76,6 +76,8 @@ class LinkProbed(msgspec.Struct, frozen=True, tag="probed"):
     first_wrong: str
     error: str = ""
     """Why the reads of the probe failed; empty when they did not."""
+    note: str = ""
+    """What the transport has to say beyond ``path``: staging, network cards."""
 
 
 class PostedBatch(msgspec.Struct, frozen=True):
@@ -244,4 +246,5 @@ class RankReads:
         ]
         told = f"{wrong[0].name} of layer {wrong[0].layer} head {wrong[0].head}" if wrong else ""
         path = worst_path(self._transport.path(peer) for peer in link.peers.values())
-        return LinkProbed(order.link, path, len(wrong), told)
+        notes = {self._transport.note(peer) for peer in link.peers.values()} - {""}
+        return LinkProbed(order.link, path, len(wrong), told, note="; ".join(sorted(notes)))

@@ -61,7 +61,8 @@ def told(found: Description) -> str:
             *(["peers        none yet"] if not status.peers else ["peers"]),
         ]
         for peer in status.peers:
-            path = f" over {peer.path}, probe at {peer.probe_gbps:.2f} GB/s" if peer.path else ""
+            note = f" ({peer.note})" if peer.note else ""
+            path = f" over {peer.path}{note}, probe at {peer.probe_gbps:.2f} GB/s" if peer.path else ""
             lines.append(f"  {peer.incarnation:016x}  {peer.control} {peer.state}{path}")
     return "\n".join(lines)
 

@@ -262,7 +262,8 @@ def _peer(url: str, options: DoctorOptions) -> Iterator[Check]:
         return
     found = survey(url, options.settings)
     yield Check("peer-handshake", Verdict.OK, f"{url} (incarnation {found.incarnation}): manifests fit")
-    yield Check("peer-probe", Verdict.OK, f"every byte of two patterned pages right over {found.path}")
+    over = f"{found.path}, {found.note}" if found.note else found.path
+    yield Check("peer-probe", Verdict.OK, f"every byte of two patterned pages right over {over}")
     table = ", ".join(f"{p.span_bytes >> 10} KiB {p.gigabytes_per_s:.2f}" for p in found.sweep)
     best = max(p.gigabytes_per_s for p in found.sweep)
     slow = best < options.min_gbps

@@ -18,9 +18,11 @@ from pdkv.metric_table import (
     PREFIX_PAGES,
     READS_OUTSTANDING,
     TRANSPORT_SELECTED,
+    TRANSPORT_STAGED,
     WAITING,
 )
 from pdkv.metrics import Meter, Series
+from pdkv.transport.sockets import STAGED
 
 
 def engine_gauges(
@@ -51,4 +53,5 @@ def engine_gauges(
     meter.set(READS_OUTSTANDING, to=agent.reads_outstanding)
     for path in PATHS:
         meter.set(TRANSPORT_SELECTED, path, to=sum(peer.path == path for peer in ready))
+    meter.set(TRANSPORT_STAGED, to=sum(STAGED in peer.note for peer in ready))
     return meter.series()

@@ -191,7 +191,7 @@ class EngineSide:
             leases_active=agent.leases_active,
             reads_outstanding=agent.reads_outstanding,
             messages_dropped=agent.messages_dropped,
-            peers=[PeerStatus(p.control, p.incarnation, p.state, p.path, p.probe_gbps) for p in agent.peers],
+            peers=[PeerStatus(p.control, p.incarnation, p.state, p.path, p.probe_gbps, p.note) for p in agent.peers],
             series=[*self._journal.meter.series(), *agent.series, *gauges] if asked.with_series else [],
         )
 

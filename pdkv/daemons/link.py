@@ -246,6 +246,8 @@ class PeerStatus(msgspec.Struct, frozen=True):
     state: str
     path: str
     probe_gbps: float
+    note: str = ""
+    """What the transport says of the way beyond ``path``: "staged through pinned host memory"."""
 
 
 class Status(msgspec.Struct, frozen=True, tag="status"):

@@ -43,6 +43,8 @@ class PeerSurvey(msgspec.Struct, frozen=True):
     path: str
     probe_gigabytes_per_s: float
     sweep: tuple[SweepPoint, ...]
+    note: str = ""
+    """What the transport says of the way beyond ``path``."""
 
 
 def survey(url: str, settings: WorkerSettings) -> PeerSurvey:
@@ -71,7 +73,7 @@ def survey(url: str, settings: WorkerSettings) -> PeerSurvey:
         peer, row_bytes = ranks.local.widest_source(link.number)
         sweep = tuple(_measure(size, row_bytes, arena, peer, transport) for size in _SPAN_BYTES if size <= row_bytes)
         links.farewell()
-        return PeerSurvey(url, info.incarnation, link.path, link.probe_gbps, sweep)
+        return PeerSurvey(url, info.incarnation, link.path, link.probe_gbps, sweep, link.note)
     finally:
         transport.close()
         channel.close()

@@ -23,8 +23,8 @@ _CARDS = Path("/sys/class/infiniband")
 
 def make_transport(settings: WorkerSettings) -> Transport:
     """``--transport auto``: a mapping of the peer's memory (a GPU's, the host's) on the same host, RDMA where both have
-    it, else TCP. Whoever says what UCX is to use (``--ucx-tls``) means UCX. Raises ``TransportError`` when that cannot
-    start."""
+    it, else TCP, through pinned host memory where it is a GPU's. Whoever says what UCX is to use (``--ucx-tls``) means
+    UCX. Raises ``TransportError`` when that cannot start."""
     match settings.transport:
         case "auto" if settings.ucx_tls is None:
             return AutoTransport(_ways(settings))
@@ -60,8 +60,7 @@ def _ways(settings: WorkerSettings) -> list[Way]:
     if required.allows("tcp"):
         ways.append(Way(_sockets(settings), "tcp"))
     try:
-        ucx = _ucx(settings)
-        ways.append(Way(ucx, "rdma" if ucx.library.has_infiniband and _has_cards() else "tcp"))
+        ways.append(_ucx_way(settings))
     except TransportError as error:
         if not ways or settings.ucx_library is not None:
             for way in ways:
@@ -71,12 +70,23 @@ def _ways(settings: WorkerSettings) -> list[Way]:
     return ways
 
 
+def _ucx_way(settings: WorkerSettings) -> Way:
+    """Without network cards UCX carries a GPU's memory by mapping it, or not at all: its TCP would copy it piece by
+    piece, and could keep whoever meets a firewall waiting. Sockets stage it."""
+    maps_only = settings.device == "cuda" and not _has_cards()
+    ucx = _ucx(settings, tls="^tcp,cma,sysv" if maps_only else None)
+    if ucx.library.has_infiniband and _has_cards():
+        return Way(ucx, "rdma")
+    return Way(ucx, "cuda_ipc" if maps_only else "tcp")
+
+
 def _has_cards() -> bool:
     return _CARDS.is_dir() and any(_CARDS.iterdir())
 
 
-def _ucx(settings: WorkerSettings) -> UcxTransport:
-    return UcxTransport(UcxOptions(tls=settings.ucx_tls, library=settings.ucx_library, cuda=settings.device == "cuda"))
+def _ucx(settings: WorkerSettings, tls: str | None = None) -> UcxTransport:
+    tls = settings.ucx_tls or tls
+    return UcxTransport(UcxOptions(tls=tls, library=settings.ucx_library, cuda=settings.device == "cuda"))
 
 
 def _sockets(settings: WorkerSettings) -> SocketTransport:

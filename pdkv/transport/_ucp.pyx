@@ -51,7 +51,7 @@ cdef extern from "native/ucx_engine.h" nogil:
                                const int64_t *remote, const int64_t *local, const int64_t *length)
     pdkv_done *pdkv_engine_poll(pdkv_engine *engine)
     int pdkv_engine_fileno(const pdkv_engine *engine)
-    void pdkv_engine_path(pdkv_engine *engine, int64_t peer, char *path, size_t path_size)
+    void pdkv_engine_path(pdkv_engine *engine, int64_t peer, char *path, char *lanes)
     void pdkv_engine_destroy(pdkv_engine *engine)
 
 
@@ -163,8 +163,15 @@ cdef class Engine:
 
     def path(self, int64_t peer) -> str:
         cdef char path[PDKV_PATH_SIZE]
-        pdkv_engine_path(self._alive(), peer, path, PDKV_PATH_SIZE)
+        cdef char lanes[PDKV_PATH_SIZE]
+        pdkv_engine_path(self._alive(), peer, path, lanes)
         return path.decode(errors="replace")
+
+    def lanes(self, int64_t peer) -> str:
+        cdef char path[PDKV_PATH_SIZE]
+        cdef char lanes[PDKV_PATH_SIZE]
+        pdkv_engine_path(self._alive(), peer, path, lanes)
+        return lanes.decode(errors="replace")
 
     def close(self) -> None:
         cdef pdkv_engine *engine = self.engine

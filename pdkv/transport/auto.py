@@ -1,8 +1,8 @@
 """Several transports behind one: each peer is read by the best way that works for it.
 
 Every memory is registered with all ways, and the address carries all of them. A peer is tried by its best way first; a
-way that fails before it has carried a byte is given up for the next, and what was asked of it is asked again. Once a
-way has carried a read, it stays: its failures are the peer's.
+way that fails before it has carried a byte is given up for the next, and what was asked of it is asked again; so is one
+that crawls while others are left. Once a way has carried a read otherwise, it stays: its failures are the peer's.
 """
 
 import logging
@@ -47,6 +47,7 @@ class _Peer:
         self.memories = memories
         self.left = ways
         self.way: Transport | None = None
+        self.address: TransportAddress | None = None
         self.inner = PeerId(-1)
         self.proven = False
         self.why: list[str] = []
@@ -142,6 +143,14 @@ class AutoTransport(Transport):
         known = self._peers.get(peer)
         return known.way.path(known.inner) if known is not None and known.way is not None else "unknown"
 
+    def note(self, peer: PeerId) -> str:
+        known = self._peers.get(peer)
+        return known.way.note(known.inner) if known is not None and known.way is not None else ""
+
+    def crawls(self, peer: PeerId) -> bool:
+        known = self._peers.get(peer)
+        return known is not None and known.way is not None and known.way.crawls(known.inner)
+
     def _ways_to(self, parts: Sequence[_Part]) -> list[tuple[Transport, TransportAddress]]:
         """Those that both sides have, by the worse of what the two can reach."""
         theirs = {part.address.transport: part for part in parts}
@@ -155,7 +164,7 @@ class AutoTransport(Transport):
             way, address = peer.left.pop(0)
             try:
                 peer.inner = way.connect(address)
-                peer.way = way
+                peer.way, peer.address = way, address
             except TransportError as error:
                 peer.why.append(f"{way.name}: {error}")
 
@@ -204,30 +213,45 @@ class AutoTransport(Transport):
         self._reads[peer.way.name, peer.way.submit(peer.inner, batch)] = read
 
     def _ask_again(self, way: Transport, read: _Read, completion: Completion) -> bool:
-        """Whether a read that ended badly goes by another way. A read that ended well proves its way."""
+        """Whether a read that ended badly, or well by a way that crawls, goes by another. Else a read that ended well
+        proves its way."""
         peer = self._peers.get(read.peer)
         current = peer is not None and peer.way is way and peer.inner == read.inner
         if completion.status is ReadStatus.OK:
             carried = read.batch is not None and read.batch.num_spans > 0  # an empty batch says nothing of its way
-            if peer is not None and current and carried and not peer.proven:
+            if peer is None or not current or not carried or peer.proven:
+                return False
+            if not peer.left or not way.crawls(peer.inner):
                 self._prove(read.peer, peer)
-            return False
+                return False
         if peer is None or read.batch is None or (current and peer.proven):
             return False
         if current:
-            way.close_peer(peer.inner)
-            peer.why.append(f"{way.name}: {completion.error}")
-            self._take_next_way(peer)
-            taken = peer.way.name if peer.way is not None else "nothing else"
-            log.warning(f"peer {read.peer} cannot be read by {way.name}, trying {taken}: {completion.error}")
+            self._leave_way(read.peer, peer, way, completion)
         self._ask(read, peer, read.batch)
         return True
+
+    def _leave_way(self, number: PeerId, peer: _Peer, way: Transport, completion: Completion) -> None:
+        """A way that failed is not taken again; one that crawls is better than none, when all others have failed."""
+        crawled = completion.status is ReadStatus.OK
+        told = f"it would crawl: {way.note(peer.inner)}" if crawled else completion.error
+        if crawled and peer.address is not None:
+            peer.left.append((way, peer.address))
+        way.close_peer(peer.inner)
+        peer.why.append(f"{way.name}: {told}")
+        self._take_next_way(peer)
+        taken = peer.way.name if peer.way is not None else "nothing else"
+        log.warning(f"peer {number} cannot be read by {way.name}, trying {taken}: {told}")
 
     def _prove(self, number: PeerId, peer: _Peer) -> None:
         peer.proven = True
         assert peer.way is not None, "a read came by it"
         because = f" ({peer.reasons})" if peer.why else ""
-        log.info(f"peer {number} is read by {peer.way.name} over {peer.way.path(peer.inner)}{because}")
+        note = peer.way.note(peer.inner)
+        how = f"{peer.way.path(peer.inner)}, {note}" if note else peer.way.path(peer.inner)
+        if peer.way.crawls(peer.inner):
+            log.warning(f"peer {number} is read by {peer.way.name} and nothing better: reads will crawl")
+        log.info(f"peer {number} is read by {peer.way.name} over {how}{because}")
 
     def _refuse(self, read: ReadId, status: ReadStatus, why: str) -> None:
         self._refused.append(Completion(read, status, why))

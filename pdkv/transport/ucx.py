@@ -25,7 +25,10 @@ log = logging.getLogger("pdkv.transport.ucx")
 _STATUS = (ReadStatus.OK, ReadStatus.FAILED, ReadStatus.CANCELLED)
 """By the native engine's numbers."""
 
-_MAGIC = b"pdkvucx1"
+_MAGIC = b"pdkvucx2"
+
+_EMULATED = "software emulation"
+"""How UCX calls reads that the peer's processor answers."""
 
 _PATHS = (
     ("tcp", re.compile(r"\btcp\b")),
@@ -34,6 +37,10 @@ _PATHS = (
     ("cuda_ipc", re.compile(r"\bcuda_ipc\b")),
 )
 """UCX transports by path, the least wanted first: a read that travels two ways is called after the worse."""
+
+
+_SAID = re.compile(r"length \d+ (.*?)(?: [\d.]+ MB/s.*)?$")
+"""What matters of, for example, "{...} get into host memory length 4096 zero-copy rc_mlx5/mlx5_0:1 23456.0 MB/s"."""
 
 
 class UcxOptions(msgspec.Struct, frozen=True):
@@ -72,6 +79,11 @@ class UcxSetting(msgspec.Struct, frozen=True):
     ours: str
 
 
+class _Worker(msgspec.Struct, frozen=True, array_like=True):
+    address: bytes
+    on_gpu: bool
+
+
 class UcxTransport(Transport):
     """See ``Transport``. A native thread of its own does all of UCX's work, without the GIL, and sleeps when idle; as
     the target of reads it needs nothing of the owner. Not for use after a fork (spawn instead).
@@ -107,7 +119,9 @@ class UcxTransport(Transport):
             raise TransportError(f"UCX ({chosen.path}) cannot start: {error}; {HOW_TO_INSTALL}") from error
         self.library: UcxLibrary = msgspec.structs.replace(chosen, version=self._engine.version)
         self._memories: list[MemoryDescriptor] = []
-        self._worker_address = seal(_MAGIC, self._engine.address())
+        self._on_gpu = False
+        self._gpu_peers: set[PeerId] = set()
+        self._warned: set[PeerId] = set()
         self._fileno = self._engine.fileno()
         self._closed = False
         self._log_start()
@@ -138,23 +152,31 @@ class UcxTransport(Transport):
             ) from error
         descriptor = MemoryDescriptor(address=memory.address, length=memory.length, key=seal(_MAGIC, key))
         self._memories.append(descriptor)
+        self._on_gpu = self._on_gpu or memory.device != "cpu"
         return descriptor
 
     def address(self) -> TransportAddress:
-        return TransportAddress(transport=self.name, address=self._worker_address, memories=tuple(self._memories))
+        worker = msgspec.msgpack.encode(_Worker(self._engine.address(), self._on_gpu))
+        return TransportAddress(transport=self.name, address=seal(_MAGIC, worker), memories=tuple(self._memories))
 
     def connect(self, address: TransportAddress) -> PeerId:
         self._check_open()
         if address.transport != self.name:
             raise TransportError(f"a ucx transport cannot reach a {address.transport!r} address")
-        worker = unseal(_MAGIC, address.address, "the peer's address")
+        try:
+            worker = msgspec.msgpack.decode(unseal(_MAGIC, address.address, "the peer's address"), type=_Worker)
+        except msgspec.MsgspecError as error:
+            raise TransportError(f"the peer's UCX address says nothing that this version knows: {error}") from error
         memories = [
             (memory.address, memory.length, unseal(_MAGIC, memory.key, f"the key of the peer's memory {index}"))
             for index, memory in enumerate(address.memories)
         ]
         if any(base < 0 or length < 0 or base + length >= 1 << 64 for base, length, _ in memories):
             raise TransportError("the peer describes memory outside its address space")
-        return PeerId(self._engine.connect(worker, memories))
+        peer = PeerId(self._engine.connect(worker.address, memories))
+        if worker.on_gpu or self._on_gpu:
+            self._gpu_peers.add(peer)
+        return peer
 
     def close_peer(self, peer: PeerId) -> None:
         if not self._closed:
@@ -178,6 +200,17 @@ class UcxTransport(Transport):
 
     def path(self, peer: PeerId) -> str:
         return "unknown" if self._closed else path_of(self._engine.path(peer))
+
+    def note(self, peer: PeerId) -> str:
+        """What UCX calls the way of the longest read, and the devices that it spreads long ones over."""
+        if self._closed:
+            return ""
+        said, lanes = _SAID.search(self._engine.path(peer)), self._engine.lanes(peer)
+        return f"UCX: {said[1]}, lanes {lanes}" if said else ""
+
+    def crawls(self, peer: PeerId) -> bool:
+        """GPU memory that the peer's processor sends: UCX copies it up and down piece by piece, at less than 1 GB/s."""
+        return not self._closed and peer in self._gpu_peers and _EMULATED in self._engine.path(peer)
 
     def close(self) -> None:
         self._closed = True

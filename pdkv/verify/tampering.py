@@ -123,6 +123,12 @@ class WitnessTransport(Transport):
     def path(self, peer: PeerId) -> str:
         return self._inner.path(peer)
 
+    def note(self, peer: PeerId) -> str:
+        return self._inner.note(peer)
+
+    def crawls(self, peer: PeerId) -> bool:
+        return self._inner.crawls(peer)
+
     def close(self) -> None:
         self._inner.close()
 

@@ -14,10 +14,11 @@ from pdkv.schema import LocalMemory, TransportAddress
 from pdkv.transport import auto
 from pdkv.transport.auto import AutoTransport, Way
 from pdkv.transport.base import ReadStatus
+from pdkv.transport.conformance_memory import HiddenArray
 from pdkv.transport.inproc import Faults, InprocTransport
 from pdkv.transport.sealed import seal, unseal
 from pdkv.transport.shm import ShmTransport
-from pdkv.transport.sockets import SocketTransport
+from pdkv.transport.sockets import STAGED, SocketTransport
 from pdkv.transport.ucx import UcxTransport
 
 from .reading import ended, filled, read, span
@@ -198,3 +199,61 @@ def test_closing_a_peer_between_two_ways_ends_its_reads(make):
     reader.close_peer(peer)
     assert ended(reader).status is not OK
     assert not into.bytes.any()
+
+
+class Crawling(InprocTransport):
+    """Carries every byte, at a rate that nobody wants."""
+
+    def note(self, peer):
+        return "an ox cart"
+
+    def crawls(self, peer):
+        return True
+
+
+CART_FIRST = {"inproc": "rdma", "sockets": "tcp"}
+
+
+def test_a_way_that_crawls_is_given_up_for_another(make, caplog):
+    """What it carried before that was known is read again, so that the way that is told is the way that was proven."""
+    caplog.set_level(logging.INFO, logger="pdkv.transport.auto")
+    target = make(Crawling(), SocketTransport(), reach=CART_FIRST)
+    reader = make(Crawling(), SocketTransport(), reach=CART_FIRST)
+    source, into = filled(1_000, 7), filled(1_000, 0)
+    target.register(source.memory)
+    reader.register(into.memory)
+    peer = reader.connect(target.address())
+    assert read(reader, peer, into, 1_000).status is OK
+    assert (into.bytes == 7).all()
+    assert (reader.path(peer), reader.note(peer), reader.crawls(peer)) == ("tcp", "", False)
+    assert "cannot be read by inproc, trying sockets: it would crawl: an ox cart" in caplog.text
+    assert "is read by sockets over tcp (inproc: it would crawl" in caplog.text
+
+
+def test_a_way_that_crawls_is_better_than_none(make, caplog):
+    target = make(Crawling(), SocketTransport(), reach=CART_FIRST)
+    reader = make(Crawling(), SocketTransport(), reach=CART_FIRST)
+    source, into = filled(1_000, 7), filled(1_000, 0)
+    target.register(source.memory)
+    reader.register(into.memory)
+    peer = reader.connect(without(target.address(), "sockets"))
+    assert read(reader, peer, into, 1_000).status is OK
+    assert (reader.path(peer), reader.note(peer), reader.crawls(peer)) == ("inproc", "an ox cart", True)
+    assert "cannot be read by sockets, trying inproc: cannot connect" in caplog.text
+    assert "by inproc and nothing better: reads will crawl" in caplog.text
+
+
+def test_memory_that_processors_cannot_touch_is_staged_and_said_so(make, caplog):
+    caplog.set_level(logging.INFO, logger="pdkv.transport.auto")
+    target, reader = make(ShmTransport(), SocketTransport()), make(ShmTransport(), SocketTransport())
+    source, into = HiddenArray(3_000_000), HiddenArray(3_000_000)
+    source.fill(7)
+    target.register(source.memory)
+    reader.register(into.memory)
+    assert "not reading or serving by shm: shm cannot register" in caplog.text
+    peer = reader.connect(target.address())
+    reader.submit(peer, span(0, into.memory.address, 3_000_000))
+    assert ended(reader).status is OK
+    assert (into.bytes == 7).all()
+    assert reader.note(peer) == STAGED
+    assert f"is read by sockets over tcp, {STAGED}" in caplog.text

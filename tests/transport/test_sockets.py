@@ -8,12 +8,14 @@ import msgspec
 import pytest
 
 from pdkv.errors import TransportError
+from pdkv.schema import LocalMemory
 from pdkv.transport import sockets
 from pdkv.transport.base import ReadStatus
+from pdkv.transport.conformance_memory import HiddenArray
 from pdkv.transport.sealed import seal, unseal
-from pdkv.transport.sockets import SocketOptions, SocketTransport
+from pdkv.transport.sockets import STAGED, SocketOptions, SocketTransport
 
-from .reading import filled, read
+from .reading import ended, filled, read, span
 
 MAGIC = b"pdkvtcp1"
 GREETING = struct.Struct("<Q32s")
@@ -170,3 +172,85 @@ def test_refuses_a_port_that_cannot_be():
     finally:
         reader.close()
         target.close()
+
+
+# ---- memory that processors cannot touch ----
+
+
+def slow_device() -> SocketTransport:
+    return SocketTransport(SocketOptions(emulated_copy_us=2_000, slice_bytes=64 << 10))
+
+
+@pytest.mark.parametrize("hidden", ["target", "reader", "both"])
+def test_either_side_may_stage(hidden: str):
+    """Fewer bytes in a slot than in a slice of the other side, many slots a stream, spans of no round length."""
+    target, reader = slow_device(), slow_device()
+    source = filled(5_000_003, 7) if hidden == "reader" else HiddenArray(5_000_003)
+    into = filled(5_000_003, 0) if hidden == "target" else HiddenArray(5_000_003)
+    source.fill(7)
+    try:
+        target.register(source.memory)
+        reader.register(into.memory)
+        peer = reader.connect(target.address())
+        for _ in range(2):
+            reader.submit(peer, span(1, into.memory.address + 1, 5_000_001))
+            assert ended(reader).status is ReadStatus.OK
+            assert into.bytes[0] == 0
+            assert (into.bytes[1:-1] == 7).all(), "a read was complete before its bytes were on the device"
+            assert into.bytes[-1] == 0
+            into.fill(0)
+        assert reader.note(peer) == STAGED
+    finally:
+        reader.close()
+        target.close()
+
+
+def test_host_stages_what_is_asked_for_at_once_in_order():
+    target = slow_device()
+    source = HiddenArray(100_000)
+    source.bytes[:50_000], source.bytes[50_000:] = 1, 2
+    try:
+        target.register(source.memory)
+        with connection(target) as opened:
+            asked = request((0, 0, 50_000), (0, 50_000, 50_000)) + request((0, 49_999, 2)) * 20 + request((0, 0, 1))
+            opened.sendall(asked)
+            wanted = b"\1" * 50_000 + b"\2" * 50_000 + b"\1\2" * 20 + b"\1"
+            assert received(opened, len(wanted)) == wanted
+            opened.sendall(request((0, 0, 10)) + request((0, 99_999, 2)))
+            with contextlib.suppress(ConnectionResetError):
+                assert len(received(opened, 11)) <= 10, "a request out of bounds was answered"
+    finally:
+        target.close()
+
+
+def test_memory_of_one_device_only():
+    transport = SocketTransport()
+    hidden, plain = HiddenArray(4_096), filled(4_096, 1)
+    try:
+        transport.register(hidden.memory)
+        with pytest.raises(TransportError, match="memory of one device"):
+            transport.register(plain.memory)
+    finally:
+        transport.close()
+
+
+def test_gpu_memory_without_a_driver_is_refused_with_the_reason():
+    transport = SocketTransport()
+    plain = filled(4_096, 1)
+    try:
+        with pytest.raises(TransportError, match=r"cannot stage 4096 bytes on cuda:0: .*"):
+            transport.register(LocalMemory(plain.memory.address, 4_096, device="cuda:0"))
+        transport.register(plain.memory)  # and it serves host memory all the same
+    finally:
+        transport.close()
+
+
+def test_reads_before_memory_of_a_device_are_refused(ends):
+    target, _, _ = ends
+    late, hidden = SocketTransport(), HiddenArray(4_096)
+    try:
+        late.connect(target.address())
+        with pytest.raises(TransportError, match="only before it reads from anybody"):
+            late.register(hidden.memory)
+    finally:
+        late.close()

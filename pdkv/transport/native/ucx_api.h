@@ -22,6 +22,7 @@
     X(ucp_ep_create) \
     X(ucp_ep_close_nbx) \
     X(ucp_ep_flush_nbx) \
+    X(ucp_ep_query) \
     X(ucp_ep_rkey_unpack) \
     X(ucp_rkey_destroy) \
     X(ucp_rkey_pack) \

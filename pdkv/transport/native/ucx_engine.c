@@ -327,11 +327,12 @@ void pdkv_engine_close_peer(pdkv_engine *engine, int64_t peer)
     enqueue(engine, command);
 }
 
-void pdkv_engine_path(pdkv_engine *engine, int64_t peer, char *path, size_t path_size)
+void pdkv_engine_path(pdkv_engine *engine, int64_t peer, char *path, char *lanes)
 {
     pdkv_peer *found = find_peer(engine, peer);
     pthread_mutex_lock(&engine->lock);
-    snprintf(path, path_size, "%s", found ? found->path : "");
+    snprintf(path, PDKV_PATH_SIZE, "%s", found ? found->path : "");
+    snprintf(lanes, PDKV_PATH_SIZE, "%s", found ? found->lanes : "");
     pthread_mutex_unlock(&engine->lock);
 }
 

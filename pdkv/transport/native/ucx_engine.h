@@ -70,8 +70,9 @@ int64_t pdkv_engine_submit(pdkv_engine *engine, int64_t peer, size_t num_spans, 
 pdkv_done *pdkv_engine_poll(pdkv_engine *engine);
 int pdkv_engine_fileno(const pdkv_engine *engine);
 
-/* What UCX says about how the longest read so far travelled; "" before the first. */
-void pdkv_engine_path(pdkv_engine *engine, int64_t peer, char *path, size_t path_size);
+/* What UCX says about how the longest read so far travelled, and what it connected to the peer, as in
+ * "rc_mlx5/mlx5_0:1, rc_mlx5/mlx5_1:1"; "" before the first. PDKV_PATH_SIZE bytes each. */
+void pdkv_engine_path(pdkv_engine *engine, int64_t peer, char *path, char *lanes);
 
 /* Closes peers, memory, worker and context, and ends the thread. */
 void pdkv_engine_destroy(pdkv_engine *engine);

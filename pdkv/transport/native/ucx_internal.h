@@ -60,7 +60,7 @@ struct pdkv_peer {
     size_t in_flight, bytes_in_flight;
     size_t longest_read; /* that `path` describes */
     /* under engine->lock */
-    char path[PDKV_PATH_SIZE];
+    char path[PDKV_PATH_SIZE], lanes[PDKV_PATH_SIZE];
 };
 
 typedef struct pdkv_local_memory {

@@ -11,6 +11,7 @@
 #include "ucx_internal.h"
 
 enum {
+    MOST_LANES = 16,
     TURN_SPANS = 256,           /* most gets posted before the thread looks at commands and other peers again: */
     TURN_BYTES = 32 * 1024 * 1024 /* gets that UCX does at once (mapped memory) fill no window */
 };
@@ -85,9 +86,26 @@ void pdkv_peer_open(pdkv_peer *peer)
 
 /* ---- posting ---- */
 
+/* Lists what UCX connected to the peer: several network cards where it stripes long reads over them. */
+static void list_lanes(const pdkv_peer *peer, char *text)
+{
+    ucp_transport_entry_t entries[MOST_LANES];
+    ucp_ep_attr_t attributes = {
+        .field_mask = UCP_EP_ATTR_FIELD_TRANSPORTS,
+        .transports = {.entries = entries, .num_entries = MOST_LANES, .entry_size = sizeof(entries[0])},
+    };
+    size_t used = 0;
+    text[0] = 0;
+    if (peer->ep == NULL || peer->engine->ucx.ucp_ep_query(peer->ep, &attributes) != UCS_OK)
+        return;
+    for (unsigned i = 0; i < attributes.transports.num_entries && used < PDKV_PATH_SIZE; i++)
+        used += (size_t)snprintf(text + used, PDKV_PATH_SIZE - used, "%s%s/%s", i ? ", " : "",
+                                 entries[i].transport_name, entries[i].device_name);
+}
+
 static void note_path(pdkv_peer *peer, void *request, size_t length)
 {
-    char text[PDKV_PATH_SIZE] = "";
+    char text[PDKV_PATH_SIZE] = "", lanes[PDKV_PATH_SIZE];
     ucp_request_attr_t attributes = {
         .field_mask = UCP_REQUEST_ATTR_FIELD_INFO_STRING | UCP_REQUEST_ATTR_FIELD_INFO_STRING_SIZE,
         .debug_string = text,
@@ -95,9 +113,11 @@ static void note_path(pdkv_peer *peer, void *request, size_t length)
     };
     if (peer->engine->ucx.ucp_request_query(request, &attributes) != UCS_OK)
         return;
+    list_lanes(peer, lanes);
     peer->longest_read = length;
     pthread_mutex_lock(&peer->engine->lock);
     memcpy(peer->path, text, sizeof(text));
+    memcpy(peer->lanes, lanes, sizeof(lanes));
     pthread_mutex_unlock(&peer->engine->lock);
 }
 
