@@ -37,9 +37,10 @@ from pdkv.core.events import (
     Send,
     Tick,
 )
+from pdkv.core.pull_queue import PullQueue, PullRate
 from pdkv.core.residency import WantedBlocks
 from pdkv.errors import ConfigError, FailureCode, HandshakeError
-from pdkv.schema import TransferId
+from pdkv.schema import LayerRange, TransferId
 from pdkv.transport.base import Completion
 from pdkv.wire.channel import Channel, Received
 from pdkv.wire.messages import NO_TRANSFER, Done, Granted, OtherVersion, make_envelope
@@ -55,6 +56,19 @@ class _Transfer:
         self.session = session
         self.link = link
         self.account = Account(start, link, at)
+        self.reading: dict[int, _OpenRead] = {}
+        """By the session's number of a read."""
+
+
+class _OpenRead:
+    """A read that the session has not heard the end of."""
+
+    def __init__(self) -> None:
+        self.num_slices = 0
+        """Posted, and not ended yet."""
+        self.waits = True
+        """Some of it is still to be posted."""
+        self.error = ""
 
 
 class DecodeAgent(Agent[DecodeCommand]):
@@ -67,7 +81,9 @@ class DecodeAgent(Agent[DecodeCommand]):
         ranks: RankGroup,
         links: PeerLinks,
         emit: Callable[[DecodeAgentEvent], None],
+        rate: PullRate | None = None,
     ) -> None:
+        """``rate``: how fast to read at most, over all ranks."""
         self._identity = identity
         self._channel = channel
         self._ranks = ranks
@@ -77,7 +93,9 @@ class DecodeAgent(Agent[DecodeCommand]):
         self._waiting: dict[TransferId, tuple[StartTransfer, PeerLink, float]] = {}
         self._transfers: dict[TransferId, _Transfer] = {}
         self._reads: dict[int, tuple[_Transfer, int]] = {}
-        """By the ranks' number of a read: whose it is, and the session's number of it."""
+        """By the ranks' number of a slice: whose it is, and the session's number of the read."""
+        self._queue: PullQueue[TransferId] = PullQueue(rate)
+        self._bytes_of: dict[LayerRange, int] = {}
 
     # ---- what happens
 
@@ -130,10 +148,15 @@ class DecodeAgent(Agent[DecodeCommand]):
                 self._handle(transfer, Tick(), at)
             if transfer.session.forgettable(at):
                 del self._transfers[transfer_id]
+        self._post(at)  # after the sessions have looked at their leases
         self._settle(at)
 
     def next_wakeup(self) -> float | None:
-        times = [self._links.next_wakeup(), *(t.session.next_wakeup() for t in self._transfers.values())]
+        times = [
+            self._links.next_wakeup(),
+            self._queue.next_wakeup(),
+            *(t.session.next_wakeup() for t in self._transfers.values()),
+        ]
         return min((t for t in times if t is not None), default=None)
 
     def close(self, at: float) -> None:
@@ -213,10 +236,13 @@ class DecodeAgent(Agent[DecodeCommand]):
     # ---- sessions
 
     def _handle(self, transfer: _Transfer, event: DecodeEvent, at: float) -> bool:
-        """Whether reads were posted."""
+        """Whether reads were posted at once."""
         instructions = transfer.session.handle(event, at)
         self._carry_out(transfer, instructions, at)
-        return any(isinstance(instruction, Read) for instruction in instructions)
+        if self._queue.is_limited or not any(isinstance(instruction, Read) for instruction in instructions):
+            return False
+        self._post(at)
+        return True
 
     def _carry_out(self, transfer: _Transfer, instructions: Sequence[DecodeInstruction], at: float) -> None:
         transfer_id = transfer.start.transfer
@@ -225,8 +251,9 @@ class DecodeAgent(Agent[DecodeCommand]):
                 case Send(seq=seq, body=body):
                     envelope = make_envelope(self._identity.incarnation, transfer.link.incarnation, transfer_id, seq)
                     self._channel.send(transfer.link.route, envelope, body)
-                case Read():
-                    self._post(transfer, instruction, at)
+                case Read(read=read, layers=layers):
+                    transfer.reading[read] = _OpenRead()
+                    self._queue.put(transfer_id, instruction, self._bytes_per_block(layers))
                 case Resume(token=token, logprob=logprob, attachment=attachment):
                     facts = transfer.account.facts(at, transfer.session.cached_tokens)
                     self._meter.arrived(facts)
@@ -235,18 +262,46 @@ class DecodeAgent(Agent[DecodeCommand]):
                     if outcome.code is not None:
                         self._meter.failed(transfer.link.path, outcome.code, transfer.account.seconds(at))
                         self._emit(TransferFailed(transfer_id, outcome.code, outcome.message))
+                        self._stop_posting(transfer, at)
                 case ReturnPages():
                     self._emit(PagesReturned(transfer_id))
                 case ClosePeer(message=message):
                     told = f"endpoint to {transfer.link.control} closed: {message}"
                     self._links.lose(transfer.link, HandshakeError(FailureCode.PEER_LOST, told))
 
-    def _post(self, transfer: _Transfer, read: Read, at: float) -> None:
-        number = transfer.link.number
-        assert number is not None, "transfers begin on links that are ready"
-        local = transfer.start.pages[read.blocks.start : read.blocks.stop]
-        self._reads[self._ranks.read(number, read.source_pages, local, read.layers)] = (transfer, read.read)
-        transfer.account.posted(at)
+    def _post(self, at: float) -> None:
+        """What the limit allows of what waits."""
+        for transfer_id, piece in self._queue.take(at):
+            transfer, read = self._transfers[transfer_id], piece.read
+            number = transfer.link.number
+            assert number is not None, "transfers begin on links that are ready"
+            local = transfer.start.pages[read.blocks.start : read.blocks.stop]
+            self._reads[self._ranks.read(number, read.source_pages, local, read.layers)] = (transfer, read.read)
+            transfer.account.posted(at)
+            opened = transfer.reading[read.read]
+            opened.num_slices += 1
+            opened.waits = not piece.is_last
+
+    def _stop_posting(self, transfer: _Transfer, at: float) -> None:
+        """What has not been posted of a failed transfer never will be."""
+        for read in self._queue.drop(transfer.start.transfer):
+            opened = transfer.reading[read]
+            opened.waits = False
+            opened.error = opened.error or "not posted any more"
+            self._end_if_over(transfer, read, at)
+
+    def _end_if_over(self, transfer: _Transfer, read: int, at: float) -> None:
+        opened = transfer.reading[read]
+        if not opened.waits and opened.num_slices == 0:
+            del transfer.reading[read]
+            self._handle(transfer, ReadEnded(read, not opened.error, opened.error), at)
+
+    def _bytes_per_block(self, layers: LayerRange) -> int:
+        """What travels of one block, over all ranks."""
+        if layers not in self._bytes_of:
+            regions = [region for manifest in self._identity.manifests for region in manifest.regions]
+            self._bytes_of[layers] = sum(region.bytes_per_page for region in regions if region.layer in layers)
+        return self._bytes_of[layers]
 
     def _on_pages_read(self, answer: PagesRead, at: float) -> None:
         transfer, read = self._reads.pop(answer.read)
@@ -257,7 +312,13 @@ class DecodeAgent(Agent[DecodeCommand]):
             told = f"reading from {transfer.link.control} failed: {answer.error}"
             self._links.lose(transfer.link, HandshakeError(FailureCode.READ_FAILED, told))
         transfer.account.read_ended(answer, at)
-        self._handle(transfer, ReadEnded(read, not answer.error, answer.error), at)
+        opened = transfer.reading[read]
+        opened.num_slices -= 1
+        opened.error = opened.error or answer.error
+        if answer.error:
+            self._stop_posting(transfer, at)
+        if transfer.reading.get(read) is opened:
+            self._end_if_over(transfer, read, at)
 
     def _statistics(self) -> AgentStatistics:
         open_transfers = [t for t in self._transfers.values() if t.session.state is not DecodeState.ENDED]

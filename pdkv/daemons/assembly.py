@@ -17,6 +17,7 @@ from pdkv.agent.rank_reads import RankReads
 from pdkv.core.events import SessionPolicy
 from pdkv.core.lease import LeasePolicy
 from pdkv.core.manifest import pairing_digest
+from pdkv.core.pull_queue import PullRate
 from pdkv.daemons.gpu_sizing import chunk_on, room_on
 from pdkv.daemons.link import WorkerSettings
 from pdkv.daemons.other_ranks import OtherRanks
@@ -86,7 +87,8 @@ def assemble(settings: WorkerSettings, emit: Emit, others: OtherRanks, transport
         reads = RankReads(transport, identity.manifest, memory.probe, (arena.memory.address,))
         ranks = RankGroup(reads, others.carriers())
         links = PeerLinks(identity, channel, ranks, PathRequirement(settings.require_transport))
-        agent = DecodeAgent(identity, channel, ranks, links, emit)
+        rate = PullRate(settings.max_pull_gbps * 1e9) if settings.max_pull_gbps else None
+        agent = DecodeAgent(identity, channel, ranks, links, emit, rate)
     bounds = EngineSettings(
         max_model_len=settings.max_model_len,
         prefill_chunk=chunk_on(settings, share.model),

@@ -95,6 +95,9 @@ def _refuse_reachable(name: str, address: str, insecure: bool, harm: str) -> Non
 
 
 _LAYER_GROUPS = Field(ge=1, le=64, description="Parts in which a prompt's last chunk can be read, layers by layers.")
+_MAX_PULL = Field(
+    ge=0, description="Most gigabytes a second that decode pulls, to spare what it decodes; 0 = no limit."
+)
 _ADMIN = "Address of /livez, /readyz, /metrics and POST /drain; port 0 = any."
 AddressText = Annotated[str, AfterValidator(Address)]
 Urls = Annotated[tuple[Annotated[str, AfterValidator(_worker_url)], ...], NoDecode, BeforeValidator(_split_commas)]
@@ -175,12 +178,12 @@ class ServedConfig(RoleConfig):
     require_transport: Annotated[
         Literal["rdma", "cuda_ipc", "shm", "tcp"] | None, Field(description="Refuse a peer reached by a lesser path.")
     ] = None
-    ucx_tls: Annotated[str | None, Field(description="UCX transports to use, as in UCX_TLS."), _ADVANCED] = None
     nvlink_blocks: Annotated[
         int,
         Field(ge=1, le=1024, description="Most thread blocks that a GPU spends on gathering short spans."),
         _ADVANCED,
     ] = 64
+    ucx_tls: Annotated[str | None, Field(description="UCX transports to use, as in UCX_TLS."), _ADVANCED] = None
     ucx_library: Annotated[
         str | None,
         Field(description="The libucp to load; default: a system one with InfiniBand, else the wheel's."),
@@ -252,6 +255,7 @@ class DecodeConfig(WorkerConfig):
     drain_timeout: Annotated[
         float, Field(gt=0, description="After SIGTERM: seconds in which running answers may end.")
     ] = 300.0
+    max_pull_gbps: Annotated[float, _MAX_PULL, _ADVANCED] = 0.0
     speculative_tokens: Annotated[
         int, Field(ge=0, le=7, description="Tokens proposed by prompt lookup and verified in one step; 0 = none.")
     ] = 0
@@ -303,6 +307,7 @@ class UpConfig(ServedConfig):
         int, Field(ge=0, le=7, description="Tokens that decode proposes by prompt lookup; 0 = none.")
     ] = 0
     layer_groups: Annotated[int, _LAYER_GROUPS, _ADVANCED] = 4
+    max_pull_gbps: Annotated[float, _MAX_PULL, _ADVANCED] = 0.0
     host: Annotated[str, Field(description="Host that the router listens on.")] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, description="Port that the router listens on; 0 = any.")] = 8000
     threads: Annotated[int, Field(ge=0, description="Torch threads of each worker; 0 = cores / workers.")] = 0

@@ -64,6 +64,7 @@ def engine_settings(config: WorkerConfig, served: ServedModel, listen: str) -> W
         load_format=config.load_format,
         gpu_memory_utilization=config.gpu_memory_utilization,
         speculative_tokens=config.speculative_tokens if isinstance(config, DecodeConfig) else 0,
+        max_pull_gbps=config.max_pull_gbps if isinstance(config, DecodeConfig) else 0.0,
         layer_groups=config.layer_groups if isinstance(config, PrefillConfig) else 1,
     )
 

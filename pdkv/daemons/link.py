@@ -71,6 +71,8 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens that decode proposes by prompt lookup and verifies in one step; 0 = none."""
     layer_groups: int = 4
     """Parts in which prefill tells of the layers of a prompt's last chunk."""
+    max_pull_gbps: float = 0.0
+    """Most gigabytes a second that decode reads from all its peers, over all ranks; 0 = no limit."""
 
 
 class Sampling(msgspec.Struct, frozen=True):

@@ -268,6 +268,44 @@ def test_a_prefill_worker_that_stops_answering_loses_its_lease(make: Make) -> No
     prefill.close()
 
 
+def test_a_limited_transfer_is_read_in_slices(make: Make) -> None:
+    prefill, decode = make(PrefillSide), make(lambda: DecodeSide(pull_bytes_per_s=2e7))
+    transfer_works(prefill, decode, ONE)
+    assert transfer_works(prefill, decode, TWO, seed=2).num_spans == 3
+    series = {s.name: s for s in decode.statistics().series if s.name == "pdkv_kv_transfer_descriptors"}
+    assert sum(series["pdkv_kv_transfer_descriptors"].counts) == 6, "a page at a time"
+
+
+def begun_slowly(prefill: PrefillSide, decode: DecodeSide) -> None:
+    """A transfer whose first page has been read, with the next one due in 20 s."""
+    decode.fetch(ONE, prefill, (1, 2, 3))
+    prefill.expect_transfer(ONE)
+    prefill.expect(e.PrefillWanted, ONE)
+    prefill.loop.post(e.GrantPages(ONE, (3, 4, 9), 0))
+    prefill.loop.post(e.FinishPrefill(ONE, 42, -0.5))
+    deadline = time.monotonic() + PATIENCE_S
+    while not any(s.name == "pdkv_kv_transfer_descriptors" for s in decode.statistics().series):
+        assert time.monotonic() < deadline, "no page was read"
+
+
+def test_a_limited_transfer_given_up_leaves_its_link_alone(make: Make) -> None:
+    prefill, decode = make(PrefillSide), make(lambda: DecodeSide(pull_bytes_per_s=1e4))
+    begun_slowly(prefill, decode)
+    decode.loop.post(e.AbandonTransfer(ONE, FailureCode.CANCELLED, "client gone"))
+    assert [type(decode.events.get(timeout=PATIENCE_S)) for _ in range(2)] == [e.TransferFailed, e.PagesReturned]
+    assert prefill.expect(e.TransferEnded, ONE).code is FailureCode.CANCELLED
+    prefill.expect(e.PagesFreed, ONE)
+    assert [peer.state for peer in decode.statistics().peers] == ["ready"]
+
+
+def test_a_limited_transfer_posts_nothing_beyond_its_lease(make: Make) -> None:
+    prefill, decode = make(PrefillSide), make(lambda: DecodeSide(pull_bytes_per_s=1e4))
+    begun_slowly(prefill, decode)
+    prefill.channel.send = lambda *_: None  # type: ignore[method-assign]  # deaf and dumb from here on
+    assert decode.expect_failure(ONE).code is FailureCode.LEASE_EXPIRED
+    assert decode.statistics().reads_outstanding == 0
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_under_transport_faults_bytes_are_right_or_the_transfer_fails(seed: int, make: Make) -> None:
     faults = Faults(seed=seed, max_delay_polls=3, reorder=0.3, fail=0.15, truncate=0.15)

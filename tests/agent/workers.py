@@ -20,6 +20,7 @@ from pdkv.agent.rank_reads import RankOrder, RankReads
 from pdkv.core.events import SessionPolicy
 from pdkv.core.lease import LeasePolicy
 from pdkv.core.manifest import pairing_digest
+from pdkv.core.pull_queue import PullRate
 from pdkv.daemons.assembly import new_incarnation
 from pdkv.errors import FailureCode
 from pdkv.memory.arena import Arena
@@ -186,12 +187,13 @@ class PrefillSide(AgentSide):
 
 
 class DecodeSide(AgentSide):
-    def __init__(self, *, least_path: str | None = None, **options: object) -> None:
+    def __init__(self, *, least_path: str | None = None, pull_bytes_per_s: float = 0.0, **options: object) -> None:
         super().__init__("decode", **options)  # type: ignore[arg-type]
+        rate = PullRate(pull_bytes_per_s) if pull_bytes_per_s else None
         reads = RankReads(self.transport, self.identity.manifest, self.probe, (self.arena.memory.address,))
         ranks = RankGroup(reads, [other.orders.put for other in self.others])
         links = PeerLinks(self.identity, self.channel, ranks, PathRequirement(least_path))
-        agent = DecodeAgent(self.identity, self.channel, ranks, links, self.events.put)
+        agent = DecodeAgent(self.identity, self.channel, ranks, links, self.events.put, rate)
         self.loop.start(agent, self.crashed)  # type: ignore[arg-type]
         for other in self.others:
             other.start(self.loop.post)

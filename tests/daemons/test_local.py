@@ -100,5 +100,7 @@ def test_each_role_gets_its_own_number_of_ranks() -> None:
     assert "--speculative-tokens" not in prefill
     assert _value(prefill, "--layer-groups") == "4"
     assert "--layer-groups" not in decode
+    assert _value(decode, "--max-pull-gbps") == "0.0"
+    assert "--max-pull-gbps" not in prefill
     assert "--ep" in prefill
     assert "--ep" in decode
