@@ -2,7 +2,6 @@
 
 from collections import deque
 from collections.abc import Sequence as SequenceOf
-from itertools import islice
 from typing import NamedTuple
 
 from pdkv.errors import RequestError
@@ -113,7 +112,8 @@ class Scheduler:
             message = f"first token {token} is outside the vocabulary of {self._bounds.vocab_size}"
             return [RequestRefused(request_id, message, never=True), *self.admit()]
         sequence.num_computed = len(request.prompt)
-        events = self._accept(sequence, Sample(token, logprob, top))
+        events: list[EngineEvent] = []
+        self._accept(sequence, Sample(token, logprob, top), events)
         return events + self.admit()
 
     def release(self, request_id: RequestId) -> None:
@@ -145,11 +145,10 @@ class Scheduler:
         """
         if self._under_way and not self._can_follow():
             return []
-        most_drafts = self._settings.speculative_tokens
         # What ends by its length is known to end, whatever its last token will be.
-        going = (sequence for sequence in self._decoding.values() if not sequence.ends_under_way)
-        sequences = list(islice(going, self._settings.max_batch))
-        runs = [sequence.decode_run(most_drafts) for sequence in sequences]
+        going = [s for s in self._decoding.values() if len(s.tokens) + s.num_under_way < s.most_tokens]
+        sequences = going[: self._settings.max_batch]
+        runs = [sequence.decode_run(self._settings.speculative_tokens) for sequence in sequences]
         prompts = list(self._prefilling.values())
         shares = share_chunk([prompt.num_prompt_left for prompt in prompts], self._settings.prefill_chunk)
         for prompt, share in zip(prompts, shares, strict=True):
@@ -157,7 +156,7 @@ class Scheduler:
                 sequences.append(prompt)
                 runs.append(prompt.prompt_run(share))
         for place, (sequence, run) in enumerate(zip(sequences, runs, strict=True)):
-            for page in sequence.pages_written(run):
+            for page in run.pages[run.start // self._bounds.block_size :]:
                 assert self._pool.is_writable(page), f"page {page} is shared, or kept"
             sequence.place = place
             sequence.num_under_way += 1
@@ -185,18 +184,22 @@ class Scheduler:
         num_seen = 0
         for run, sequence in zip(runs, self._under_way.popleft().sequences, strict=True):
             assert run.id == sequence.request.id, "steps end in the order in which they were scheduled"
-            mine = samples[num_seen : num_seen + run.num_choices]
-            num_seen += run.num_choices
+            num_choices = run.num_choices
             sequence.num_under_way -= 1
             if sequence.stage is Stage.DECODING:
-                events += self._verify(sequence, run, mine)
+                if num_choices == 1:
+                    sequence.num_computed += 1
+                    self._accept(sequence, samples[num_seen], events)
+                else:
+                    self._verify(sequence, run, samples[num_seen : num_seen + num_choices], events)
             elif sequence.stage is Stage.PREFILLING:
                 sequence.num_computed = run.end
                 events.append(PrefillProgress(run.id, run.end))
-                if mine:
-                    events += self._accept(sequence, mine[0])
+                if num_choices:
+                    self._accept(sequence, samples[num_seen], events)
             elif not sequence.num_under_way:  # released meanwhile
                 self._pool.free(sequence.held)
+            num_seen += num_choices
         assert num_seen == len(samples), "more samples than runs that wanted one"
         return events + self.admit()
 
@@ -253,7 +256,9 @@ class Scheduler:
                 sequence.twins[block] = kept
             sequence.num_kept = block + 1
 
-    def _verify(self, sequence: Sequence, run: Run, samples: SequenceOf[Sample | None]) -> list[EngineEvent]:
+    def _verify(
+        self, sequence: Sequence, run: Run, samples: SequenceOf[Sample | None], events: list[EngineEvent]
+    ) -> None:
         """Accept tokens up to the first that differs from what was proposed in its place.
 
         A sample hangs on seed and position alone, so each is the token that decoding one by one would have chosen.
@@ -261,36 +266,41 @@ class Scheduler:
         """
         drafts = run.tokens[len(run.tokens) - run.num_drafts :]
         self._num_drafts += len(drafts)
-        events: list[EngineEvent] = []
         for i, sample in enumerate(samples):
             sequence.num_computed = run.start + i + 1
-            events += self._accept(sequence, sample)
+            self._accept(sequence, sample, events)
             if sequence.stage is not Stage.DECODING or i == len(drafts) or sequence.tokens[-1] != drafts[i]:
                 break
             self._num_drafts_accepted += 1
-        return events
 
-    def _accept(self, sequence: Sequence, sample: Sample | None) -> list[EngineEvent]:
+    def _accept(self, sequence: Sequence, sample: Sample | None, events: list[EngineEvent]) -> None:
         """Take a generated token: tell it, then go on, hold or finish."""
-        request = sequence.request
+        request_id = sequence.request.id
         if sample is None:
-            self.release(request.id)
+            self.release(request_id)
             self.empty_cache()  # whatever the damage is, it may lie in pages that others would take
-            return [RequestRefused(request.id, NOT_FINITE, never=False)]
-        self._keep(sequence)
-        sequence.tokens.append(sample.token)
-        self._prefilling.pop(request.id, None)
-        if isinstance(request, PrefillRequest):
+            events.append(RequestRefused(request_id, NOT_FINITE, never=False))
+            return
+        if sequence.num_computed // self._bounds.block_size > sequence.num_kept:
+            self._keep(sequence)
+        reason = sequence.take(sample.token, self._bounds.eos_tokens)
+        if sequence.stage is not Stage.DECODING and not self._begin_decode(sequence):
+            events.append(PrefillFinished(request_id, sample.token, sample.logprob, sample.top))
+            return
+        events.append(TokenGenerated(request_id, sample.token, sample.logprob, sample.top))
+        if reason is not None:
+            self.release(request_id)
+            events.append(RequestFinished(request_id, reason))
+
+    def _begin_decode(self, sequence: Sequence) -> bool:
+        """Its prompt is computed: whether it goes on, and does not hold its pages for a reader."""
+        self._prefilling.pop(sequence.request.id, None)
+        if isinstance(sequence.request, PrefillRequest):
             sequence.stage = Stage.HOLDING
-            return [PrefillFinished(request.id, sample.token, sample.logprob, sample.top)]
-        event = TokenGenerated(request.id, sample.token, sample.logprob, sample.top)
-        reason = sequence.finish_reason(self._bounds.eos_tokens)
-        if reason is None:
-            sequence.stage = Stage.DECODING
-            self._decoding[request.id] = sequence
-            return [event]
-        self.release(request.id)
-        return [event, RequestFinished(request.id, reason)]
+            return False
+        sequence.stage = Stage.DECODING
+        self._decoding[sequence.request.id] = sequence
+        return True
 
 
 def _refusal(request: EngineRequest, max_model_len: int, vocab_size: int) -> str:

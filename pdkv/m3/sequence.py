@@ -7,6 +7,8 @@ from pdkv.m3.requests import DecodeRequest, EngineRequest, FinishReason, Prefill
 from pdkv.m3.run import PENDING, Run
 from pdkv.m3.speculation import PromptLookup
 
+_PENDING = (PENDING,)
+
 
 class Stage(Enum):
     QUEUED = "queued"
@@ -42,15 +44,13 @@ class Sequence:
             not isinstance(request, PrefillRequest) and request.sampling.temperature == 0 and not request.num_top
         )
         """Greedily, and nothing is told but the token and its log-probability: all of it is known on the device."""
-        self._most_tokens = len(request.prompt) + (1 if isinstance(request, PrefillRequest) else request.max_tokens)
+        self.most_tokens = len(request.prompt) + (1 if isinstance(request, PrefillRequest) else request.max_tokens)
+        """It ends, at the latest, with so many."""
+        self._ignores_eos = isinstance(request, PrefillRequest) or request.ignore_eos
         self._run_pages: tuple[int, ...] = ()
         self._names = names
         self._lookup = PromptLookup()
         self._block_size = block_size
-
-    @property
-    def num_generated(self) -> int:
-        return len(self.tokens) - len(self.request.prompt)
 
     @property
     def num_prompt_left(self) -> int:
@@ -118,11 +118,16 @@ class Sequence:
         request = self.request
         if self.num_under_way:  # the token is not known here yet, so nothing can be proposed to follow it
             start = self.num_computed + self.num_under_way
-            pages = self._pages_up_to(start + 1)
             return Run(
-                id=request.id, tokens=(PENDING,), start=start, pages=pages, sampling=request.sampling, behind=self.place
+                id=request.id,
+                tokens=_PENDING,
+                start=start,
+                pages=self._pages_up_to(start + 1),
+                sampling=request.sampling,
+                num_top=request.num_top,
+                behind=self.place,
             )
-        room = self._most_tokens - len(self.tokens) - 1
+        room = self.most_tokens - len(self.tokens) - 1
         drafts = self._lookup.propose(self.tokens, min(most_drafts, room)) if most_drafts else ()
         tokens = (self.tokens[-1], *drafts)
         return Run(
@@ -135,21 +140,12 @@ class Sequence:
             num_top=request.num_top,
         )
 
-    @property
-    def ends_under_way(self) -> bool:
-        """The last token that it may generate is chosen by a step that is under way."""
-        return len(self.tokens) + self.num_under_way >= self._most_tokens
-
-    def pages_written(self, run: Run) -> tuple[int, ...]:
-        """Pages that a run writes to."""
-        return run.pages[run.start // self._block_size :]
-
-    def finish_reason(self, eos_tokens: frozenset[int]) -> FinishReason | None:
-        request = self.request
-        assert not isinstance(request, PrefillRequest)
-        if self.tokens[-1] in eos_tokens and not request.ignore_eos:
+    def take(self, token: int, eos_tokens: frozenset[int]) -> FinishReason | None:
+        """Append a generated token; why it is the last, if it is."""
+        self.tokens.append(token)
+        if token in eos_tokens and not self._ignores_eos:
             return FinishReason.STOP
-        return FinishReason.LENGTH if len(self.tokens) >= self._most_tokens else None
+        return FinishReason.LENGTH if len(self.tokens) >= self.most_tokens else None
 
     def _pages_up_to(self, end: int) -> tuple[int, ...]:
         """The same object as before while the number of blocks is: who compares page tables sees that at once."""

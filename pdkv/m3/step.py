@@ -158,17 +158,13 @@ class _Decoding(NamedTuple):
 
     def wait(self) -> StepOutput:
         samples = self.flight.wait()
-        if not all(_is_plain(run) for run in self.runs):
+        if any(run.num_top or (run.sampling is not None and run.sampling.temperature) for run in self.runs):
             choices = [choice for run in self.runs for choice in _choices(run)]
             others = [row for row, choice in enumerate(choices) if choice.num_top or choice.sampling.temperature]
             found = self.runner.choose(self.flight.hidden(others), [choices[row] for row in others])
             for row, sample_or_none in zip(others, found, strict=True):
                 samples[row] = sample_or_none
         return StepOutput(samples, {})
-
-
-def _is_plain(run: Run) -> bool:
-    return run.num_top == 0 and run.sampling is not None and run.sampling.temperature == 0
 
 
 def step_batch(runs: Sequence[Run], device: torch.device) -> StepBatch:
