@@ -8,7 +8,7 @@ from typing import Annotated
 import msgspec
 import typer
 
-from pdkv.cli import bench_serve
+from pdkv.cli import bench_overlap, bench_serve
 from pdkv.cli.lazy import CONTEXT, command_module, ending, keep_lines
 from pdkv.errors import ConfigError
 
@@ -17,6 +17,7 @@ bench = typer.Typer(rich_markup_mode=None, help="Measure what a move costs, besi
 app.add_typer(bench, name="bench")
 bench.callback()(lambda: None)
 bench_serve.add_to(bench)
+bench_overlap.add_to(bench)
 
 WRONG = 4
 """Exit code: bytes of ours came over wrong, or not at all."""

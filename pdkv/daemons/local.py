@@ -46,8 +46,13 @@ class Deployment(NamedTuple):
 
 
 @contextlib.asynccontextmanager
-async def deployed(config: UpConfig, print_line: Callable[[str], None]) -> AsyncIterator[Deployment]:
-    """Start a deployment, tell where it is when it is ready, and end all of it on leaving. Raises StartFailedError."""
+async def deployed(
+    config: UpConfig, print_line: Callable[[str], None], decode_flags: Sequence[str] = ()
+) -> AsyncIterator[Deployment]:
+    """Start a deployment, tell where it is when it is ready, and end all of it on leaving. Raises StartFailedError.
+
+    ``decode_flags``: what decode workers get besides, and prefill workers do not.
+    """
     with contextlib.ExitStack() as stack:
 
         def reserve(host: str, port: int) -> Address:
@@ -58,7 +63,10 @@ async def deployed(config: UpConfig, print_line: Callable[[str], None]) -> Async
 
         router = ports(config.host, config.port)
         workers = [ports("127.0.0.1", 0) for _ in range(config.num_prefill + config.num_decode)]
-        specs = child_specs(config, router, workers)
+        specs = [
+            spec._replace(args=(*spec.args, *decode_flags)) if spec.args[0] == "decode" else spec
+            for spec in child_specs(config, router, workers)
+        ]
         supervisor = Supervisor(
             specs,
             child_environment(OMP_WAIT_POLICY="PASSIVE"),

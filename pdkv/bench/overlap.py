@@ -1,0 +1,220 @@
+"""``pdkv bench overlap``: how much of a long prompt's transfer prefill hides, and what every hop of a short one takes.
+
+Each long prompt is asked twice. The first time it is computed, and its state travels meanwhile. The second time prefill
+has it in its cache and decode, which keeps none, reads it all at once: that is what the transfer takes alone.
+"""
+
+import asyncio
+import os
+from collections.abc import Callable, Sequence
+from statistics import fmean, median
+
+import httpx
+import msgspec
+
+from pdkv.bench import http_clients
+from pdkv.bench.serve_load import Load, Question, Served
+from pdkv.daemons.config import UpConfig
+from pdkv.daemons.link import TransferReport
+from pdkv.daemons.local import Deployment, deployed
+from pdkv.errors import PdkvError
+from pdkv.verify.link_chasing import make_prompt
+
+SCHEMA = "pdkv.bench.overlap/1"
+STEPS = 8
+_SHORT_TOKENS = 100
+_PREFILL_SECONDS = "pdkv_prefill_duration_seconds"
+
+Tell = Callable[[str], None]
+
+
+class OverlapPlan(msgspec.Struct, frozen=True):
+    up: UpConfig
+    """Of a checkpoint that follows links. One prefill and one decode worker."""
+    tokens: int = 32_768
+    repeats: int = 1
+    short_requests: int = 20
+    """Asked afterwards, one after another, to time the hops."""
+    seed: int = 1
+    timeout_s: float = 1800.0
+
+
+class Move(msgspec.Struct, frozen=True):
+    """One long prompt. Seconds."""
+
+    ttft_s: float
+    num_bytes: int
+    exposed_s: float
+    """From P's Done to the last byte."""
+    hidden_fraction: float
+    """Share of the bytes that had landed at Done."""
+    read_s: float
+    """With a read outstanding, beside prefill."""
+    alone_s: float
+    """The same bytes read with nothing beside them."""
+    posted_s: float
+    first_step_s: float
+    right: bool
+
+    @property
+    def exposed_share(self) -> float:
+        return self.exposed_s / self.alone_s
+
+
+class Hops(msgspec.Struct, frozen=True):
+    """Of short prompts with a warm pair: medians, in milliseconds; ``prefill_ms`` and ``control_ms`` are means."""
+
+    requests: int
+    prompt_tokens: int
+    granted_ms: float
+    posted_ms: float
+    exposed_ms: float
+    first_step_ms: float
+    ttft_ms: float
+    prefill_ms: float
+    """From P's pages to the first token."""
+    control_ms: float
+    """All else of the time to the first token: HTTP, router, control channel, exposed transfer."""
+
+
+class OverlapReport(msgspec.Struct, frozen=True):
+    schema: str
+    tokens: int
+    prefill_chunk: int
+    layer_groups: int
+    path: str
+    cores: int
+    load_average: tuple[float, float]
+    """The machine's, of one minute, before and after: what shared it."""
+    moves: tuple[Move, ...]
+    exposed_share: float
+    """Median over the moves: exposed time / time of the transfer alone."""
+    hops: Hops | None
+
+    @property
+    def right(self) -> bool:
+        return all(move.right for move in self.moves)
+
+
+def run(plan: OverlapPlan, tell: Tell) -> OverlapReport:
+    """Start a deployment, ask, end it. ``tell`` hears of every answer, and every line of the deployment's log. Wrong
+    answers are in the report; raises ``PdkvError`` when a request fails."""
+    return asyncio.run(_run(plan, tell))
+
+
+async def _run(plan: OverlapPlan, tell: Tell) -> OverlapReport:
+    before = os.getloadavg()[0]
+    tell("the deployment starts")
+    async with deployed(plan.up, tell, decode_flags=("--no-prefix-cache",)) as deployment:
+        served = await _asked(plan, deployment, _long(plan), plan.tokens, tell)
+        moves = tuple(_move(*pair) for pair in zip(served[::2], served[1::2], strict=True))
+        hops = await _hops(plan, deployment, tell) if plan.short_requests else None
+    return OverlapReport(
+        schema=SCHEMA,
+        tokens=plan.tokens,
+        prefill_chunk=plan.up.prefill_chunk,
+        layer_groups=plan.up.layer_groups,
+        path=_facts(served[0][1]).path,
+        cores=len(os.sched_getaffinity(0)),
+        load_average=(round(before, 2), round(os.getloadavg()[0], 2)),
+        moves=moves,
+        exposed_share=median(move.exposed_share for move in moves),
+        hops=hops,
+    )
+
+
+def _long(plan: OverlapPlan) -> list[Question]:
+    prompts = [make_prompt(plan.seed + number, plan.tokens) for number in range(plan.repeats)]
+    return [Question(prompt.token_ids, prompt.expected(STEPS)) for prompt in prompts for _ in range(2)]
+
+
+async def _asked(
+    plan: OverlapPlan, deployment: Deployment, questions: Sequence[Question], tokens: int, tell: Tell
+) -> list[tuple[Question, Served]]:
+    load = Load(concurrency=1, requests=len(questions), input_tokens=tokens, output_tokens=STEPS)
+    warm_up = make_prompt(plan.seed + 10_000, _SHORT_TOKENS)
+    all_questions = [*questions, Question(warm_up.token_ids)]
+    served, _ = await http_clients.run(deployment.url, load, all_questions, plan.timeout_s, tell)
+    for one in served:
+        if one.error:
+            raise PdkvError(f"a request failed: {one.error}")
+    return list(zip(questions, served, strict=True))
+
+
+def _move(cold: tuple[Question, Served], cached: tuple[Question, Served]) -> Move:
+    (question, served), facts = cold, _facts(cold[1])
+    return Move(
+        ttft_s=served.ttft_s,
+        num_bytes=facts.num_bytes,
+        exposed_s=facts.exposed_s,
+        hidden_fraction=facts.hidden_fraction,
+        read_s=facts.read_s,
+        alone_s=_facts(cached[1]).read_s,
+        posted_s=facts.posted_s,
+        first_step_s=facts.first_step_s or 0.0,
+        right=served.tokens == question.expected == cached[1].tokens,
+    )
+
+
+async def _hops(plan: OverlapPlan, deployment: Deployment, tell: Tell) -> Hops:
+    prompts = [make_prompt(plan.seed + 20_000 + number, _SHORT_TOKENS) for number in range(plan.short_requests)]
+    before = await _prefill_seconds(deployment)
+    asked = await _asked(plan, deployment, [Question(p.token_ids) for p in prompts], _SHORT_TOKENS, tell)
+    after = await _prefill_seconds(deployment)
+    served = [one for _, one in asked]
+    facts = [_facts(one) for one in served]
+    prefill_s = (after[0] - before[0]) / (after[1] - before[1])
+    return Hops(
+        requests=len(served),
+        prompt_tokens=_SHORT_TOKENS,
+        granted_ms=_median_ms([f.granted_s for f in facts]),
+        posted_ms=_median_ms([f.posted_s for f in facts]),
+        exposed_ms=_median_ms([f.exposed_s for f in facts]),
+        first_step_ms=_median_ms([f.first_step_s or 0.0 for f in facts]),
+        ttft_ms=_median_ms([one.ttft_s for one in served]),
+        prefill_ms=round(prefill_s * 1e3, 3),
+        control_ms=round((fmean(one.ttft_s for one in served) - prefill_s) * 1e3, 3),
+    )
+
+
+async def _prefill_seconds(deployment: Deployment) -> tuple[float, float]:
+    """Sum and count of what prefill took so far."""
+    async with httpx.AsyncClient(trust_env=False) as client:
+        text = (await client.get(f"{deployment.admin_urls['prefill-0']}/metrics")).raise_for_status().text
+    values = {line.partition("{")[0]: float(line.rpartition(" ")[2]) for line in text.splitlines() if line[:1] != "#"}
+    return values[f"{_PREFILL_SECONDS}_sum"], values[f"{_PREFILL_SECONDS}_count"]
+
+
+def _facts(served: Served) -> TransferReport:
+    assert served.transfer is not None, "every request asks for it"
+    return served.transfer
+
+
+def _median_ms(values: Sequence[float]) -> float:
+    return round(median(values) * 1e3, 3)
+
+
+def table(report: OverlapReport) -> str:
+    """For people."""
+    chunks = f"chunks of {report.prefill_chunk:,}, the last in {report.layer_groups} layer groups"
+    machine = f"{report.cores} cores, load {report.load_average[0]} to {report.load_average[1]}"
+    lines = [
+        f"{report.tokens:,} tokens in {chunks}, over {report.path}; {machine}",
+        "",
+        f"{'ttft, s':>10} {'bytes':>14} {'alone, s':>10} {'exposed, s':>11} {'of alone':>9} {'hidden':>8}  answer",
+    ]
+    lines += [
+        f"{move.ttft_s:>10.2f} {move.num_bytes:>14,} {move.alone_s:>10.4f} {move.exposed_s:>11.4f} "
+        f"{move.exposed_share:>9.1%} {move.hidden_fraction:>8.2%}  {'right' if move.right else 'WRONG'}"
+        for move in report.moves
+    ]
+    if (hops := report.hops) is not None:
+        lines += [
+            "",
+            f"{hops.requests} prompts of {hops.prompt_tokens} tokens, medians in ms: Acquire to Granted "
+            f"{hops.granted_ms:.2f}, watermark to read posted {hops.posted_ms:.2f}, Done to last byte "
+            f"{hops.exposed_ms:.2f}, last byte to first step {hops.first_step_ms:.2f}",
+            f"time to first token {hops.ttft_ms:.2f}; of its mean {hops.prefill_ms:.2f} are prefill, "
+            f"{hops.control_ms:.2f} all else",
+        ]
+    return "\n".join(lines)
