@@ -16,6 +16,7 @@ from pdkv.memory.arena import Arena
 from pdkv.memory.manifest import build_manifest
 from pdkv.memory.probe import ProbePages
 from pdkv.memory.row import RowLayout
+from pdkv.memory.touch import touch_ahead
 from pdkv.schema import Incarnation, KvLayout
 from pdkv.transport.base import Transport
 from pdkv.wire.messages import RankOffer
@@ -101,5 +102,7 @@ def furnish(settings: WorkerSettings, layout: RowLayout, transport: Transport, o
     probe = ProbePages(arena)
     if settings.role == "prefill":
         probe.fill(Incarnation(order.incarnation))
+    elif arena.memory.device == "cpu":
+        touch_ahead(arena)  # what prefill computes it writes itself; what decode reads has to land somewhere
     manifest = build_manifest(arena, layout.kv, order.fingerprint)
     return RankMemory(arena, probe, RankOffer(manifest, transport.address()))
