@@ -4,6 +4,7 @@ import ctypes
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
@@ -63,10 +64,9 @@ class CudaGpu:
         self._device = self._told(self._cuda.cuDeviceGet(ordinal))
         self.uuid = self._told(self._cuda.cuDeviceGetUuid(self._device)).bytes.hex()
         self._context = self._told(self._cuda.cuDevicePrimaryCtxRetain(self._device))
+        self._kernel: Any = None
         self._closed = False
         try:
-            with self._current():
-                self._kernel = self._load_kernel()
             self._copy_batch, self._tells_index = self._find_batches()
         except TransportError:
             self.close()
@@ -128,6 +128,8 @@ class CudaGpu:
     def make_table(self, capacity: int) -> CudaTable:
         size = 24 * capacity
         with self._current():
+            if self._kernel is None:
+                self._kernel = self._load_kernel()
             host = int(self._told(self._cuda.cuMemHostAlloc(size, 0)))
             try:
                 return CudaTable(capacity, host, int(self._told(self._cuda.cuMemAlloc(size))))
@@ -217,12 +219,12 @@ class CudaGpu:
         version = int(self._told(self._cuda.cuDriverGetVersion()))
         if version < _BATCHES_SINCE:
             return None, False
-        wanted = min(version, _BATCHES_TELL_NO_INDEX_SINCE)
-        wanted = _BATCHES_TELL_NO_INDEX_SINCE if wanted == _BATCHES_TELL_NO_INDEX_SINCE else _BATCHES_SINCE
-        error, address, _ = self._cuda.cuGetProcAddress(b"cuMemcpyBatchAsync", wanted, 0)
+        tells_index = version < _BATCHES_TELL_NO_INDEX_SINCE
+        form = _BATCHES_SINCE if tells_index else _BATCHES_TELL_NO_INDEX_SINCE
+        error, address, _ = self._cuda.cuGetProcAddress(b"cuMemcpyBatchAsync", form, 0)
         if int(error) or not address:
             return None, False
-        return ctypes.CFUNCTYPE(ctypes.c_int)(int(address)), wanted == _BATCHES_SINCE
+        return ctypes.CFUNCTYPE(ctypes.c_int)(int(address)), tells_index
 
     def _load_kernel(self) -> Any:
         attributes = self._cuda.CUdevice_attribute
@@ -243,6 +245,7 @@ def kernel_source() -> str:
     return files("pdkv.transport").joinpath("native/gather_spans.cu").read_text(encoding="utf-8")
 
 
+@cache
 def compile_kernel(architecture: str) -> bytes:
     """The gather kernel as machine code of one GPU architecture ("sm_90"). Needs NVRTC, and neither GPU nor driver.
     Raises ``TransportError`` with the compiler's words."""

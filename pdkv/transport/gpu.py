@@ -66,7 +66,8 @@ class Gpu(Protocol):
 
     def drop_stream(self, stream: int) -> None: ...
 
-    def make_table(self, capacity: int) -> SpanTable: ...
+    def make_table(self, capacity: int) -> SpanTable:
+        """The first one takes long: the kernel is built."""
 
     def drop_table(self, table: SpanTable) -> None: ...
 

@@ -75,7 +75,6 @@ class NvlinkTransport(Transport):
             raise TransportError(f"nvlink cannot register {memory}: it takes memory of NVIDIA GPUs")
         if self._gpu is None:
             self._gpu = self._gpu_of(memory.address)
-            self._tables.append(self._gpu.make_table(_TABLE_SPANS))
         if not self._gpu.holds(memory.address, memory.length):
             raise TransportError(
                 f"nvlink cannot register {memory}: it is not one allocation of the GPU that holds the first memory"
@@ -108,6 +107,8 @@ class NvlinkTransport(Transport):
         here = Home.own(self._gpu.uuid)
         if why := obstacle(here, there) or self._gpu.refusal(there.gpu):
             raise TransportError(why)
+        if not self._peers and not self._tables:  # now, so that the first read does not wait for the compiler
+            self._tables.append(self._gpu.make_table(_TABLE_SPANS))
         number = PeerId(self._next_peer)
         peer = NvlinkPeer(self._gpu, Life(there), address.memories, self._finish)
         if peer.life.has_ended:

@@ -41,8 +41,11 @@ class GpuMemory:
 
     @property
     def bytes(self) -> Bytes:
-        copy = np.empty(self.memory.length, dtype=np.uint8)
-        told(driver().cuMemcpyDtoH(copy.ctypes.data, self.memory.address, copy.size))
+        return self.first(self.memory.length)
+
+    def first(self, length: int) -> Bytes:
+        copy = np.empty(length, dtype=np.uint8)
+        told(driver().cuMemcpyDtoH(copy.ctypes.data, self.memory.address, length))
         return copy
 
     def fill(self, values: Bytes | int) -> None:
