@@ -41,10 +41,12 @@ def _settings(role: str, checkpoint: Path, **changes: object) -> WorkerSettings:
     return msgspec.structs.replace(plain, **{**here, **changes})
 
 
-@pytest.mark.parametrize("stored", STORED)
-def test_divided_finds_every_link_over_the_memory_of_one_gpu(checkpoint: Path, stored: tuple[str, str]) -> None:
+@pytest.mark.parametrize(("transport", "stored"), [("nvlink", STORED[0]), *[("auto", stored) for stored in STORED]])
+def test_divided_finds_every_link_over_the_memory_of_one_gpu(
+    checkpoint: Path, transport: str, stored: tuple[str, str]
+) -> None:
     prompt = make_prompt(2, LENGTH)
-    kinds = {"kv_dtype": stored[0], "index_dtype": stored[1]}
+    kinds = {"kv_dtype": stored[0], "index_dtype": stored[1], "transport": transport}
     prefill = _settings("prefill", checkpoint, **kinds)
     decode = _settings("decode", checkpoint, speculative_tokens=3 if stored[0] == "fp8" else 0, **kinds)
     with ProcessPair(prefill, decode) as pair:
