@@ -57,6 +57,8 @@ prompts = st.builds(
 
 
 class SchedulerHistories(RuleBasedStateMachine):
+    drafts = DRAFTS
+
     def __init__(self) -> None:
         super().__init__()
         self.pool = PagePool(NUM_PAGES + 2, reserved=(0, NUM_PAGES + 1))
@@ -66,7 +68,7 @@ class SchedulerHistories(RuleBasedStateMachine):
             prefill_chunk=CHUNK,
             max_batch=BATCH,
             prefix_seed=b"seed",
-            speculative_tokens=DRAFTS,
+            speculative_tokens=self.drafts,
         )
         self.scheduler = Scheduler(self.pool, limits, bounds)
         self.memory = {page: [JUNK] * BLOCK for page in range(NUM_PAGES + 2)}
@@ -135,6 +137,11 @@ class SchedulerHistories(RuleBasedStateMachine):
     def empty_cache(self) -> None:
         self.scheduler.empty_cache()
         assert self.pool.statistics().num_kept == 0
+
+    @property
+    def is_flying(self) -> bool:
+        """A step is under way between two rules."""
+        return False
 
     # ---- the model and its memory
 
@@ -237,7 +244,7 @@ class SchedulerHistories(RuleBasedStateMachine):
         held = {page for reserved in self.reserved.values() for page in reserved.pages}
         assert not {0, NUM_PAGES + 1} & held, "the probe's pages"
         assert self.pool.num_free <= self.pool.num_usable - len(held)
-        if not self.reserved:
+        if not self.reserved and not self.is_flying:
             assert self.pool.num_free == self.pool.num_usable
 
     @invariant()
@@ -266,7 +273,7 @@ class SchedulerHistories(RuleBasedStateMachine):
             for id_ in sorted(self.reserved):
                 if isinstance(self.requests[id_], PrefillRequest) and self.generated[id_]:
                     self.release(id_)
-            if not (self.scheduler.can_run or self.scheduler.can_admit or self.waiting()):
+            if not (self.is_flying or self.scheduler.can_run or self.scheduler.can_admit or self.waiting()):
                 break
             self.step(None)
         assert not self.queue

@@ -1,0 +1,87 @@
+"""Any history with a step under way between any two things that happen: what it stores, it may store at its end."""
+
+from dataclasses import dataclass
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import rule
+
+from pdkv.m3.requests import RequestId
+from pdkv.m3.run import PENDING, Run
+from pdkv.m3.sampling import Sample
+from tests.m3.test_scheduler_histories import BATCH, BLOCK, CHUNK, SchedulerHistories, next_token
+
+
+@dataclass(frozen=True)
+class Flight:
+    """A step that the device has been given: with the tokens that it finds there, and what it chooses."""
+
+    runs: list[Run]
+    tokens: dict[RequestId, tuple[int, ...]]
+    samples: list[Sample | None]
+
+
+class OverlappedHistories(SchedulerHistories):
+    drafts = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flying: Flight | None = None
+
+    @property
+    def is_flying(self) -> bool:
+        return self.flying is not None
+
+    @rule(damaged=st.sampled_from([None] * 9 + [0, 1]))
+    def step(self, damaged: int | None) -> None:
+        admitted = self.scheduler.admit()
+        self.take(admitted)
+        if admitted:
+            return
+        flight = self.flying or self.launch(None, damaged)
+        self.flying = self.launch(flight, damaged) if flight.runs else None
+        if self.flying is not None and not self.flying.runs:
+            self.flying = None
+        for run in flight.runs:
+            self.store(run, flight.tokens[run.id])
+        self.take(self.scheduler.complete(flight.runs, flight.samples))
+
+    def launch(self, before: Flight | None, damaged: int | None) -> Flight:
+        runs = self.scheduler.schedule()
+        self.check_budgets(runs)
+        flight = Flight(runs, {}, [])
+        for number, run in enumerate(runs):
+            known = [*self.requests[run.id].prompt, *self.generated[run.id]]
+            tokens, start = run.tokens, self.computed[run.id]
+            if run.behind is not None:
+                assert before is not None
+                assert before.runs[run.behind].id == run.id
+                assert run.tokens == (PENDING,)
+                chosen = before.samples[run.behind]
+                tokens, start = (chosen.token if chosen is not None else 0,), start + 1
+            assert run.start == start
+            flight.tokens[run.id] = tokens
+            self.store(run, tokens)
+            seen = [token for page in run.pages for token in self.memory[page]][: run.end]
+            assert seen[: min(run.start, len(known))] == known[: run.start], "state that is not this request's"
+            if run.sampling is not None:
+                flight.samples.append(None if number == damaged else Sample(next_token(seen), 0.0))
+        return flight
+
+    def store(self, run: Run, tokens: tuple[int, ...]) -> None:
+        """By page number, whoever has the pages now."""
+        for position, token in enumerate(tokens, start=run.start):
+            self.memory[run.pages[position // BLOCK]][position % BLOCK] = token
+
+    def check_budgets(self, runs: list[Run]) -> None:
+        super().check_budgets([run for run in runs if run.behind is None])
+        assert len({run.id for run in runs}) == len(runs)
+        assert sum(bool(self.generated[run.id]) for run in runs) <= BATCH
+        assert sum(len(run.tokens) for run in runs if not self.generated[run.id]) <= CHUNK
+        for run in runs:
+            if run.behind is not None:
+                assert len(self.generated[run.id]) + 2 <= self.requests[run.id].max_tokens, "its end was known"
+
+
+OverlappedHistories.TestCase.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+TestOverlappedHistories = OverlappedHistories.TestCase
