@@ -215,7 +215,8 @@ class NvlinkTransport(Transport):
         assert self._gpu is not None, "a peer is connected"
         gpu = self._gpu
         bases = np.array(peer.mapping.bases or (0,), dtype=np.int64)
-        spans = GpuSpans(batch.local, bases[batch.memory] + batch.remote, batch.length)
+        source = (bases if bases.size == 1 else bases[batch.memory]) + batch.remote
+        spans = GpuSpans(batch.local, source, batch.length)
         parts = split(spans, self._row_bytes if gpu.can_copy_batches else _NEVER)
         tables: list[SpanTable] = []
         streams: list[int] = []

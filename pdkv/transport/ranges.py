@@ -14,7 +14,7 @@ def int64_copy(batch: ReadBatch) -> ReadBatch:
 
 def fault_of(batch: ReadBatch, theirs: Sequence[MemoryDescriptor], ours: Sequence[LocalMemory]) -> str:
     """Why the batch (of int64 arrays) is to be refused; empty when it is not."""
-    if batch.num_spans == 0:
+    if batch.num_spans == 0 or (len(theirs) == len(ours) == 1 and _fits(batch, theirs[0].length, ours[0])):
         return ""
     lengths = np.array([memory.length for memory in theirs] or [0], dtype=np.int64)
     known = (batch.memory >= 0) & (batch.memory < len(theirs))
@@ -30,6 +30,21 @@ def fault_of(batch: ReadBatch, theirs: Sequence[MemoryDescriptor], ours: Sequenc
         ("the destination lies outside registered memory", lambda: not _owns(ours, batch)),
     )
     return next((fault for fault, found in checks if found()), "")
+
+
+def _fits(batch: ReadBatch, size: int, ours: LocalMemory) -> bool:
+    """Whether no span is at fault, where both sides have one memory: the same in a few passes, for 300,000 spans cost
+    as much time as a GPU takes to copy a GB."""
+    shortest, longest = int(batch.length.min()), int(batch.length.max())
+    if batch.memory.any() or shortest <= 0 or longest > min(size, ours.length):
+        return False
+    sides = (batch.remote, 0, size), (batch.local, ours.address, ours.address + ours.length)
+    return all(
+        begin <= int(starts.min())
+        and int(starts.max()) < end  # so that adding a length cannot overflow
+        and int((starts + batch.length).max()) <= end
+        for starts, begin, end in sides
+    )
 
 
 def _owns(memories: Sequence[LocalMemory], batch: ReadBatch) -> bool:
