@@ -113,7 +113,7 @@ class DecodeGraphs:
         self._rows = DecodeRows(most)
         self._numbers = torch.zeros(most, TOKENS + longest, dtype=torch.int32, device=model.device)
         self._tables = torch.zeros(most, shapes.max_blocks, dtype=torch.int32, device=model.device)
-        self._last = torch.zeros(most, dtype=torch.int32, device=model.device)
+        self._last = torch.zeros(most, dtype=torch.int64, device=model.device)
         """What the latest step chose behind each sequence's last token."""
 
     def takes(self, runs: Sequence[Run]) -> bool:
@@ -190,11 +190,12 @@ class DecodeGraphs:
         before = torch.arange(-query_len, 0, device=device)  # [query_len]
         positions = rows[:, END, None] + before  # int64 [batch, query_len]; negative where there is no token
         behind = rows[:, BEHIND]
-        tokens = rows[:, TOKENS : TOKENS + query_len].clone()
-        tokens[:, -1] = torch.where(behind >= 0, self._last[behind.clamp(min=0)], tokens[:, -1])
+        tokens = rows[:, TOKENS : TOKENS + query_len].long()
+        chosen = self._last.index_select(0, behind.clamp(min=0))
+        tokens[:, -1] = torch.where(behind >= 0, chosen, tokens[:, -1])
         hidden = self._model.hidden(
             StepBatch(
-                token_ids=tokens.long().flatten(),
+                token_ids=tokens.flatten(),
                 positions=positions.flatten(),
                 query_starts=torch.arange(0, batch * query_len + 1, query_len, dtype=torch.int32, device=device),
                 context_lens=rows[:, END] - query_len,
@@ -206,7 +207,7 @@ class DecodeGraphs:
             self._cache,
         )
         told = torch.cat([self._greedy(some) for some in torch.split(hidden, _ROWS_AT_ONCE)])
-        self._last[:batch] = told[query_len - 1 :: query_len, 0].int()
+        self._last[:batch].copy_(told[query_len - 1 :: query_len, 0])
         return _Step(told, hidden)
 
     def _greedy(self, hidden: Tensor) -> Tensor:  # [num_rows, hidden] -> float64 [num_rows, 3]
