@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Sequence
 
 from pdkv.agent.account import Account
+from pdkv.agent.appointments import Appointments
 from pdkv.agent.events import (
     AbandonTransfer,
     AgentStatistics,
@@ -92,6 +93,7 @@ class DecodeAgent(Agent[DecodeCommand]):
         self._emit = emit
         self._waiting: dict[TransferId, tuple[StartTransfer, PeerLink, float]] = {}
         self._transfers: dict[TransferId, _Transfer] = {}
+        self._appointments: Appointments[TransferId] = Appointments()
         self._reads: dict[int, tuple[_Transfer, int]] = {}
         """By the ranks' number of a slice: whose it is, and the session's number of the read."""
         self._queue: PullQueue[TransferId] = PullQueue(rate)
@@ -142,21 +144,17 @@ class DecodeAgent(Agent[DecodeCommand]):
 
     def on_time(self, at: float) -> None:
         self._links.on_time(at)
-        for transfer_id, transfer in list(self._transfers.items()):
-            wakeup = transfer.session.next_wakeup()
-            if wakeup is not None and at >= wakeup:
-                self._handle(transfer, Tick(), at)
+        for transfer_id in self._appointments.take_due(at):
+            transfer = self._transfers[transfer_id]
             if transfer.session.forgettable(at):
                 del self._transfers[transfer_id]
+            else:
+                self._handle(transfer, Tick(), at)
         self._post(at)  # after the sessions have looked at their leases
         self._settle(at)
 
     def next_wakeup(self) -> float | None:
-        times = [
-            self._links.next_wakeup(),
-            self._queue.next_wakeup(),
-            *(t.session.next_wakeup() for t in self._transfers.values()),
-        ]
+        times = (self._links.next_wakeup(), self._queue.next_wakeup(), self._appointments.next_time())
         return min((t for t in times if t is not None), default=None)
 
     def close(self, at: float) -> None:
@@ -191,6 +189,7 @@ class DecodeAgent(Agent[DecodeCommand]):
         transfer = _Transfer(start, session, link, at)
         self._transfers[start.transfer] = transfer
         self._carry_out(transfer, session.start(at), at)
+        self._meet_again(transfer)
 
     def _refuse(self, start: StartTransfer, code: FailureCode, message: str) -> None:
         self._meter.failed("unknown", code, 0.0)
@@ -238,11 +237,15 @@ class DecodeAgent(Agent[DecodeCommand]):
     def _handle(self, transfer: _Transfer, event: DecodeEvent, at: float) -> bool:
         """Whether reads were posted at once."""
         instructions = transfer.session.handle(event, at)
+        self._meet_again(transfer)
         self._carry_out(transfer, instructions, at)
         if self._queue.is_limited or not any(isinstance(instruction, Read) for instruction in instructions):
             return False
         self._post(at)
         return True
+
+    def _meet_again(self, transfer: _Transfer) -> None:
+        self._appointments.set(transfer.start.transfer, transfer.session.next_wakeup())
 
     def _carry_out(self, transfer: _Transfer, instructions: Sequence[DecodeInstruction], at: float) -> None:
         transfer_id = transfer.start.transfer

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
+from pdkv.agent.appointments import Appointments
 from pdkv.agent.events import (
     AbandonTransfer,
     AgentStatistics,
@@ -87,6 +88,7 @@ class PrefillAgent(Agent[PrefillCommand]):
         self._meter = AgentMeter()
         self._peers: dict[Incarnation, _Peer] = {}
         self._transfers: dict[TransferId, _Transfer] = {}
+        self._appointments: Appointments[TransferId] = Appointments()
 
     # ---- what happens
 
@@ -134,16 +136,15 @@ class PrefillAgent(Agent[PrefillCommand]):
         """P reads nothing."""
 
     def on_time(self, at: float) -> None:
-        for transfer_id, transfer in list(self._transfers.items()):
-            wakeup = transfer.session.next_wakeup()
-            if wakeup is not None and at >= wakeup:
-                self._handle(transfer_id, transfer, Tick(), at)
+        for transfer_id in self._appointments.take_due(at):
+            transfer = self._transfers[transfer_id]
             if transfer.session.forgettable(at):
                 del self._transfers[transfer_id]
+            else:
+                self._handle(transfer_id, transfer, Tick(), at)
 
     def next_wakeup(self) -> float | None:
-        times = [transfer.session.next_wakeup() for transfer in self._transfers.values()]
-        return min((t for t in times if t is not None), default=None)
+        return self._appointments.next_time()
 
     def close(self, at: float) -> None:
         for transfer_id, transfer in list(self._transfers.items()):
@@ -220,6 +221,7 @@ class PrefillAgent(Agent[PrefillCommand]):
     def _handle(self, transfer_id: TransferId, transfer: _Transfer, event: PrefillEvent, at: float) -> None:
         had_expired = transfer.session.lease_expired
         instructions = transfer.session.handle(event, at)
+        self._appointments.set(transfer_id, transfer.session.next_wakeup())
         if transfer.session.lease_expired and not had_expired:
             self._meter.lease_expired()
         for instruction in instructions:

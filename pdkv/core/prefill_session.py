@@ -103,7 +103,9 @@ class PrefillSession:
         if self.state is PrefillState.ENDED:
             times.append(self._forget_at)
         else:
-            times += [self._lease.until, self._deadline]
+            times.append(self._lease.until)
+            if self.state is not PrefillState.FAILING:  # then it has had its effect
+                times.append(self._deadline)
             if self.state is PrefillState.WAITING_REQUEST:
                 times.append(self._request_by)
         return min((t for t in times if t is not None), default=None)

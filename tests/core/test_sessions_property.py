@@ -7,10 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pdkv.core.decode_session import DecodeSession
-from pdkv.core.events import MessageArrived, SessionPolicy
+from pdkv.core.events import MessageArrived, PagesReserved, RequestArrived, SessionPolicy, Tick
+from pdkv.core.prefill_session import PrefillSession, PrefillState
 from pdkv.core.residency import Residency, WantedBlocks
 from pdkv.errors import FailureCode
-from pdkv.wire.messages import Granted
+from pdkv.wire.messages import Acquire, Granted
 from tests.core.simulation import BLOCK, NUM_LAYERS, Simulation, World
 
 times = st.one_of(st.none(), st.floats(0, 15, allow_nan=False))
@@ -174,3 +175,15 @@ def test_layer_groups_that_leave_layers_out_are_refused(groups: tuple[int, ...])
     session.handle(MessageArrived(1, Granted(pages=(1, 2), num_tokens=256, cached_tokens=0, layer_groups=groups)), 0.1)
     assert session.outcome is not None
     assert session.outcome.code is FailureCode.INTERNAL
+
+
+def test_a_failing_prefill_is_not_woken_by_a_deadline_that_has_passed() -> None:
+    session = PrefillSession(SessionPolicy())
+    session.handle(RequestArrived(300, 2.0), 0.0)
+    session.handle(MessageArrived(1, Acquire(ttl_s=10.0)), 0.0)
+    session.handle(PagesReserved((1, 2, 3), 0), 0.1)
+    session.handle(Tick(), 2.5)
+    assert session.state is PrefillState.FAILING
+    wakeup = session.next_wakeup()
+    assert wakeup is not None
+    assert wakeup > 2.5
