@@ -55,7 +55,8 @@ def make_way(name: str, memory: str, slice_bytes: int, streams: int) -> Transpor
         case "shm":
             return ShmTransport()
         case "sockets":
-            return SocketTransport(SocketOptions(slice_bytes=slice_bytes, streams=streams))
+            sizes = {"slice_bytes": slice_bytes, "staged_slice_bytes": slice_bytes} if slice_bytes else {}
+            return SocketTransport(SocketOptions(streams=streams, **sizes))
         case "ucx":
             return UcxTransport(UcxOptions(cuda=gpu))
         case "ucx-shm":
@@ -224,8 +225,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sizes", type=_sizes, default=_sizes("2K,16K,64K,256K,1M,2892K,16M,64M"))
     parser.add_argument("--megabytes", type=int, default=256)
     parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--slice-bytes", type=_size, default=SocketOptions().slice_bytes, help="of sockets")
-    parser.add_argument("--streams", type=int, default=SocketOptions().streams, help="of sockets")
+    parser.add_argument("--slice-bytes", type=_size, default=0, help="of sockets; 0 = as they choose")
+    parser.add_argument("--streams", type=int, default=0, help="of sockets; 0 = as they choose")
     parser.add_argument("--first", action="store_true", help="time the first reads of a link instead")
     parser.add_argument("--json", action="store_true")
     chosen = parser.parse_args(arguments)

@@ -52,7 +52,7 @@ cdef extern from "native/pull.h" nogil:
     void pdkv_device_destroy(pdkv_device *device)
 
     pdkv_puller *pdkv_puller_create(pdkv_pull_limits limits)
-    void pdkv_puller_use_device(pdkv_puller *puller, pdkv_device *device)
+    void pdkv_puller_use_device(pdkv_puller *puller, pdkv_device *device, uint64_t slice_bytes)
     int pdkv_puller_add_destination(pdkv_puller *puller, uint64_t address, uint64_t length)
     int64_t pdkv_puller_connect(pdkv_puller *puller, const pdkv_far_address *address, const pdkv_far_memory *memories,
                                 size_t num_memories)
@@ -130,9 +130,9 @@ cdef class Puller:
             raise MemoryError
         self.owner_pid = os.getpid()
 
-    def use_device(self, Device device) -> None:
-        """All destinations lie on it. Before the first of them, and before ``connect``."""
-        pdkv_puller_use_device(self._alive(), device.device)
+    def use_device(self, Device device, uint64_t slice_bytes) -> None:
+        """All destinations lie on it, and slices are as long as that. Before the first of them, and ``connect``."""
+        pdkv_puller_use_device(self._alive(), device.device, slice_bytes)
         self.device = device
 
     def add_destination(self, uint64_t address, uint64_t length) -> None:

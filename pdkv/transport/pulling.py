@@ -33,8 +33,8 @@ class PullLimits(msgspec.Struct, frozen=True):
     """Threads that copy out of mappings at the same time, over all peers."""
     slice_bytes: int
     """Most bytes that a thread takes at once: what a close waits for, and an eighth of what TCP asks for ahead."""
-    stages: bool = False
-    """GPU memory can be registered: its bytes pass through pinned host memory."""
+    staged_slice_bytes: int = 0
+    """The same where bytes pass through pinned host memory; 0 = they cannot, and GPU memory is refused."""
     emulated_copy_us: int = 0
     """What each copy of memory on "emulated", the tests' stand-in for a GPU, takes."""
 
@@ -101,8 +101,12 @@ class PullingTransport(Transport):
 
     def register(self, memory: LocalMemory) -> MemoryDescriptor:
         self._check_open()
-        if memory.address <= 0 or memory.length <= 0 or (memory.device != "cpu" and not self._limits.stages):
-            taken = "memory" if self._limits.stages else "CPU memory"
+        if (
+            memory.address <= 0
+            or memory.length <= 0
+            or (memory.device != "cpu" and not self._limits.staged_slice_bytes)
+        ):
+            taken = "memory" if self._limits.staged_slice_bytes else "CPU memory"
             raise TransportError(f"{self.name} cannot register {memory}: it takes {taken} of positive length")
         if len(self._memories) == MAX_MEMORIES:
             raise TransportError(f"{self.name} takes at most {MAX_MEMORIES} memories")
@@ -124,15 +128,15 @@ class PullingTransport(Transport):
             raise TransportError(f"{self.name} takes memory on {memory.device} only before it reads from anybody")
         try:
             device = self._device or Device(memory.device, self._limits.emulated_copy_us)
-            device.adopt(memory.address, memory.length, memory.memfd, self._limits.slice_bytes)
+            device.adopt(memory.address, memory.length, memory.memfd, self._limits.staged_slice_bytes)
         except OSError as error:
             raise TransportError(
                 f"{self.name} cannot stage {memory.length} bytes on {memory.device}: {error}"
             ) from error
         if self._device is None:
             self._device = device
-            self._puller.use_device(device)
-            self._host.use_device(device, self._limits.slice_bytes)
+            self._puller.use_device(device, self._limits.staged_slice_bytes)
+            self._host.use_device(device, self._limits.staged_slice_bytes)
 
     def address(self) -> TransportAddress:
         return TransportAddress(transport=self.name, address=self._own_address(), memories=tuple(self._memories))

@@ -6,6 +6,7 @@ control channel; bytes on the wire are not encrypted.
 """
 
 import errno
+import os
 import socket
 
 import msgspec
@@ -33,12 +34,14 @@ class SocketOptions(msgspec.Struct, frozen=True):
     """Host that peers connect to; empty = ``listen``."""
     ports: tuple[int, int] = (0, 0)
     """First and last port to try; (0, 0) = any."""
-    streams: int = 4
-    """Connections to one peer."""
+    streams: int = 0
+    """Connections to one peer; 0 = four, or eight where there are processors for twice as many threads on both ends."""
     slice_bytes: int = 256 << 10
     """Most bytes of one request: few enough that they stay in the cores' caches between kernel and destination. Eight
-    requests are on their way on each connection, 8 MiB of one peer in all. Pinned buffers are as large, four a
-    connection, where memory is staged."""
+    requests are on their way on each connection, 8 MiB of one peer in all (of four connections)."""
+    staged_slice_bytes: int = 1 << 20
+    """The same where memory is staged, and the size of pinned buffers, four a connection: long enough for the speed of
+    copies to and from a GPU."""
     emulated_copy_us: int = 0
     """For tests: memory on "emulated" is a GPU's for all that the transport knows; each copy takes so long."""
 
@@ -62,17 +65,18 @@ class SocketTransport(PullingTransport):
     def __init__(self, options: SocketOptions | None = None) -> None:
         """Raises ``TransportError`` when the address cannot be listened on."""
         options = options or SocketOptions()
-        if options.streams < 1 or options.slice_bytes < 1:
-            raise TransportError("SocketOptions: streams and slice_bytes must be at least 1")
+        if options.streams < 0 or options.slice_bytes < 1 or options.staged_slice_bytes < 1:
+            raise TransportError("SocketOptions: sizes must be at least 1, and streams at least 0")
+        streams = options.streams or _streams(len(os.sched_getaffinity(0)))
         listener = _listen(options)
         self._where = (options.advertise or options.listen, listener.getsockname()[1])
         super().__init__(
             listener,
             PullLimits(
-                options.streams,
-                options.streams,
+                streams,
+                streams,
                 options.slice_bytes,
-                stages=True,
+                staged_slice_bytes=options.staged_slice_bytes,
                 emulated_copy_us=options.emulated_copy_us,
             ),
         )
@@ -105,6 +109,11 @@ class SocketTransport(PullingTransport):
             unseal(_MAGIC, memory.key, f"the key of the peer's memory {index}")
         end = FarEnd(far.host.encode("idna" if not far.host.isascii() else "ascii"), far.token, far.port)
         return end, [FarMemory(memory.length) for memory in address.memories]
+
+
+def _streams(processors: int) -> int:
+    """Each connection keeps a thread busy on both ends; two workers of one machine share its processors."""
+    return 8 if processors >= 16 else 4
 
 
 def _listen(options: SocketOptions) -> socket.socket:

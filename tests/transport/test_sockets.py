@@ -148,7 +148,7 @@ def test_listens_where_it_is_told():
     finally:
         transport.close()
     with pytest.raises(TransportError, match="at least 1"):
-        SocketTransport(SocketOptions(streams=0))
+        SocketTransport(SocketOptions(streams=-1))
 
 
 def test_takes_the_first_free_port_of_a_range():
@@ -178,7 +178,7 @@ def test_refuses_a_port_that_cannot_be():
 
 
 def slow_device() -> SocketTransport:
-    return SocketTransport(SocketOptions(emulated_copy_us=2_000, slice_bytes=64 << 10))
+    return SocketTransport(SocketOptions(emulated_copy_us=2_000, staged_slice_bytes=64 << 10))
 
 
 @pytest.mark.parametrize("hidden", ["target", "reader", "both"])

@@ -56,8 +56,9 @@ void pdkv_device_destroy(pdkv_device *device); /* after the puller and the host 
 /* NULL when threads, memory or descriptors are short. */
 pdkv_puller *pdkv_puller_create(pdkv_pull_limits limits);
 
-/* All destinations lie on this device: what comes over TCP is staged. Before the first destination and peer. */
-void pdkv_puller_use_device(pdkv_puller *puller, pdkv_device *device);
+/* All destinations lie on this device: what comes over TCP is staged, in slices of `slice_bytes` from here on. Before the
+ * first destination and peer. */
+void pdkv_puller_use_device(pdkv_puller *puller, pdkv_device *device, uint64_t slice_bytes);
 
 /* Makes a range a legal destination. 0, or -1 when memory is short. */
 int pdkv_puller_add_destination(pdkv_puller *puller, uint64_t address, uint64_t length);

@@ -176,9 +176,10 @@ pdkv_puller *pdkv_puller_create(pdkv_pull_limits limits)
     return puller;
 }
 
-void pdkv_puller_use_device(pdkv_puller *puller, pdkv_device *device)
+void pdkv_puller_use_device(pdkv_puller *puller, pdkv_device *device, uint64_t slice_bytes)
 {
     puller->device = device;
+    puller->limits.slice_bytes = slice_bytes;
 }
 
 int pdkv_puller_add_destination(pdkv_puller *puller, uint64_t address, uint64_t length)
