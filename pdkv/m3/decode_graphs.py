@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,12 +17,18 @@ from pdkv.m3.attention import KvViews, StepBatch
 from pdkv.m3.decode_rows import BEHIND, END, START, TOKENS, DecodeRows, Numbers
 from pdkv.m3.model import M3Model
 from pdkv.m3.requests import EngineSettings
-from pdkv.m3.run import Run
-from pdkv.m3.sampling import Sample
+from pdkv.m3.run import Onward, Run
+from pdkv.m3.sampling import GreedyChoices
 
 MAX_QUERY_LEN = 8
 _ROWS_AT_ONCE = 64
 """Rows of logits held at once inside a step."""
+
+_EMPTY = [0, 0, -1] + [0] * MAX_QUERY_LEN
+"""What the row of no sequence says: nothing before it, nothing of it stored."""
+
+_Rows = np.ndarray[tuple[int], np.dtype[np.int64]]
+MaybeDecodes = Sequence[Run] | Onward
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,7 @@ class _Side:
         self.told = torch.zeros(most * longest, 3, dtype=torch.float64, pin_memory=on_gpu)
         self.rows: Numbers = self.numbers.numpy()
         self.table_rows: Numbers = self.tables.numpy()
+        self.told_rows: np.ndarray[tuple[int, int], np.dtype[np.float64]] = self.told.numpy()
         self.ended = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
         self.is_in_use = False
 
@@ -69,29 +77,27 @@ class _Side:
 class DecodeInFlight:
     """A step that the device may still be at. Owned by the engine thread."""
 
-    def __init__(self, side: _Side, step: _Step, rows: list[int]) -> None:
+    def __init__(self, side: _Side, step: _Step, rows: _Rows) -> None:
         """``rows``: of ``step``, one for each token of each run, in order."""
         self._side = side
         self._step = step
         self._rows = rows
 
-    def wait(self) -> list[Sample | None]:
-        """The greedy choice behind each token of each run, in order; None where the logits are not finite. Called once;
-        when it returns, the step's writes into the cache are done."""
+    def wait(self) -> GreedyChoices:
+        """The choice behind each token of each run, in order. Called once; when it returns, the step's writes into the
+        cache are done."""
         side = self._side
         if side.ended is not None:
             side.ended.synchronize()
-        told = side.told[: self._step.told.shape[0]].tolist()
+        told = side.told_rows[self._rows]  # a copy
         side.is_in_use = False
-        samples: list[Sample | None] = []
-        for row in self._rows:
-            token, logprob, finite = told[row]
-            samples.append(Sample(int(token), logprob) if finite else None)
-        return samples
+        damaged = np.flatnonzero(told[:, 2] == 0).tolist()
+        return GreedyChoices(told[:, 0].astype(np.int64).tolist(), told[:, 1].tolist(), frozenset(damaged))
 
     def hidden(self, which: Sequence[int] | None = None) -> Tensor:  # [len(which), hidden], as lm_head takes it
         """Rows behind the tokens ``which``, counted over all runs; None: behind all. Only until the next launch."""
-        return self._step.hidden[self._rows if which is None else [self._rows[token] for token in which]]
+        rows = self._rows if which is None else self._rows[list(which)]
+        return self._step.hidden[rows.tolist()]
 
 
 class DecodeGraphs:
@@ -116,12 +122,14 @@ class DecodeGraphs:
         self._last = torch.zeros(most, dtype=torch.int64, device=model.device)
         """What the latest step chose behind each sequence's last token."""
 
-    def takes(self, runs: Sequence[Run]) -> bool:
+    def takes(self, step: MaybeDecodes) -> bool:
         """Whether ``launch`` can: a token is wanted behind every row, and there is a shape for them."""
+        if isinstance(step, Onward):
+            return True
         longest, widest = self._shapes.query_lens[-1], self._shapes.max_blocks
-        if not 0 < len(runs) <= self._shapes.batch_sizes[-1]:
+        if not 0 < len(step) <= self._shapes.batch_sizes[-1]:
             return False
-        for run in runs:
+        for run in step:
             wanted = run.sampling is not None and 1 + run.num_drafts == len(run.tokens) <= longest
             if not wanted or run.targets or len(run.pages) > widest:
                 return False
@@ -135,19 +143,30 @@ class DecodeGraphs:
                 self._captured(batch, query_len)
 
     @torch.inference_mode()
-    def launch(self, runs: Sequence[Run]) -> DecodeInFlight:
-        """One step of runs that ``takes`` accepts. One other may be in flight: runs may take its tokens for theirs."""
-        longest = max([len(run.tokens) for run in runs])
-        query_len = next(n for n in self._shapes.query_lens if n >= longest)
-        batch = next(n for n in self._shapes.batch_sizes if n >= len(runs))
+    def launch(self, step: MaybeDecodes) -> DecodeInFlight:
+        """One step that ``takes`` accepts. One other may be in flight: runs may take its tokens for theirs."""
         side = self._free_side()
-        places = self._rows.enter(runs, side.rows, query_len)
-        side.rows[len(runs) : batch] = 0
-        side.rows[len(runs) : batch, BEHIND] = -1
+        if isinstance(step, Onward):
+            query_len = 1
+            self._rows.go_on(side.rows)
+        else:
+            longest = max(len(run.tokens) for run in step)
+            query_len = next(n for n in self._shapes.query_lens if n >= longest)
+            self._rows.enter(step, side.rows, query_len)
+        count = len(self._rows.places)
+        batch = next(n for n in self._shapes.batch_sizes if n >= count)
+        if count < batch:
+            side.rows[count:batch] = _EMPTY[: side.rows.shape[1]]
         self._numbers[:batch].copy_(side.numbers[:batch], non_blocking=True)
-        for row, pages in self._rows.new_pages(runs):
+        for row, pages in self._rows.new_pages(step):
             side.table_rows[row, : len(pages)] = pages
             self._tables[row, : len(pages)].copy_(side.tables[row, : len(pages)], non_blocking=True)
+        lengths = [] if isinstance(step, Onward) else [len(run.tokens) for run in step]
+        rows = self._rows.index if query_len == 1 else _last_rows(self._rows.places, lengths, query_len)
+        return DecodeInFlight(side, self._replayed(batch, query_len, side), rows)
+
+    def _replayed(self, batch: int, query_len: int, side: _Side) -> _Step:
+        """Computed, or about to be, and then told to ``side``."""
         if self._replays:
             graph, step = self._captured(batch, query_len)
             graph.replay()
@@ -156,7 +175,7 @@ class DecodeGraphs:
         side.told[: step.told.shape[0]].copy_(step.told, non_blocking=True)
         if side.ended is not None:
             side.ended.record(torch.cuda.current_stream(self._model.device))
-        return DecodeInFlight(side, step, _step_rows(runs, places, query_len))
+        return step
 
     def _free_side(self) -> _Side:
         """What the host writes now, no copy reads any more: the step that had this side has been waited for."""
@@ -220,9 +239,8 @@ class DecodeGraphs:
         return torch.stack((token.double(), logprob.double(), finite.double()), dim=1)
 
 
-def _step_rows(runs: Sequence[Run], places: Sequence[int], query_len: int) -> list[int]:
+def _last_rows(places: Sequence[int], lengths: Sequence[int], query_len: int) -> _Rows:
     """Of each token of each run, in order: a sequence's tokens are the last of its rows."""
-    if query_len == 1:
-        return list(places)
     ends = [(place + 1) * query_len for place in places]
-    return [row for run, end in zip(runs, ends, strict=True) for row in range(end - len(run.tokens), end)]
+    rows = [row for end, length in zip(ends, lengths, strict=True) for row in range(end - length, end)]
+    return np.array(rows, dtype=np.int64)

@@ -1,17 +1,18 @@
 """Which row of a decode step's buffers each sequence has: the same from step to step, so little is written anew."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from pdkv.m3.requests import RequestId
-from pdkv.m3.run import Run
+from pdkv.m3.run import Onward, Run
 
 END, START, BEHIND, TOKENS = 0, 1, 2, 3
 """Columns of a sequence's row of numbers: where its tokens end, from which position on they are stored, the row of the
 step before whose choice is its last token (-1: it is among its tokens), and its tokens."""
 
 Numbers = np.ndarray[tuple[int, int], np.dtype[np.int32]]
+Pages = tuple[int, ...]
 
 
 class DecodeRows:
@@ -23,37 +24,44 @@ class DecodeRows:
     def __init__(self, most: int) -> None:
         """``most``: sequences of a step."""
         self._ids: list[RequestId] = []
-        self._places: list[int] = []
-        self._index: np.ndarray[tuple[int], np.dtype[np.int64]] = np.zeros(0, dtype=np.int64)
-        self._pages: list[tuple[int, ...]] = [() for _ in range(most)]
+        self.places: list[int] = []
+        """The row of each run of the latest step."""
+        self.index: np.ndarray[tuple[int], np.dtype[np.int64]] = np.zeros(0, dtype=np.int64)
+        """The same."""
+        self._starts: np.ndarray[tuple[int], np.dtype[np.int32]] = np.zeros(0, dtype=np.int32)
+        self._pages: list[Pages] = [() for _ in range(most)]
 
-    def enter(self, runs: Sequence[Run], numbers: Numbers, query_len: int) -> list[int]:
-        """Write what the step is told of ``runs`` but their pages; returns each one's row.
+    def enter(self, runs: Sequence[Run], numbers: Numbers, query_len: int) -> None:
+        """Write what a step is told of ``runs`` but their pages.
 
         A run of fewer tokens than ``query_len`` has them last: rows before them repeat what is stored already.
         """
-        before = self._places
+        before = self.places
         self._place(runs)
-        index = self._index
-        starts = np.array([run.start for run in runs], dtype=np.int32)
+        self._starts = np.array([run.start for run in runs], dtype=np.int32)
         begin = TOKENS + query_len
-        if query_len == 1:
-            lengths: np.ndarray[tuple[int], np.dtype[np.int32]] | int = 1
-            numbers[index, TOKENS] = [run.tokens[0] for run in runs]
-        else:
-            lengths = np.array([len(run.tokens) for run in runs], dtype=np.int32)
-            for row, run in zip(self._places, runs, strict=True):
-                numbers[row, begin - len(run.tokens) : begin] = run.tokens
-        numbers[index, START] = starts
-        numbers[index, END] = starts + lengths
-        numbers[index, BEHIND] = [-1 if run.behind is None else before[run.behind] for run in runs]
-        return self._places
+        for row, run in zip(self.places, runs, strict=True):
+            numbers[row, begin - len(run.tokens) : begin] = run.tokens
+        numbers[self.index, START] = self._starts
+        numbers[self.index, END] = self._starts + [len(run.tokens) for run in runs]
+        numbers[self.index, BEHIND] = [-1 if run.behind is None else before[run.behind] for run in runs]
 
-    def new_pages(self, runs: Sequence[Run]) -> list[tuple[int, tuple[int, ...]]]:
-        """Rows whose page table is another than it was, and what it is now. Asked once a step, after ``enter``."""
+    def go_on(self, numbers: Numbers) -> None:
+        """Write what the step behind the latest is told, which takes each one's token from there."""
+        self._starts += 1
+        numbers[self.index, START] = self._starts
+        numbers[self.index, END] = self._starts + 1
+        numbers[self.index, BEHIND] = self.index
+
+    def new_pages(self, step: Sequence[Run] | Onward) -> list[tuple[int, Pages]]:
+        """Rows whose page table is another than it was, and what it is now. Asked once a step, after the others."""
+        told: Iterable[tuple[int, Pages]]
+        if isinstance(step, Onward):
+            told = [(self.places[place], pages) for place, pages in step.new_pages]
+        else:
+            told = zip(self.places, [run.pages for run in step], strict=True)
         known, changed = self._pages, []
-        for row, run in zip(self._places, runs, strict=True):
-            pages = run.pages
+        for row, pages in told:
             if pages is not known[row] and pages != known[row]:
                 changed.append((row, pages))
             known[row] = pages
@@ -64,10 +72,10 @@ class DecodeRows:
         if ids == self._ids:
             return
         count = len(ids)
-        known = dict(zip(self._ids, self._places, strict=True))
+        known = dict(zip(self._ids, self.places, strict=True))
         places = [known.get(request, count) for request in ids]
         taken = {row for row in places if row < count}
         free = iter([row for row in range(count) if row not in taken])
         self._ids = ids
-        self._places = [row if row < count else next(free) for row in places]
-        self._index = np.array(self._places, dtype=np.int64)
+        self.places = [row if row < count else next(free) for row in places]
+        self.index = np.array(self.places, dtype=np.int64)

@@ -12,14 +12,14 @@ from pdkv.m3.requests import (
     RequestId,
     RequestRefused,
 )
-from pdkv.m3.run import Run, TokenBounds
+from pdkv.m3.run import Step, TokenBounds
 from pdkv.m3.scheduler import Scheduler
 from pdkv.m3.step import Runner, StepInFlight
 from pdkv.memory.pages import PagePool
 
 
 class _Flight(NamedTuple):
-    runs: list[Run]
+    asked: Step
     step: StepInFlight
 
 
@@ -98,12 +98,12 @@ class Engine:
         self._in_flight = self._launch() if self._overlaps else None
         samples, scored = flight.step.wait()
         self._num_steps += 1
-        events = self._scheduler.complete(flight.runs, samples)
+        events = self._scheduler.complete(flight.asked, samples)
         return self._withhold(scored, [*scored.values(), *events]) if scored else events
 
     def _launch(self) -> _Flight | None:
-        runs = self._scheduler.schedule()
-        return _Flight(runs, self._runner.launch(runs)) if runs else None
+        step = self._scheduler.schedule()
+        return _Flight(step, self._runner.launch(step)) if step else None
 
     def statistics(self) -> EngineStatistics:
         return self._scheduler.statistics(num_steps=self._num_steps)

@@ -55,3 +55,17 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         """Which of ``tokens`` the model's output is wanted for: those to score, then those to choose a token after."""
         last = len(self.tokens)
         return (*range(len(self.targets)), *range(last - self.num_choices, last))
+
+
+class Onward(msgspec.Struct, frozen=True):
+    """The runs of the step in flight once more, each one token further: its only token is what that step chooses.
+
+    What a step of many sequences costs the host is work for each of them, so the commonest step says nothing of most.
+    """
+
+    new_pages: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    """Of runs that begin a block with it: place, and their pages now."""
+
+
+Step = list[Run] | Onward
+"""What is computed at once. An empty list is no step."""

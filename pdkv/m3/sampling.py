@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -38,6 +39,20 @@ class Sample(msgspec.Struct, frozen=True, gc=False):
     token: int
     logprob: float
     top: TopLogprobs = NO_TOP
+
+
+class GreedyChoices(NamedTuple):
+    """The likeliest tokens behind rows of a step, as a device told them: entry by entry, and no object for each."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    damaged: frozenset[int] = frozenset()
+    """Entries whose logits are not finite: nothing can be chosen there."""
+
+    def samples(self) -> list[Sample | None]:
+        """One for each entry; None for those that are damaged."""
+        told = enumerate(zip(self.tokens, self.logprobs, strict=True))
+        return [None if place in self.damaged else Sample(token, logprob) for place, (token, logprob) in told]
 
 
 def sample(

@@ -4,6 +4,8 @@ from collections import deque
 from collections.abc import Sequence as SequenceOf
 from typing import NamedTuple
 
+import numpy as np
+
 from pdkv.errors import RequestError
 from pdkv.m3.chunks import share_chunk
 from pdkv.m3.logprobs import NO_TOP, TopLogprobs
@@ -23,8 +25,8 @@ from pdkv.m3.requests import (
     RequestRefused,
     TokenGenerated,
 )
-from pdkv.m3.run import NOT_FINITE, Run, TokenBounds
-from pdkv.m3.sampling import Sample
+from pdkv.m3.run import NOT_FINITE, Onward, Run, Step, TokenBounds
+from pdkv.m3.sampling import GreedyChoices, Sample
 from pdkv.m3.sequence import Sequence, Stage
 from pdkv.memory.pages import PagePool
 
@@ -36,7 +38,15 @@ class _UnderWay(NamedTuple):
 
     sequences: list[Sequence]
     """One for each of its runs, in order; an id may be another request's by then."""
-    only_decodes: bool
+    is_plain: bool
+    """It only decodes, one token of each, greedily, and tells no more than the token: the device can go on alone."""
+    num_changes: int
+    """``Scheduler._num_changes`` when it was scheduled."""
+    ids: list[RequestId]
+    starts: np.ndarray[tuple[int], np.dtype[np.int64]]
+    """Positions of the runs' first tokens."""
+    num_left: int
+    """So many more steps no sequence of a plain one ends by its length."""
 
 
 class Scheduler:
@@ -65,6 +75,8 @@ class Scheduler:
         self._prefilling: dict[RequestId, Sequence] = {}
         self._decoding: dict[RequestId, Sequence] = {}
         self._under_way: deque[_UnderWay] = deque()
+        self._num_changes = 0
+        """How often a request began or ended to decode."""
         self._num_blocks_found = self._num_blocks_missed = 0
         self._num_drafts = self._num_drafts_accepted = 0
 
@@ -125,10 +137,10 @@ class Scheduler:
         if sequence.stage is Stage.QUEUED:
             self._queue.remove(request_id)
         self._prefilling.pop(request_id, None)
-        self._decoding.pop(request_id, None)
+        if self._decoding.pop(request_id, None) is not None:
+            self._num_changes += 1
         sequence.stage = Stage.RELEASED
-        if not sequence.num_under_way:
-            self._pool.free(sequence.held)
+        self._free(sequence)
 
     def empty_cache(self) -> None:
         """Keep nothing for later requests: neither what is kept now nor what running requests hold."""
@@ -136,72 +148,103 @@ class Scheduler:
         for sequence in self._sequences.values():
             sequence.keep_nothing()
 
-    def schedule(self) -> list[Run]:
+    def schedule(self) -> Step:
         """The next step: every decode that has a slot, then one chunk of prompt tokens. It is under way until
         ``complete``; ``[]`` is no step.
 
         Behind a step that is under way: ``[]`` unless all that it chooses is chosen greedily and nothing but decodes
         are to follow.
         """
-        if self._under_way and not self._can_follow():
-            return []
+        places: dict[int, int] = {}  # in the step under way, by the sequence's identity
+        if self._under_way:
+            first = self._under_way[0]
+            if len(self._under_way) > 1 or not first.is_plain or self._prefilling:
+                return []
+            if first.num_left and first.num_changes == self._num_changes:
+                return self._schedule_onward(first)
+            places = {id(sequence): place for place, sequence in enumerate(first.sequences)}
         # What ends by its length is known to end, whatever its last token will be.
-        going = [s for s in self._decoding.values() if len(s.tokens) + s.num_under_way < s.most_tokens]
+        going = [s for s in self._decoding.values() if len(s.tokens) + (id(s) in places) < s.most_tokens]
         sequences = going[: self._settings.max_batch]
-        runs = [sequence.decode_run(self._settings.speculative_tokens) for sequence in sequences]
+        runs = [s.decode_run(self._settings.speculative_tokens, places.get(id(s))) for s in sequences]
         prompts = list(self._prefilling.values())
         shares = share_chunk([prompt.num_prompt_left for prompt in prompts], self._settings.prefill_chunk)
         for prompt, share in zip(prompts, shares, strict=True):
             if share:
                 sequences.append(prompt)
                 runs.append(prompt.prompt_run(share))
-        for place, (sequence, run) in enumerate(zip(sequences, runs, strict=True)):
-            for page in run.pages[run.start // self._bounds.block_size :]:
-                assert self._pool.is_writable(page), f"page {page} is shared, or kept"
-            sequence.place = place
-            sequence.num_under_way += 1
+        for run in runs:
+            self._check_writable(run.pages[run.start // self._bounds.block_size :])
         if runs:
-            self._under_way.append(_UnderWay(sequences, not prompts))
+            self._begin(sequences, runs, only_decodes=not prompts)
         return runs
 
-    def _can_follow(self) -> bool:
-        """A second step can be known now: where its tokens come from, if not what they are."""
-        first = self._under_way[0]
-        return (
-            len(self._under_way) == 1
-            and not self._prefilling
-            and not self._settings.speculative_tokens  # what to propose hangs on the tokens
-            and first.only_decodes
-            and all(sequence.decodes_plainly for sequence in first.sequences)
-        )
+    def _schedule_onward(self, first: _UnderWay) -> Onward:
+        """Nobody has come or gone, and nobody will before the step has ended."""
+        starts = first.starts + 1
+        new_pages = []
+        for place in np.flatnonzero(starts % self._bounds.block_size == 0).tolist():
+            pages = first.sequences[place].pages_up_to(int(starts[place]) + 1)
+            self._check_writable(pages[-1:])
+            new_pages.append((place, pages))
+        self._under_way.append(first._replace(starts=starts, num_left=first.num_left - 1))
+        return Onward(tuple(new_pages))
 
-    def complete(self, runs: SequenceOf[Run], samples: SequenceOf[Sample | None]) -> list[EngineEvent]:
+    def _begin(self, sequences: list[Sequence], runs: list[Run], *, only_decodes: bool) -> None:
+        """A step is under way. What is proposed hangs on tokens: with proposals no step is launched behind another."""
+        is_plain = (
+            only_decodes
+            and not self._settings.speculative_tokens
+            and all(sequence.decodes_plainly for sequence in sequences)
+        )
+        starts = np.array([run.start for run in runs], dtype=np.int64)
+        # A run's token is the last of start + 1, and it chooses one more.
+        num_left = min(s.most_tokens - run.start - 2 for s, run in zip(sequences, runs, strict=True)) if is_plain else 0
+        ids = [run.id for run in runs]
+        self._under_way.append(_UnderWay(sequences, is_plain, self._num_changes, ids, starts, num_left))
+
+    def complete(self, step: Step, samples: SequenceOf[Sample | None] | GreedyChoices) -> list[EngineEvent]:
         """Account for the oldest step under way: ``samples`` are ``num_choices`` of each run, in order; ``None`` is
         what cannot be chosen because the model's output is not finite, and ends the request."""
-        if not runs:
+        if not step:
             return self.admit()
+        under_way = self._under_way.popleft()
+        if isinstance(samples, GreedyChoices):
+            if under_way.num_left and under_way.num_changes == self._num_changes and self._ends_nothing(samples):
+                return [*self._go_on(under_way, samples), *self.admit()]
+            samples = samples.samples()
         events: list[EngineEvent] = []
+        if isinstance(step, Onward):
+            for sequence, sample in zip(under_way.sequences, samples, strict=True):
+                self._accept_if_held(sequence, sample, events)
+            return events + self.admit()
         num_seen = 0
-        for run, sequence in zip(runs, self._under_way.popleft().sequences, strict=True):
+        for run, sequence in zip(step, under_way.sequences, strict=True):
             assert run.id == sequence.request.id, "steps end in the order in which they were scheduled"
-            num_choices = run.num_choices
-            sequence.num_under_way -= 1
-            if sequence.stage is Stage.DECODING:
-                if num_choices == 1:
-                    sequence.num_computed += 1
-                    self._accept(sequence, samples[num_seen], events)
-                else:
-                    self._verify(sequence, run, samples[num_seen : num_seen + num_choices], events)
-            elif sequence.stage is Stage.PREFILLING:
+            mine = samples[num_seen : num_seen + run.num_choices]
+            num_seen += len(mine)
+            if sequence.stage is Stage.PREFILLING:
                 sequence.num_computed = run.end
                 events.append(PrefillProgress(run.id, run.end))
-                if num_choices:
-                    self._accept(sequence, samples[num_seen], events)
-            elif not sequence.num_under_way:  # released meanwhile
-                self._pool.free(sequence.held)
-            num_seen += num_choices
+                if mine:
+                    self._accept(sequence, mine[0], events)
+            elif run.num_drafts and sequence.stage is Stage.DECODING:
+                self._verify(sequence, run, mine, events)
+            else:
+                self._accept_if_held(sequence, mine[0] if mine else None, events)
         assert num_seen == len(samples), "more samples than runs that wanted one"
         return events + self.admit()
+
+    def _ends_nothing(self, choices: GreedyChoices) -> bool:
+        return not choices.damaged and self._bounds.eos_tokens.isdisjoint(choices.tokens)
+
+    def _go_on(self, step: _UnderWay, choices: GreedyChoices) -> list[EngineEvent]:
+        """What ``_accept`` does, for tokens none of which is a request's last: with next to nothing for each."""
+        for place in np.flatnonzero((step.starts + 1) % self._bounds.block_size == 0).tolist():
+            self._keep(step.sequences[place])
+        for sequence, token in zip(step.sequences, choices.tokens, strict=True):
+            sequence.tokens.append(token)
+        return list(map(TokenGenerated, step.ids, choices.tokens, choices.logprobs))
 
     @property
     def can_admit(self) -> bool:
@@ -267,21 +310,27 @@ class Scheduler:
         drafts = run.tokens[len(run.tokens) - run.num_drafts :]
         self._num_drafts += len(drafts)
         for i, sample in enumerate(samples):
-            sequence.num_computed = run.start + i + 1
             self._accept(sequence, sample, events)
             if sequence.stage is not Stage.DECODING or i == len(drafts) or sequence.tokens[-1] != drafts[i]:
                 break
             self._num_drafts_accepted += 1
 
+    def _accept_if_held(self, sequence: Sequence, sample: Sample | None, events: list[EngineEvent]) -> None:
+        """Unless it was released while the step was under way: then its choice is nobody's."""
+        if sequence.stage is Stage.RELEASED:
+            self._free(sequence)
+        else:
+            self._accept(sequence, sample, events)
+
     def _accept(self, sequence: Sequence, sample: Sample | None, events: list[EngineEvent]) -> None:
-        """Take a generated token: tell it, then go on, hold or finish."""
+        """Take a generated token, the state of all before it being computed: tell it, then go on, hold or finish."""
         request_id = sequence.request.id
         if sample is None:
             self.release(request_id)
             self.empty_cache()  # whatever the damage is, it may lie in pages that others would take
             events.append(RequestRefused(request_id, NOT_FINITE, never=False))
             return
-        if sequence.num_computed // self._bounds.block_size > sequence.num_kept:
+        if len(sequence.tokens) // self._bounds.block_size > sequence.num_kept:
             self._keep(sequence)
         reason = sequence.take(sample.token, self._bounds.eos_tokens)
         if sequence.stage is not Stage.DECODING and not self._begin_decode(sequence):
@@ -300,7 +349,17 @@ class Scheduler:
             return False
         sequence.stage = Stage.DECODING
         self._decoding[sequence.request.id] = sequence
+        self._num_changes += 1
         return True
+
+    def _free(self, sequence: Sequence) -> None:
+        """Let go of the pages of what was released, unless a step under way computes it: then when that has ended."""
+        if not any(sequence in step.sequences for step in self._under_way):
+            self._pool.free(sequence.held)
+
+    def _check_writable(self, pages: SequenceOf[int]) -> None:
+        for page in pages:
+            assert self._pool.is_writable(page), f"page {page} is shared, or kept"
 
 
 def _refusal(request: EngineRequest, max_model_len: int, vocab_size: int) -> str:

@@ -33,13 +33,9 @@ class Sequence:
         self.twins: dict[int, int] = {}
         """By block: the page that another request computed first, and that is kept instead of ours."""
         self.num_computed = 0
-        """Leading tokens whose state is in the pages."""
+        """Leading tokens of the prompt whose state is in the pages. Of what follows it, that is all but the last."""
         self.num_kept = 0
         """Leading blocks whose pages are kept in the prefix cache."""
-        self.num_under_way = 0
-        """Steps that compute it and have not ended."""
-        self.place = 0
-        """Of its run in the latest of them."""
         self.decodes_plainly = (
             not isinstance(request, PrefillRequest) and request.sampling.temperature == 0 and not request.num_top
         )
@@ -84,8 +80,8 @@ class Sequence:
         return self._names.first((len(request.prompt) - 1) // self._block_size, self.tokens)
 
     def newly_complete(self) -> list[tuple[int, bytes]]:
-        """Blocks whose pages are computed to their end, of accepted tokens only, and not kept yet; with their names."""
-        num_complete = self.num_computed // self._block_size
+        """Blocks whose pages are not kept yet, with their names, when the state of all ``tokens`` has been computed."""
+        num_complete = len(self.tokens) // self._block_size
         if self._names is None or num_complete <= self.num_kept:
             return []
         return list(enumerate(self._names.first(num_complete, self.tokens)))[self.num_kept :]
@@ -106,38 +102,35 @@ class Sequence:
             id=request.id,
             tokens=tokens,
             start=start,
-            pages=self._pages_up_to(end),
+            pages=self.pages_up_to(end),
             sampling=request.sampling if is_last else None,
             num_top=request.num_top if is_last else 0,
             targets=request.prompt[start + 1 : end + 1] if scores else (),
             prompt_top=request.prompt_top or 0,
         )
 
-    def decode_run(self, most_drafts: int) -> Run:
-        """The last generated token, and what may follow it: never more than may still be generated."""
+    def decode_run(self, most_drafts: int, behind: int | None = None) -> Run:
+        """The last generated token, and what may follow it: never more than may still be generated.
+
+        ``behind``: the place of its run in the step in flight, which chooses the token. What is not known can be
+        followed by no proposal.
+        """
         request = self.request
-        if self.num_under_way:  # the token is not known here yet, so nothing can be proposed to follow it
-            start = self.num_computed + self.num_under_way
-            return Run(
-                id=request.id,
-                tokens=_PENDING,
-                start=start,
-                pages=self._pages_up_to(start + 1),
-                sampling=request.sampling,
-                num_top=request.num_top,
-                behind=self.place,
-            )
-        room = self.most_tokens - len(self.tokens) - 1
-        drafts = self._lookup.propose(self.tokens, min(most_drafts, room)) if most_drafts else ()
-        tokens = (self.tokens[-1], *drafts)
+        if behind is None:
+            start, tokens = len(self.tokens) - 1, (self.tokens[-1],)
+            room = self.most_tokens - len(self.tokens) - 1
+            drafts = self._lookup.propose(self.tokens, min(most_drafts, room)) if most_drafts else ()
+        else:
+            start, tokens, drafts = len(self.tokens), _PENDING, ()
         return Run(
             id=request.id,
-            tokens=tokens,
-            start=self.num_computed,
-            pages=self._pages_up_to(self.num_computed + len(tokens)),
+            tokens=tokens + drafts,
+            start=start,
+            pages=self.pages_up_to(start + 1 + len(drafts)),
             sampling=request.sampling,
             num_drafts=len(drafts),
             num_top=request.num_top,
+            behind=behind,
         )
 
     def take(self, token: int, eos_tokens: frozenset[int]) -> FinishReason | None:
@@ -147,8 +140,8 @@ class Sequence:
             return FinishReason.STOP
         return FinishReason.LENGTH if len(self.tokens) >= self.most_tokens else None
 
-    def _pages_up_to(self, end: int) -> tuple[int, ...]:
-        """The same object as before while the number of blocks is: who compares page tables sees that at once."""
+    def pages_up_to(self, end: int) -> tuple[int, ...]:
+        """Pages of the blocks before ``end``. The same object while there is no new one: whoever compares sees that."""
         num_blocks = -(-end // self._block_size)
         if len(self._run_pages) != num_blocks:
             self._run_pages = self.pages[:num_blocks]

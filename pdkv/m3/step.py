@@ -10,8 +10,8 @@ from pdkv.m3.decode_graphs import MAX_QUERY_LEN, DecodeGraphs, DecodeInFlight, D
 from pdkv.m3.layer_progress import LayerProgress
 from pdkv.m3.model import KvViews, M3Model, StepBatch
 from pdkv.m3.requests import PromptScored, RequestId, RequestRefused
-from pdkv.m3.run import NOT_FINITE, Run
-from pdkv.m3.sampling import Sample, SamplingParams, sample
+from pdkv.m3.run import NOT_FINITE, Onward, Run, Step
+from pdkv.m3.sampling import GreedyChoices, Sample, SamplingParams, sample
 from pdkv.m3.scoring import score
 
 _ROWS_AT_ONCE = 64
@@ -21,7 +21,7 @@ _ROWS_AT_ONCE = 64
 class StepOutput(NamedTuple):
     """Of rank 0; other ranks make the same collective calls and come out with nothing."""
 
-    samples: list[Sample | None]
+    samples: list[Sample | None] | GreedyChoices
     """What was chosen, ``num_choices`` entries a run; ``None`` where the logits are not finite."""
     scored: dict[RequestId, PromptScored | RequestRefused]
     """What was scored, by request."""
@@ -55,7 +55,7 @@ class Runner(Protocol):
         """A step that only decodes is launched without a wait, and one other behind it before anybody waits for it."""
         ...
 
-    def launch(self, runs: Sequence[Run]) -> StepInFlight:
+    def launch(self, step: Step) -> StepInFlight:
         """Begin one step, or compute it."""
         ...
 
@@ -104,15 +104,16 @@ class StepRunner:
     def overlaps(self) -> bool:
         return self._graphs is not None
 
-    def launch(self, runs: Sequence[Run]) -> StepInFlight:
-        if self._graphs is not None and self._graphs.takes(runs):
-            return _Decoding(self, runs, self._graphs.launch(runs))
-        assert all(run.behind is None for run in runs), "tokens that are on the device, for a step that is not"
-        return Landed(self._compute(runs))
+    def launch(self, step: Step) -> StepInFlight:
+        if self._graphs is not None and self._graphs.takes(step):
+            return _Decoding(self, [] if isinstance(step, Onward) else step, self._graphs.launch(step))
+        assert not isinstance(step, Onward), "only decode steps go on"
+        assert all(run.behind is None for run in step), "tokens that are on the device, for a step that is not"
+        return Landed(self._compute(step))
 
     def run(self, runs: Sequence[Run]) -> StepOutput:
         """Compute one step."""
-        return self.launch(runs).wait()
+        return self.launch(list(runs)).wait()
 
     @torch.inference_mode()
     def _compute(self, runs: Sequence[Run]) -> StepOutput:
@@ -154,16 +155,19 @@ class _Decoding(NamedTuple):
 
     runner: StepRunner
     runs: Sequence[Run]
+    """That may want something else."""
     flight: DecodeInFlight
 
     def wait(self) -> StepOutput:
-        samples = self.flight.wait()
-        if any(run.num_top or (run.sampling is not None and run.sampling.temperature) for run in self.runs):
-            choices = [choice for run in self.runs for choice in _choices(run)]
-            others = [row for row, choice in enumerate(choices) if choice.num_top or choice.sampling.temperature]
-            found = self.runner.choose(self.flight.hidden(others), [choices[row] for row in others])
-            for row, sample_or_none in zip(others, found, strict=True):
-                samples[row] = sample_or_none
+        greedy = self.flight.wait()
+        if not any(run.num_top or (run.sampling is not None and run.sampling.temperature) for run in self.runs):
+            return StepOutput(greedy, {})
+        samples = greedy.samples()
+        choices = [choice for run in self.runs for choice in _choices(run)]
+        others = [row for row, choice in enumerate(choices) if choice.num_top or choice.sampling.temperature]
+        found = self.runner.choose(self.flight.hidden(others), [choices[row] for row in others])
+        for row, sample_or_none in zip(others, found, strict=True):
+            samples[row] = sample_or_none
         return StepOutput(samples, {})
 
 

@@ -7,7 +7,7 @@ from pdkv.m3.config import kv_layout
 from pdkv.m3.decode_graphs import DecodeGraphs, DecodeShapes
 from pdkv.m3.model import M3Model
 from pdkv.m3.requests import EngineSettings, RequestId
-from pdkv.m3.run import PENDING, Run
+from pdkv.m3.run import PENDING, Onward, Run
 from pdkv.m3.sampling import Sample, SamplingParams
 from pdkv.m3.step import StepRunner
 from pdkv.memory.arena import Arena
@@ -33,10 +33,10 @@ class Side:
 
     def step(self, runs: list[Run]) -> tuple[list[Sample | None], torch.Tensor, torch.Tensor]:
         flight = self.graphs.launch(runs)
-        return flight.wait(), flight.hidden(), self.arena.rows()
+        return flight.wait().samples(), flight.hidden(), self.arena.rows()
 
     def samples(self, runs: list[Run]) -> list[Sample | None]:
-        return self.graphs.launch(runs).wait()
+        return self.graphs.launch(runs).wait().samples()
 
 
 def run(number: int, tokens: tuple[int, ...], start: int, sampling: SamplingParams | None = GREEDY) -> Run:
@@ -94,19 +94,28 @@ def test_a_transfer_that_lands_between_replays_is_seen_by_the_next() -> None:
 
 
 def test_a_graph_takes_its_tokens_from_the_one_before() -> None:
-    """The second step is launched before the first is waited for, in another shape, its sequences in another order."""
+    """The second step is launched before the first is waited for, in another shape, its sequences in another order; the
+    third says no more than that all go on, over a block's end."""
     model = gpu_model(small_config("bfloat16"))
     ahead, waiting = Side(model, replays=True), Side(model, replays=True)
-    first = [run(0, (6,), 700), run(1, (7,), 130), run(2, (8,), 1279)]
+    first = [run(0, (6,), 700), run(1, (7,), 130), run(2, (8,), 1278)]
     chosen = waiting.samples(first)
-    assert None not in chosen
-    tokens = [sample.token for sample in chosen if sample is not None]
-    wanted = waiting.samples([run(2, (tokens[2],), 1280), run(0, (tokens[0],), 701)])
+    third = tokens_of(chosen)
+    second = waiting.samples([run(2, (third[2],), 1279), run(0, (third[0],), 701)])
+    last = tokens_of(second)
+    wanted = waiting.samples([run(2, (last[0],), 1280), run(0, (last[1],), 702)])
     one = ahead.graphs.launch(first)
-    two = ahead.graphs.launch([follow(run(2, (PENDING,), 1280), 2), follow(run(0, (PENDING,), 701), 0)])
-    assert one.wait() == chosen
-    assert two.wait() == wanted
+    two = ahead.graphs.launch([follow(run(2, (PENDING,), 1279), 2), follow(run(0, (PENDING,), 701), 0)])
+    assert one.wait().samples() == chosen
+    three = ahead.graphs.launch(Onward(((0, run(2, (PENDING,), 1280).pages),)))
+    assert two.wait().samples() == second
+    assert three.wait().samples() == wanted
     assert torch.equal(ahead.arena.rows(), waiting.arena.rows())
+
+
+def tokens_of(samples: list[Sample | None]) -> list[int]:
+    assert None not in samples
+    return [sample.token for sample in samples if sample is not None]
 
 
 def follow(pending: Run, behind: int) -> Run:

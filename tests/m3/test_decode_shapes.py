@@ -61,7 +61,7 @@ def test_equal_steps_that_are_not_filled_up(model: M3Model, kv_dtype: str) -> No
         assert graphs.takes(runs)
         wanted = [sample for sample in plain.runner.run(runs).samples if isinstance(sample, Sample)]
         flight = graphs.launch(runs)
-        found = [sample for sample in flight.wait() if sample is not None]
+        found = [sample for sample in flight.wait().samples() if sample is not None]
         assert [s.token for s in found] == [s.token for s in wanted], number
         assert [s.logprob for s in found] == pytest.approx([s.logprob for s in wanted], abs=1e-4), number
         assert flight.hidden().shape == (len(wanted), model.config.hidden_size)

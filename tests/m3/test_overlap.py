@@ -22,7 +22,7 @@ from pdkv.m3.requests import (
     RequestRefused,
     TokenGenerated,
 )
-from pdkv.m3.run import PENDING, Run
+from pdkv.m3.run import PENDING, Onward, Step
 from pdkv.m3.sampling import SamplingParams
 from pdkv.m3.step import StepInFlight, StepOutput, StepRunner
 from pdkv.memory.arena import Arena
@@ -57,13 +57,13 @@ def sources(model: M3Model) -> list[PrefilledPrompt]:
 class LateStep:
     """A step of a device that does nothing before somebody waits for it: as late as any could be."""
 
-    def __init__(self, runner: StepRunner, runs: list[Run], queue: list["LateStep"]) -> None:
-        self._runner, self._runs, self._queue = runner, runs, queue
+    def __init__(self, runner: StepRunner, step: Step, queue: list["LateStep"]) -> None:
+        self._runner, self._step, self._queue = runner, step, queue
         self._flight: StepInFlight | None = None
         queue.append(self)
 
     def compute(self) -> None:
-        self._flight = self._runner.launch(self._runs)
+        self._flight = self._runner.launch(self._step)
 
     def wait(self) -> StepOutput:
         assert self._queue.pop(0) is self, "steps are waited for in the order in which they were launched"
@@ -81,12 +81,12 @@ class LateRunner:
         self._runner = runner
         self.config = runner.config
         self.queue: list[LateStep] = []
-        self.launched: list[list[Run]] = []
+        self.launched: list[Step] = []
 
-    def launch(self, runs: list[Run]) -> LateStep:
+    def launch(self, step: Step) -> LateStep:
         assert len(self.queue) < 2
-        self.launched.append(list(runs))
-        return LateStep(self._runner, list(runs), self.queue)
+        self.launched.append(step)
+        return LateStep(self._runner, step, self.queue)
 
 
 class Worker:
@@ -106,6 +106,7 @@ class Worker:
         self.sources: dict[RequestId, PrefilledPrompt] = {}
         self.tokens: dict[RequestId, list[int]] = {}
         self.reasons: dict[RequestId, FinishReason] = {}
+        self.pages: dict[RequestId, tuple[int, ...]] = {}
 
     def submit(self, request: DecodeRequest, source: PrefilledPrompt) -> None:
         self.sources[request.id], self.tokens[request.id] = source, []
@@ -116,6 +117,7 @@ class Worker:
             assert event.id not in self.reasons, f"{event} after the end"
             match event:
                 case PagesReserved(id=id_, pages=pages, cached_tokens=cached):
+                    self.pages[id_] = pages
                     self.receive(self.sources[id_], pages, cached)
                     source = self.sources[id_]
                     self.take(self.engine.resume(id_, source.token, source.logprob))
@@ -230,23 +232,25 @@ def _step(worker: Worker, given_up: dict[RequestId, int]) -> None:
 def test_a_step_is_launched_before_the_last_one_is_waited_for(model: M3Model, sources: list[PrefilledPrompt]) -> None:
     worker = Worker(model, overlap=True, late=True)
     assert isinstance(worker.runner, LateRunner)
-    worker.submit(request(1, sources[0], 5, ignore_eos=True), sources[0])
-    worker.submit(request(2, sources[1], 3, ignore_eos=True), sources[1])
+    launched = worker.runner.launched
+    worker.submit(request(1, sources[3], 6, ignore_eos=True), sources[3])
+    worker.submit(request(2, sources[1], 4, ignore_eos=True), sources[1])
     worker.take(worker.engine.step())
-    first, second = worker.runner.launched
-    assert [run.behind for run in first] == [None, None]
-    assert [(run.tokens, run.behind) for run in second] == [((PENDING,), 0), ((PENDING,), 1)]
-    assert [run.start for run in second] == [run.start + 1 for run in first]
+    assert [run.behind for run in launched[0]] == [None, None]
+    new_page = worker.pages[rid(1)][:2]
+    assert launched[1] == Onward(((0, new_page),)), "the same two again, one of them at position 128"
     assert [len(worker.tokens[rid(n)]) for n in (1, 2)] == [2, 2]
     worker.take(worker.engine.step())
-    assert [run.id for run in worker.runner.launched[2]] == [rid(1)], "the other one ends by its length"
+    assert launched[2] == Onward()
+    worker.take(worker.engine.step())
+    (alone,) = launched[3]
+    assert (alone.id, alone.behind, alone.tokens, alone.start) == (rid(1), 0, (PENDING,), 130), "the other one ends"
     assert worker.reasons == {rid(2): FinishReason.LENGTH}
     worker.submit(request(3, sources[2], 2, ignore_eos=True), sources[2])
     worker.take(worker.engine.step())
-    joined = worker.runner.launched[3]
-    assert [(run.id, run.behind) for run in joined] == [(rid(1), 0), (rid(3), None)]
+    assert [(run.id, run.behind, run.start) for run in launched[4]] == [(rid(1), 0, 131), (rid(3), None, 120)]
     worker.run()
-    assert len(worker.runner.launched) == 4
+    assert len(launched) == 5
     assert not worker.engine.has_work
 
 
@@ -296,7 +300,7 @@ def test_what_needs_the_host_waits_for_it(
     one = msgspec.structs.replace(request(1, sources[0], 6, ignore_eos=True), sampling=sampling)
     worker.submit(one, sources[0])
     worker.run()
-    assert all(run.behind is None for runs in worker.runner.launched for run in runs)
+    assert all(run.behind is None for step in worker.runner.launched for run in step)
     assert len(worker.tokens[rid(1)]) == 6
 
 

@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 
+import msgspec
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import rule
 
 from pdkv.m3.requests import RequestId
-from pdkv.m3.run import PENDING, Run
-from pdkv.m3.sampling import Sample
+from pdkv.m3.run import PENDING, Onward, Run, Step
+from pdkv.m3.sampling import GreedyChoices, Sample
 from tests.m3.test_scheduler_histories import BATCH, BLOCK, CHUNK, SchedulerHistories, next_token
 
 
@@ -16,6 +17,7 @@ from tests.m3.test_scheduler_histories import BATCH, BLOCK, CHUNK, SchedulerHist
 class Flight:
     """A step that the device has been given: with the tokens that it finds there, and what it chooses."""
 
+    asked: Step
     runs: list[Run]
     tokens: dict[RequestId, tuple[int, ...]]
     samples: list[Sample | None]
@@ -44,12 +46,13 @@ class OverlappedHistories(SchedulerHistories):
             self.flying = None
         for run in flight.runs:
             self.store(run, flight.tokens[run.id])
-        self.take(self.scheduler.complete(flight.runs, flight.samples))
+        self.take(self.scheduler.complete(flight.asked, told(flight.samples)))
 
     def launch(self, before: Flight | None, damaged: int | None) -> Flight:
-        runs = self.scheduler.schedule()
+        step = self.scheduler.schedule()
+        runs = self.onward(before, step) if isinstance(step, Onward) else step
         self.check_budgets(runs)
-        flight = Flight(runs, {}, [])
+        flight = Flight(step, runs, {}, [])
         for number, run in enumerate(runs):
             known = [*self.requests[run.id].prompt, *self.generated[run.id]]
             tokens, start = run.tokens, self.computed[run.id]
@@ -68,6 +71,18 @@ class OverlappedHistories(SchedulerHistories):
                 flight.samples.append(None if number == damaged else Sample(next_token(seen), 0.0))
         return flight
 
+    def onward(self, before: Flight | None, step: Onward) -> list[Run]:
+        """What it stands for."""
+        assert before is not None
+        assert all(run.behind is not None or len(run.tokens) == 1 for run in before.runs)
+        pages = dict(step.new_pages)
+        return [
+            msgspec.structs.replace(
+                run, tokens=(PENDING,), start=run.start + 1, behind=place, pages=pages.get(place, run.pages)
+            )
+            for place, run in enumerate(before.runs)
+        ]
+
     def store(self, run: Run, tokens: tuple[int, ...]) -> None:
         """By page number, whoever has the pages now."""
         for position, token in enumerate(tokens, start=run.start):
@@ -81,6 +96,13 @@ class OverlappedHistories(SchedulerHistories):
         for run in runs:
             if run.behind is not None:
                 assert len(self.generated[run.id]) + 2 <= self.requests[run.id].max_tokens, "its end was known"
+
+
+def told(samples: list[Sample | None]) -> GreedyChoices:
+    """As a device does it."""
+    damaged = frozenset(place for place, sample in enumerate(samples) if sample is None)
+    tokens = [0 if sample is None else sample.token for sample in samples]
+    return GreedyChoices(tokens, [0.0] * len(samples), damaged)
 
 
 OverlappedHistories.TestCase.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
