@@ -24,6 +24,9 @@ from pdkv.errors import PdkvError, RankLostError
 _LOG = logging.getLogger("pdkv.engine")
 _LONGEST_WAIT_S = 0.5
 """How late an idle engine may notice a deadline, or that its front has gone."""
+_SWITCH_S = 0.0005
+"""A thread that wants to run gets its turn after so long. Python's own 5 ms is what a message of a transfer would wait
+while the engine lays out a step or launches kernels."""
 
 
 def serve(settings: WorkerSettings, link: BlockingLink) -> None:
@@ -67,6 +70,7 @@ def main() -> int:
         return 1
     settings = msgspec.msgpack.decode(body, type=WorkerSettings)
     configure_logging(settings.log_level, settings.role)
+    sys.setswitchinterval(_SWITCH_S)
     try:
         serve(settings, link)
     except PdkvError as exc:

@@ -123,7 +123,8 @@ def listen(address: Address, *, reuse_port: bool = False) -> socket.socket:
 def bind(address: Address, *, reuse_port: bool = False) -> socket.socket:
     """A bound TCP socket, not yet listening. Raises ConfigError when the address cannot be had."""
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    # asyncio turns Nagle off only for a socket that says it is TCP, and accepted ones say what the listener says.
+    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     if reuse_port:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
