@@ -3,6 +3,7 @@
 import msgspec
 import pytest
 
+from pdkv.daemons import transport_choice
 from pdkv.daemons.doctor import doctor_settings
 from pdkv.daemons.link import WorkerSettings
 from pdkv.daemons.transport_choice import describe, make_transport
@@ -65,3 +66,16 @@ def test_description_names_all_ways():
         assert describe(transport).startswith("auto: shm; sockets; ucx 1.")
     finally:
         transport.close()
+
+
+def test_ucx_carries_gpu_memory_by_mapping_or_not_at_all_without_cards(monkeypatch, tmp_path):
+    monkeypatch.setattr(transport_choice, "_CARDS", tmp_path / "none")
+    gpu, host = transport_choice._ucx_way(settings(device="cuda")), transport_choice._ucx_way(settings())
+    try:
+        assert (gpu.reach, host.reach) == ("cuda_ipc", "tcp")
+        told = {setting.name: setting.ours for setting in gpu.transport.settings}
+        assert told["UCX_TLS"] == "^tcp,cma,sysv"
+        assert told["UCX_CUDA_IPC_ENABLE_GET_ZCOPY"] == "on"
+    finally:
+        gpu.transport.close()
+        host.transport.close()

@@ -6,13 +6,15 @@ import select
 import subprocess
 import sys
 
+import msgspec
 import numpy as np
 import pytest
 
 from pdkv.errors import TransportError
 from pdkv.schema import LocalMemory, ReadBatch, TransportAddress
 from pdkv.transport.base import ReadStatus
-from pdkv.transport.ucx import UcxOptions, UcxTransport, path_of, ucx_settings
+from pdkv.transport.sealed import seal, unseal
+from pdkv.transport.ucx import _MAGIC, UcxOptions, UcxTransport, _Worker, path_of, ucx_settings
 
 
 @pytest.fixture
@@ -68,6 +70,26 @@ def test_two_transports_in_one_process_read_each_other(ucx):
         assert ends[reader].path(peer) != "unknown"
     assert (arrays[0][50_001:51_002] == 2).all()
     assert (arrays[1][50_001:51_002] == 1).all()
+
+
+def test_tells_how_ucx_reads_and_by_which_devices(ucx):
+    target, reader = ucx(tls="tcp", net_devices="lo"), ucx(tls="tcp", net_devices="lo")
+    source, into = np.full(100_000, 7, np.uint8), np.zeros(100_000, np.uint8)
+    target.register(LocalMemory(source.ctypes.data, source.size))
+    reader.register(LocalMemory(into.ctypes.data, into.size))
+    address = target.address()
+    worker = msgspec.msgpack.decode(unseal(_MAGIC, address.address, ""), type=_Worker)
+    on_gpu = msgspec.msgpack.encode(msgspec.structs.replace(worker, on_gpu=True))
+    host = reader.connect(address)
+    gpu = reader.connect(msgspec.structs.replace(address, address=seal(_MAGIC, on_gpu)))
+    assert reader.note(host) == ""
+    assert not reader.crawls(gpu)
+    for peer in (host, gpu):
+        reader.submit(peer, span(0, into.ctypes.data, into.size))
+        assert wait(reader)[0].status is ReadStatus.OK
+        assert reader.note(peer) == "UCX: software emulation tcp/lo, lanes tcp/lo"
+    assert not reader.crawls(host)
+    assert reader.crawls(gpu), "what UCX emulates it copies piece by piece where a GPU's memory is concerned"
 
 
 def test_says_what_it_loaded(ucx, caplog):
