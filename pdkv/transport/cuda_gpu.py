@@ -76,18 +76,16 @@ class CudaGpu:
     @classmethod
     def of(cls, address: int) -> "CudaGpu":
         """The GPU whose memory is there."""
-        cuda = _driver()
-        attribute = cuda.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
-        return cls(int(_told(cuda, cuda.cuPointerGetAttribute(attribute, address))))
+        return cls(_ordinal(_driver(), address))
 
     # ---- memory ----
 
     def holds(self, address: int, length: int) -> bool:
+        if _ordinal(self._cuda, address) != int(self._device):
+            return False
         with self._current():
             base, size = self._told(self._cuda.cuMemGetAddressRange(address))
-            attribute = self._cuda.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
-            ordinal = int(self._told(self._cuda.cuPointerGetAttribute(attribute, address)))
-        return ordinal == int(self._device) and address + length <= int(base) + int(size)
+        return address + length <= int(base) + int(size)
 
     def export(self, address: int) -> Exported:
         with self._current():
@@ -221,10 +219,7 @@ class CudaGpu:
             return None, False
         tells_index = version < _BATCHES_TELL_NO_INDEX_SINCE
         form = _BATCHES_SINCE if tells_index else _BATCHES_TELL_NO_INDEX_SINCE
-        error, address, _ = self._cuda.cuGetProcAddress(b"cuMemcpyBatchAsync", form, 0)
-        if int(error) or not address:
-            return None, False
-        return ctypes.CFUNCTYPE(ctypes.c_int)(int(address)), tells_index
+        return _direct(self._cuda, "cuMemcpyBatchAsync", form), tells_index
 
     def _load_kernel(self) -> Any:
         attributes = self._cuda.CUdevice_attribute
@@ -283,6 +278,22 @@ def _driver() -> Any:
     except RuntimeError as missing:
         raise TransportError(f"there is no NVIDIA driver here: {missing}") from missing
     return cuda
+
+
+def _direct(cuda: Any, name: str, since: int) -> Any:
+    """A function of the driver as it is, in the form that CUDA ``since`` knows; None where it does not."""
+    error, address, _ = cuda.cuGetProcAddress(name.encode(), since, 0)
+    return ctypes.CFUNCTYPE(ctypes.c_int)(int(address)) if not int(error) and address else None
+
+
+def _ordinal(cuda: Any, address: int) -> int:
+    """Which GPU holds the address. Asked directly: cuda-bindings 13.3 answers 0 for memory of every GPU."""
+    attribute = cuda.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
+    ordinal = ctypes.c_int(-1)
+    ask = _direct(cuda, "cuPointerGetAttribute", 4000)
+    code = ask(ctypes.byref(ordinal), ctypes.c_int(int(attribute)), ctypes.c_uint64(address))
+    _told(cuda, (cuda.CUresult(code),), "cuPointerGetAttribute")
+    return ordinal.value
 
 
 def _told(cuda: Any, answer: tuple[Any, ...], call: str = "") -> Any:
