@@ -65,7 +65,7 @@ def test_no_step_waits_for_the_device_before_the_next_is_launched() -> None:
     while engine.statistics().num_prefilling:
         engine.step()
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as profiled:
         for _ in range(STEPS):
             engine.step()
     events = sorted(profiled.events(), key=lambda event: event.time_range.start)
