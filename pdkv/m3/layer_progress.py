@@ -15,6 +15,10 @@ from pdkv.m3.run import Run
 
 _LOG = logging.getLogger("pdkv.engine")
 
+_WORTH_GROUPS = 256
+"""Tokens in the step from which a prompt's layers are told of in groups: of fewer the state is on its way in no time,
+and each word costs both sides more than it hides."""
+
 OnStored = Callable[[int], None]
 """Called by a model with the number of leading layers whose state every rank has written, or queued on its stream."""
 
@@ -49,18 +53,22 @@ class LayerProgress:
 
     def of(self, runs: Sequence[Run]) -> OnStored | None:
         """What a model is to call in the step of ``runs``; None where nobody waits for its layers."""
-        ends = [(run.id, run.end) for run in runs if run.num_choices]
-        if not ends:
+        ending = [run for run in runs if run.num_choices]
+        if not ending:
             return None
+        all_ends = [(run.id, run.end) for run in ending]
+        long_ends = [(run.id, run.end) for run in ending if len(run.tokens) >= _WORTH_GROUPS]
 
         def stored(num_layers: int) -> None:
             groups = self._groups_at.get(num_layers)
             if groups is not None:
-                self._when_written(ends, groups)
+                self._when_written(all_ends if groups == len(self._groups_at) else long_ends, groups)
 
         return stored
 
     def _when_written(self, ends: Sequence[tuple[RequestId, int]], groups: int) -> None:
+        if not ends:
+            return
         if self._waiter is None:
             self._tell_all(ends, groups)
             return

@@ -50,7 +50,7 @@ def test_every_group_has_a_layer_and_every_layer_a_group(num_groups: int) -> Non
 def test_prompts_that_end_in_a_step_are_told_of_as_their_groups_are_stored() -> None:
     told: list[tuple[RequestId, int, int]] = []
     progress = LayerProgress((0, 3, 5), 6, CPU, lambda *what: told.append(what))
-    runs = [run_of(ONE, 7, is_last=True), run_of(TWO, 5, is_last=False)]
+    runs = [run_of(ONE, 300, is_last=True), run_of(TWO, 300, is_last=False)]
     stored = progress.of(runs)
     assert stored is not None
     counts = []
@@ -58,7 +58,16 @@ def test_prompts_that_end_in_a_step_are_told_of_as_their_groups_are_stored() -> 
         stored(layer + 1)
         counts.append(len(told))
     assert counts == [0, 0, 1, 1, 2, 3]
-    assert told == [(ONE, 107, 1), (ONE, 107, 2), (ONE, 107, 3)]
+    assert told == [(ONE, 400, 1), (ONE, 400, 2), (ONE, 400, 3)]
+
+
+def test_of_a_few_tokens_all_layers_are_told_at_once() -> None:
+    told: list[tuple[RequestId, int, int]] = []
+    stored = LayerProgress((0, 3, 5), 6, CPU, lambda *what: told.append(what)).of([run_of(ONE, 40, is_last=True)])
+    assert stored is not None
+    for layer in range(6):
+        stored(layer + 1)
+    assert told == [(ONE, 140, 3)]
 
 
 def test_a_step_that_ends_no_prompt_tells_nothing() -> None:
