@@ -11,12 +11,19 @@ from pdkv.transport.conformance_target import Bytes
 
 
 @cache
-def driver() -> Any:
-    """cuda-bindings' driver module, with the first GPU's primary context current in this thread."""
+def _context(gpu: int) -> Any:
     from cuda.bindings import driver as cuda
 
     told(cuda.cuInit(0))
-    told(cuda.cuCtxSetCurrent(told(cuda.cuDevicePrimaryCtxRetain(told(cuda.cuDeviceGet(0))))))
+    return told(cuda.cuDevicePrimaryCtxRetain(told(cuda.cuDeviceGet(gpu))))
+
+
+def driver(gpu: int = 0) -> Any:
+    """cuda-bindings' driver module, with that GPU's primary context current in this thread."""
+    from cuda.bindings import driver as cuda
+
+    context = _context(gpu)
+    told(cuda.cuCtxSetCurrent(context))
     return cuda
 
 
@@ -32,12 +39,13 @@ def free_bytes() -> int:
 
 
 class GpuMemory:
-    """See ``KitMemory``: one allocation on the first GPU, and what it holds as a copy."""
+    """See ``KitMemory``: one allocation on a GPU, the first if none is named, and what it holds as a copy."""
 
-    def __init__(self, size: int) -> None:
-        address = int(told(driver().cuMemAlloc(size)))
-        self.memory = LocalMemory(address, size, "cuda:0")
-        weakref.finalize(self, driver().cuMemFree, address)
+    def __init__(self, size: int, gpu: int = 0) -> None:
+        self._gpu = gpu
+        address = int(told(driver(gpu).cuMemAlloc(size)))
+        self.memory = LocalMemory(address, size, f"cuda:{gpu}")
+        weakref.finalize(self, driver(gpu).cuMemFree, address)
 
     @property
     def bytes(self) -> Bytes:
@@ -45,13 +53,13 @@ class GpuMemory:
 
     def first(self, length: int) -> Bytes:
         copy = np.empty(length, dtype=np.uint8)
-        told(driver().cuMemcpyDtoH(copy.ctypes.data, self.memory.address, length))
+        told(driver(self._gpu).cuMemcpyDtoH(copy.ctypes.data, self.memory.address, length))
         return copy
 
     def fill(self, values: Bytes | int) -> None:
         if isinstance(values, int):
-            told(driver().cuMemsetD8(self.memory.address, values, self.memory.length))
+            told(driver(self._gpu).cuMemsetD8(self.memory.address, values, self.memory.length))
         else:
             values = np.ascontiguousarray(values)
-            told(driver().cuMemcpyHtoD(self.memory.address, values.ctypes.data, values.size))
-        told(driver().cuCtxSynchronize())
+            told(driver(self._gpu).cuMemcpyHtoD(self.memory.address, values.ctypes.data, values.size))
+        told(driver(self._gpu).cuCtxSynchronize())

@@ -50,6 +50,26 @@ def test_conforms_across_gpus(name: str) -> None:
     run_check(ON_ANOTHER, name)
 
 
+@pytest.mark.multi_gpu(2)
+@two_gpus
+def test_reads_into_a_second_gpu_while_another_is_current() -> None:
+    """The reader's GPU is that of its memory, whichever its thread works on, and stays so."""
+    reader, into = NvlinkTransport(row_bytes=4096), memory.GpuMemory(1 << 20, gpu=1)
+    target = SpawnedTarget(SPEC, 1)
+    try:
+        memory.driver(0)
+        reader.register(into.memory)
+        peer = reader.connect(target.address)
+        starts, lengths = np.array([0, 4000]), np.array([4000, (1 << 20) - 4000])
+        zeros = np.zeros(2, dtype=np.int64)
+        batch = ReadBatch(memory=zeros, remote=starts, local=starts + into.memory.address, length=lengths)
+        assert _read(reader, peer, batch).status is ReadStatus.OK
+        assert np.array_equal(into.bytes, pattern(1, 0)[: 1 << 20])
+    finally:
+        reader.close()
+        target.close()
+
+
 @pytest.mark.parametrize("row_bytes", ["1", str(1 << 40)], ids=["copies", "kernel"])
 @pytest.mark.parametrize("name", READS)
 def test_each_half_alone_reads_everything(name: str, row_bytes: str) -> None:
