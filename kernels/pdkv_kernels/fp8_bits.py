@@ -51,6 +51,45 @@ def _native(dtype: torch.dtype, device: torch.device) -> bool:
     return not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
+def fp8_pairs(data: Tensor) -> tuple[int, Tensor]:
+    """How a kernel may read two neighbours of the last dimension as one integer, and what to hand to it.
+
+    Matrix units want a tile of V turned round, and the hardware turns two bytes at a time: so fp8 goes through as pairs
+    of bytes and is widened afterwards (``half_of_pairs``). (PLAIN, data) where that cannot be done.
+    """
+    if fp8_code(data)[0] != CONVERT or data.storage_offset() % 2 or any(n % 2 for n in data.stride()[:-1]):
+        return PLAIN, data
+    return _BITS[data.dtype], data.view(torch.int16)
+
+
+def _widening(first: int, kind: str) -> str:
+    """PTX that makes two float16 of bytes ``first`` and ``first + 2`` of a register."""
+    pick = f"prmt.b32 both, $1, 0, 0x44{first + 2}{first};"
+    return (
+        f"{{ .reg .b32 both; .reg .b16 low, high; {pick} mov.b32 {{low, high}}, both; cvt.rn.f16x2.{kind}x2 $0, low; }}"
+    )
+
+
+_EVEN_E4M3 = tl.constexpr(_widening(0, "e4m3"))
+_ODD_E4M3 = tl.constexpr(_widening(1, "e4m3"))
+_EVEN_E5M2 = tl.constexpr(_widening(0, "e5m2"))
+_ODD_E5M2 = tl.constexpr(_widening(1, "e5m2"))
+
+
+@triton.jit
+def half_of_pairs(x, ODD: tl.constexpr, CODE: tl.constexpr):
+    """The even or the odd ones of pairs of 8-bit floats as float16; CODE from ``fp8_pairs``, not PLAIN."""
+    if CODE == 2:
+        return _widened(x, _ODD_E4M3 if ODD else _EVEN_E4M3)
+    else:
+        return _widened(x, _ODD_E5M2 if ODD else _EVEN_E5M2)
+
+
+@triton.jit
+def _widened(x, ASM: tl.constexpr):
+    return tl.inline_asm_elementwise(ASM, "=r,r", [x], dtype=tl.float16, is_pure=True, pack=2)
+
+
 @triton.jit
 def half_of_bits(x, CODE: tl.constexpr):
     """Values as float16, exactly; with PLAIN the values as they are."""

@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pdkv_kernels.decode_arguments import page_arguments, result_arguments
 from pdkv_kernels.decode_batch import DecodeBatch, uniform_batch
 from pdkv_kernels.decode_tile import attend_tile, finish, prepare_q
-from pdkv_kernels.fp8_bits import fp8_code
 from pdkv_kernels.launch import chained, launch_options
 from pdkv_kernels.paged import BLOCK, PagedKv, RaggedQueries
 from pdkv_kernels.softmax_merge import MergeWorkspace, merge_parts
@@ -66,29 +66,15 @@ def paged_attention_decode_into(
     share = num_heads // kv_heads
     assert num_rows == batch.num_seqs * batch.query_len, (q.shape, batch.num_seqs, batch.query_len)
     assert kv.k.shape[1:] == (kv_heads, BLOCK, dim), (kv.k.shape, q.shape)
-    assert kv.k.stride(3) == kv.v.stride(3) == q.stride(2) == out.stride(2) == 1
+    assert q.stride(2) == out.stride(2) == 1
     assert batch.page_table.stride(1) == 1, batch.page_table.stride()
     if num_rows == 0:
         return
     plan = plan or dense_plan(batch, q, kv)
-    code, k = fp8_code(kv.k)
-    _, v = fp8_code(kv.v)
-    k_scale, v_scale = kv.k_scale, kv.v_scale
-    scaled = k_scale is not None and v_scale is not None
-    if k_scale is None or v_scale is None:
-        assert k_scale is v_scale, "either both K and V have scales or neither"
-        k_scale = v_scale = lse.view(num_rows, num_heads, 1)  # never read
     early = chained(q.device)
     parts = workspace.parts(plan.splits)
-    direct = plan.splits == 1
     _attend_kernel[(batch.num_seqs, kv_heads, plan.splits)](
         q,
-        k,
-        v,
-        k_scale,
-        v_scale,
-        out if direct else parts.out,
-        lse if direct else parts.lse,
         batch.page_table,
         batch.seq_lens,
         scale * 1.4426950408889634,
@@ -97,23 +83,9 @@ def paged_attention_decode_into(
         batch.page_table.shape[1],
         q.stride(0),
         q.stride(1),
-        k.stride(0),
-        k.stride(1),
-        k.stride(2),
-        v.stride(0),
-        v.stride(1),
-        v.stride(2),
-        k_scale.stride(0),
-        k_scale.stride(1),
-        v_scale.stride(0),
-        v_scale.stride(1),
-        out.stride(0) if direct else parts.out.stride(1),
-        out.stride(1) if direct else parts.out.stride(2),
-        0 if direct else parts.out.stride(0),
-        lse.stride(0) if direct else parts.lse.stride(1),
-        lse.stride(1) if direct else parts.lse.stride(2),
-        0 if direct else parts.lse.stride(0),
         batch.page_table.stride(0),
+        **page_arguments(kv, lse),
+        **result_arguments(out, lse, parts),
         SHARE=share,
         SHARE_TILE=max(triton.next_power_of_2(share), -(-16 // triton.next_power_of_2(batch.query_len))),
         QUERY_TILE=triton.next_power_of_2(batch.query_len),
@@ -121,13 +93,10 @@ def paged_attention_decode_into(
         TOKENS=BLOCK,
         TILE=plan.tile,
         PAGES=_PAGES,
-        CODE=code,
-        SCALED=scaled,
-        LAST=direct,
         EARLY=early,
         **launch_options(early, plan.num_warps, plan.num_stages),
     )
-    if not direct:
+    if plan.splits > 1:
         merge_parts(out, lse, parts)
 
 
@@ -143,12 +112,6 @@ def dense_plan(batch: DecodeBatch, q: Tensor, kv: PagedKv) -> DensePlan:
 @triton.jit(do_not_specialize=["query_len", "splits", "max_blocks"])
 def _attend_kernel(
     q_ptr,  # [num_rows, num_heads, DIM]
-    k_ptr,  # [num_pages, kv_heads, TOKENS, DIM]
-    v_ptr,  # [num_pages, kv_heads, TOKENS, DIM]
-    k_scale_ptr,  # float32 [num_pages, kv_heads, TOKENS]
-    v_scale_ptr,  # float32 [num_pages, kv_heads, TOKENS]
-    out_ptr,  # LAST: [num_rows, num_heads, DIM]; otherwise parts, [splits, num_rows, num_heads, DIM]
-    lse_ptr,  # LAST: float32 [num_rows, num_heads]; otherwise parts, base 2, [splits, num_rows, num_heads]
     page_table_ptr,  # int32 [num_seqs, max_blocks]
     seq_lens_ptr,  # int32 [num_seqs]
     scale,  # of the logits, times log2(e)
@@ -157,6 +120,11 @@ def _attend_kernel(
     max_blocks,
     q_row_stride,
     q_head_stride,
+    table_stride,
+    k_ptr,  # [num_pages, kv_heads, TOKENS, DIM]
+    v_ptr,  # [num_pages, kv_heads, TOKENS, DIM], or pairs of bytes, int16 [..., DIM / 2]
+    k_scale_ptr,  # float32 [num_pages, kv_heads, TOKENS]
+    v_scale_ptr,  # float32 [num_pages, kv_heads, TOKENS]
     k_page_stride,
     k_head_stride,
     k_token_stride,
@@ -167,13 +135,18 @@ def _attend_kernel(
     k_scale_head_stride,
     v_scale_page_stride,
     v_scale_head_stride,
+    CODE: tl.constexpr,
+    PAIRS: tl.constexpr,  # V is read as pairs of bytes, in this format
+    SCALED: tl.constexpr,
+    out_ptr,  # LAST: [num_rows, num_heads, DIM]; otherwise parts, [splits, num_rows, num_heads, DIM]
+    lse_ptr,  # LAST: float32 [num_rows, num_heads]; otherwise parts, base 2, [splits, num_rows, num_heads]
     out_row_stride,
     out_head_stride,
     out_split_stride,
     lse_row_stride,
     lse_head_stride,
     lse_split_stride,
-    table_stride,
+    LAST: tl.constexpr,
     SHARE: tl.constexpr,
     SHARE_TILE: tl.constexpr,
     QUERY_TILE: tl.constexpr,
@@ -181,9 +154,6 @@ def _attend_kernel(
     TOKENS: tl.constexpr,
     TILE: tl.constexpr,
     PAGES: tl.constexpr,
-    CODE: tl.constexpr,
-    SCALED: tl.constexpr,
-    LAST: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     seq = tl.program_id(0)
@@ -197,25 +167,27 @@ def _attend_kernel(
     head = kv_head * SHARE + head
     dims = tl.arange(0, DIM)
     token = tl.arange(0, TILE)
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     seq_len = tl.load(seq_lens_ptr + seq)
     num_blocks = (seq_len + TOKENS - 1) // TOKENS
     visible = tl.where(real, seq_len - query_len + query + 1, 0)  # [lines], keys that the line sees
     table_row = page_table_ptr + seq.to(tl.int64) * table_stride
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     q_at = q_ptr + row[:, None] * q_row_stride + head[:, None] * q_head_stride + dims[None, :]
     q = tl.load(q_at, mask=real[:, None], other=0.0)  # [lines, DIM]
     q, unit = prepare_q(q, k_ptr.dtype.element_ty, CODE)
     unit = unit * scale
+    V_DIM: tl.constexpr = DIM // 2 if PAIRS else DIM
     k_at = k_ptr + kv_head.to(tl.int64) * k_head_stride + token[:, None] * k_token_stride + dims[None, :]
-    v_at = v_ptr + kv_head.to(tl.int64) * v_head_stride + token[:, None] * v_token_stride + dims[None, :]
+    v_at = v_ptr + kv_head.to(tl.int64) * v_head_stride + token[:, None] * v_token_stride + tl.arange(0, V_DIM)[None, :]
     k_scale_at = k_scale_ptr + kv_head.to(tl.int64) * k_scale_head_stride + token
     v_scale_at = v_scale_ptr + kv_head.to(tl.int64) * v_scale_head_stride + token
     # A finite floor instead of -inf: the difference of two of them is 0, not NaN.
     top = tl.full((QUERY_TILE * SHARE_TILE,), -1.0e38, tl.float32)
     total = tl.zeros((QUERY_TILE * SHARE_TILE, TILE), tl.float32)
-    sums = tl.zeros((QUERY_TILE * SHARE_TILE, DIM), tl.float32)
+    sums = tl.zeros((QUERY_TILE * SHARE_TILE, V_DIM), tl.float32)
+    odds = sums
     PIECES: tl.constexpr = TOKENS // TILE
     nth = tl.arange(0, PAGES)
     for begin in tl.range(split, num_blocks, splits * PAGES, num_stages=1):
@@ -228,15 +200,17 @@ def _attend_kernel(
             page = tl.sum(tl.where(nth == step // PIECES, pages, 0), axis=0).to(tl.int64)
             mask = first + token < seq_len
             k = tl.load(k_at + page * k_page_stride + start * k_token_stride, mask=mask[:, None], other=0.0)
-            v = tl.load(v_at + page * v_page_stride + start * v_token_stride, mask=mask[:, None], other=0.0)
+            v = tl.load(v_at + page * v_page_stride + start * v_token_stride, mask=mask[:, None], other=0)
             k_scale = tl.full((TILE,), 1.0, tl.float32)
             v_scale = k_scale
             if SCALED:
                 k_scale = tl.load(k_scale_at + page * k_scale_page_stride + start, mask=mask, other=1.0)
                 v_scale = tl.load(v_scale_at + page * v_scale_page_stride + start, mask=mask, other=1.0)
             seen = (first + token)[None, :] < visible[:, None]
-            top, total, sums = attend_tile(q, unit, k, v, k_scale, v_scale, seen, top, total, sums, CODE, SCALED)
-    result, log_sum = finish(top, total, sums)
+            top, total, sums, odds = attend_tile(
+                q, unit, k, v, k_scale, v_scale, seen, top, total, sums, odds, CODE, PAIRS, SCALED
+            )
+    result, log_sum = finish(top, total, sums, odds, PAIRS)
     out_at = out_ptr + split.to(tl.int64) * out_split_stride + row[:, None] * out_row_stride
     out_at += head[:, None] * out_head_stride + dims[None, :]
     tl.store(out_at, result.to(out_ptr.dtype.element_ty), mask=real[:, None])

@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pdkv_kernels.decode_arguments import page_arguments, result_arguments
 from pdkv_kernels.decode_batch import DecodeBatch, uniform_batch
 from pdkv_kernels.decode_tile import attend_tile, finish, prepare_q
-from pdkv_kernels.fp8_bits import fp8_code
+from pdkv_kernels.fp8_bits import fp8_pairs
 from pdkv_kernels.launch import chained, launch_options
 from pdkv_kernels.paged import BLOCK, PagedKv, RaggedQueries
 from pdkv_kernels.softmax_merge import MergeWorkspace, merge_parts
@@ -63,57 +64,27 @@ def sparse_attention_decode_into(
     share = num_heads // kv_heads
     assert num_rows == batch.num_seqs * batch.query_len, (q.shape, batch.num_seqs, batch.query_len)
     assert kv.k.shape[1:] == (kv_heads, BLOCK, dim), (kv.k.shape, q.shape, blocks.shape)
-    assert kv.k.stride(3) == kv.v.stride(3) == q.stride(2) == out.stride(2) == 1
+    assert q.stride(2) == out.stride(2) == 1
     assert batch.page_table.stride(1) == 1, batch.page_table.stride()
     if num_rows == 0:
         return
     plan = plan or attend_plan(num_rows * kv_heads, topk, kv.k)
-    code, k = fp8_code(kv.k)
-    _, v = fp8_code(kv.v)
-    k_scale, v_scale = kv.k_scale, kv.v_scale
-    scaled = k_scale is not None and v_scale is not None
-    if k_scale is None or v_scale is None:
-        assert k_scale is v_scale, "either both K and V have scales or neither"
-        k_scale = v_scale = lse.view(num_rows, num_heads, 1)  # never read
     early = chained(q.device)
     parts = workspace.parts(plan.splits)
-    direct = plan.splits == 1
     places = -(-topk // plan.splits)
     _attend_kernel[(num_rows, kv_heads, plan.splits)](
         q,
-        k,
-        v,
-        k_scale,
-        v_scale,
         blocks,
-        out if direct else parts.out,
-        lse if direct else parts.lse,
         batch.page_table,
         batch.seq_lens,
         scale * 1.4426950408889634,
         batch.query_len,
         q.stride(0),
         q.stride(1),
-        k.stride(0),
-        k.stride(1),
-        k.stride(2),
-        v.stride(0),
-        v.stride(1),
-        v.stride(2),
-        k_scale.stride(0),
-        k_scale.stride(1),
-        v_scale.stride(0),
-        v_scale.stride(1),
-        blocks.stride(0),
-        blocks.stride(1),
-        blocks.stride(2),
-        out.stride(0) if direct else parts.out.stride(1),
-        out.stride(1) if direct else parts.out.stride(2),
-        0 if direct else parts.out.stride(0),
-        lse.stride(0) if direct else parts.lse.stride(1),
-        lse.stride(1) if direct else parts.lse.stride(2),
-        0 if direct else parts.lse.stride(0),
+        *blocks.stride(),
         batch.page_table.stride(0),
+        **page_arguments(kv, lse),
+        **result_arguments(out, lse, parts),
         SHARE=share,
         SHARE_TILE=max(triton.next_power_of_2(share), 16),
         DIM=dim,
@@ -122,46 +93,46 @@ def sparse_attention_decode_into(
         PLACE_TILE=triton.next_power_of_2(places),
         TOKENS=BLOCK,
         TILE=plan.tile,
-        CODE=code,
-        SCALED=scaled,
-        LAST=direct,
         EARLY=early,
         **launch_options(early, plan.num_warps, plan.num_stages),
     )
-    if not direct:
+    if plan.splits > 1:
         merge_parts(out, lse, parts)
 
 
 def attend_plan(groups: int, topk: int, k: Tensor) -> AttendPlan:
     """Splits, tile, warps and stages for this many rows times kv heads; measured on an H200, shape by shape."""
-    fp8 = k.element_size() == 1
-    target = max(1, min(topk, (256 if fp8 and groups >= 64 else 128) // groups))
+    target = max(1, min(topk, (256 if groups >= 64 else 128) // groups))
     splits = 1 << (target.bit_length() - 1)
-    if fp8:
+    if fp8_pairs(k)[0]:
+        return AttendPlan(splits, 64, 2, 3) if groups >= 64 else AttendPlan(splits, BLOCK, 8 if groups <= 4 else 4, 2)
+    if k.element_size() == 1:
         return AttendPlan(splits, BLOCK, 8 if groups <= 4 else 4, 2)
     if k.dtype == torch.float32:  # twice the shared memory
         return AttendPlan(splits, 64, 4, 2)
-    if splits > 1:
+    if groups < 64:
         return AttendPlan(splits, 64, 4, 3)
-    return AttendPlan(1, 64, 4, 4) if groups < 1024 else AttendPlan(1, BLOCK, 4, 2)
+    return AttendPlan(splits, 32, 4, 4) if groups < 1024 else AttendPlan(1, BLOCK, 4, 2)
 
 
 @triton.jit(do_not_specialize=["query_len"])
 def _attend_kernel(
     q_ptr,  # [num_rows, num_heads, DIM]
-    k_ptr,  # [num_pages, kv_heads, TOKENS, DIM]
-    v_ptr,  # [num_pages, kv_heads, TOKENS, DIM]
-    k_scale_ptr,  # float32 [num_pages, kv_heads, TOKENS]
-    v_scale_ptr,  # float32 [num_pages, kv_heads, TOKENS]
     blocks_ptr,  # int32 [num_rows, kv_heads, TOPK]
-    out_ptr,  # LAST: [num_rows, num_heads, DIM]; otherwise parts, [splits, num_rows, num_heads, DIM]
-    lse_ptr,  # LAST: float32 [num_rows, num_heads]; otherwise parts, base 2, [splits, num_rows, num_heads]
     page_table_ptr,  # int32 [num_seqs, max_blocks]
     seq_lens_ptr,  # int32 [num_seqs]
     scale,  # of the logits, times log2(e)
     query_len,
     q_row_stride,
     q_head_stride,
+    blocks_row_stride,
+    blocks_head_stride,
+    blocks_place_stride,
+    table_stride,
+    k_ptr,  # [num_pages, kv_heads, TOKENS, DIM]
+    v_ptr,  # [num_pages, kv_heads, TOKENS, DIM], or pairs of bytes, int16 [..., DIM / 2]
+    k_scale_ptr,  # float32 [num_pages, kv_heads, TOKENS]
+    v_scale_ptr,  # float32 [num_pages, kv_heads, TOKENS]
     k_page_stride,
     k_head_stride,
     k_token_stride,
@@ -172,16 +143,18 @@ def _attend_kernel(
     k_scale_head_stride,
     v_scale_page_stride,
     v_scale_head_stride,
-    blocks_row_stride,
-    blocks_head_stride,
-    blocks_place_stride,
+    CODE: tl.constexpr,
+    PAIRS: tl.constexpr,  # V is read as pairs of bytes, in this format
+    SCALED: tl.constexpr,
+    out_ptr,  # LAST: [num_rows, num_heads, DIM]; otherwise parts, [splits, num_rows, num_heads, DIM]
+    lse_ptr,  # LAST: float32 [num_rows, num_heads]; otherwise parts, base 2, [splits, num_rows, num_heads]
     out_row_stride,
     out_head_stride,
     out_split_stride,
     lse_row_stride,
     lse_head_stride,
     lse_split_stride,
-    table_stride,
+    LAST: tl.constexpr,
     SHARE: tl.constexpr,
     SHARE_TILE: tl.constexpr,
     DIM: tl.constexpr,
@@ -190,9 +163,6 @@ def _attend_kernel(
     PLACE_TILE: tl.constexpr,  # PLACES rounded up to a power of two
     TOKENS: tl.constexpr,
     TILE: tl.constexpr,
-    CODE: tl.constexpr,
-    SCALED: tl.constexpr,
-    LAST: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     row = tl.program_id(0)
@@ -219,14 +189,16 @@ def _attend_kernel(
     live = (blocks >= 0) & (blocks < num_blocks)
     pages = tl.load(page_table_ptr + seq.to(tl.int64) * table_stride + blocks, mask=live, other=0)
     lefts = tl.where(live, visible - blocks * TOKENS, 0)  # [PLACE_TILE], visible tokens from the block's start on
+    V_DIM: tl.constexpr = DIM // 2 if PAIRS else DIM
     k_at = k_ptr + kv_head.to(tl.int64) * k_head_stride + token[:, None] * k_token_stride + dims[None, :]
-    v_at = v_ptr + kv_head.to(tl.int64) * v_head_stride + token[:, None] * v_token_stride + dims[None, :]
+    v_at = v_ptr + kv_head.to(tl.int64) * v_head_stride + token[:, None] * v_token_stride + tl.arange(0, V_DIM)[None, :]
     k_scale_at = k_scale_ptr + kv_head.to(tl.int64) * k_scale_head_stride + token
     v_scale_at = v_scale_ptr + kv_head.to(tl.int64) * v_scale_head_stride + token
     # A finite floor instead of -inf: the difference of two of them is 0, not NaN.
     top = tl.full((SHARE_TILE,), -1.0e38, tl.float32)
     total = tl.zeros((SHARE_TILE, TILE), tl.float32)
-    sums = tl.zeros((SHARE_TILE, DIM), tl.float32)
+    sums = tl.zeros((SHARE_TILE, V_DIM), tl.float32)
+    odds = sums
     PIECES: tl.constexpr = TOKENS // TILE
     for step in tl.range(0, PLACES * PIECES):
         this = place == step // PIECES
@@ -235,14 +207,16 @@ def _attend_kernel(
         left = tl.sum(tl.where(this, lefts, 0), axis=0) - start
         mask = token < left
         k = tl.load(k_at + page * k_page_stride + start * k_token_stride, mask=mask[:, None], other=0.0)
-        v = tl.load(v_at + page * v_page_stride + start * v_token_stride, mask=mask[:, None], other=0.0)
+        v = tl.load(v_at + page * v_page_stride + start * v_token_stride, mask=mask[:, None], other=0)
         k_scale = tl.full((TILE,), 1.0, tl.float32)
         v_scale = k_scale
         if SCALED:
             k_scale = tl.load(k_scale_at + page * k_scale_page_stride + start, mask=mask, other=1.0)
             v_scale = tl.load(v_scale_at + page * v_scale_page_stride + start, mask=mask, other=1.0)
-        top, total, sums = attend_tile(q, unit, k, v, k_scale, v_scale, mask[None, :], top, total, sums, CODE, SCALED)
-    result, log_sum = finish(top, total, sums)
+        top, total, sums, odds = attend_tile(
+            q, unit, k, v, k_scale, v_scale, mask[None, :], top, total, sums, odds, CODE, PAIRS, SCALED
+        )
+    result, log_sum = finish(top, total, sums, odds, PAIRS)
     head = kv_head * SHARE + heads
     real = heads < SHARE
     out_at = out_ptr + split.to(tl.int64) * out_split_stride + row.to(tl.int64) * out_row_stride
