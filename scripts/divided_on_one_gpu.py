@@ -39,7 +39,7 @@ def main() -> int:
         started = time.perf_counter()
         with ProcessPair(_settings(options, model, "prefill"), _settings(options, model, "decode")) as pair:
             print(f"pair ready after {time.perf_counter() - started:.1f} s: {pair.decode_ready.transport}", flush=True)
-            for _ in range(2):
+            for _ in range(options.times):
                 answer = pair.ask(prompt, options.generate)
                 report = answer.report
                 print(
@@ -109,6 +109,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--dense", type=int, default=2, help="dense layers among them")
     parser.add_argument("--tokens", type=int, default=65_536, help="of the prompt")
     parser.add_argument("--generate", type=int, default=16)
+    parser.add_argument("--times", type=int, default=2, help="that the pair is asked")
     parser.add_argument("--chunk", type=int, default=4096)
     parser.add_argument("--kv-dtype", default="auto")
     parser.add_argument("--index-dtype", default="auto")

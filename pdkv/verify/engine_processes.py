@@ -78,17 +78,16 @@ class ProcessPair:
     """One P and one D. Use as a context; one request at a time."""
 
     def __init__(self, prefill: WorkerSettings, decode: WorkerSettings) -> None:
-        """Raises ``PdkvError`` when one cannot start. They start one after the other: each sizes itself by what the
-        other has left of a device that they share."""
+        """Raises ``PdkvError`` when one cannot start. They start at once where both are told how many pages to make,
+        else one after the other: each sizes itself by what the other has left of a device that they share."""
         self._number = 0
         self._prefill = EngineProcess(prefill)
+        self._decode: EngineProcess | None = None
         try:
+            if prefill.num_pages and decode.num_pages:
+                self._decode = EngineProcess(decode)
             self._prefill_ready = self._prefill.ready()
-            self._decode = EngineProcess(decode)
-        except BaseException:
-            self._prefill.end()
-            raise
-        try:
+            self._decode = self._decode or EngineProcess(decode)
             self.decode_ready = self._decode.ready()
         except BaseException:
             self._end()
@@ -115,6 +114,7 @@ class ProcessPair:
             deadline_s=deadline_s,
         )
         started = time.perf_counter()
+        assert self._decode is not None, "both are ready"
         self._decode.send(job)
         self._prefill.send(PrefillJob(transfer, list(prompt), Sampling(), deadline_s))
         tokens: list[int] = []
@@ -129,5 +129,6 @@ class ProcessPair:
                     return DividedAnswer(tuple(tokens), report, time.perf_counter() - started)
 
     def _end(self) -> None:
-        self._decode.end()
+        if self._decode is not None:
+            self._decode.end()
         self._prefill.end()
