@@ -2,8 +2,8 @@
 
     python scripts/pull_beside_decode.py --batch 32 --context 32768 --svg steps.svg
 
-Decode steps of M3's real dimensions (fewer layers, random weights, CUDA graphs) run on the last GPU, while a thread of
-the same process pulls from another process's memory on the first GPU over nvlink: arena rows, fragments of per-layer
+Decode steps of M3's real dimensions (fewer layers, random weights, CUDA graphs) run on the first GPU, while a thread of
+the same process pulls from another process's memory on the last GPU over nvlink: arena rows, fragments of per-layer
 tensors, or rows at a bounded rate. Modes take turns, and every mode's steps are of the same batch.
 """
 
@@ -130,13 +130,14 @@ def main() -> int:
         print("pull_beside_decode: no CUDA device")
         return 2
     workload = Workload(options.rows * 128, 4)
-    with _far_end(workload) as far:
-        puller = Puller(count - 1, options.blocks, workload, far)
-        with torch.cuda.device(count - 1):
-            results = _measure(options, count - 1, puller)
+    with _far_end(count - 1, workload) as far:
+        puller = Puller(0, options.blocks, workload, far)
+        results = _measure(options, puller)
         puller.close()
-    print(f"{torch.cuda.get_device_name()}, {count} GPUs, torch {torch.__version__}; batch {options.batch}, context")
-    print(f"{options.context:,}, {options.layers} layers ({options.dense} dense) of M3's dimensions, ms a step")
+    print(
+        f"{torch.cuda.get_device_name()}, {count} GPUs, torch {torch.__version__}; batch {options.batch}, context "
+        f"{options.context:,}, {options.layers} layers ({options.dense} dense) of M3's dimensions, ms a step"
+    )
     print(f"{'beside':<28} {'GB/s':>6} {'steps':>6} {'p50':>8} {'p90':>8} {'p99':>8} {'max':>8} {'p50 x':>6}")
     alone = statistics.median(results[0].milliseconds)
     for result in results:
@@ -148,11 +149,10 @@ def main() -> int:
     return 0
 
 
-def _measure(options: argparse.Namespace, gpu: int, puller: Puller) -> list[Steps]:
-    device = f"cuda:{gpu}"
+def _measure(options: argparse.Namespace, puller: Puller) -> list[Steps]:
     with tempfile.TemporaryDirectory() as folder:
         write_config(Path(folder), options.layers, options.dense)
-        model = load_model(Path(folder), device=device, load_format="dummy")
+        model = load_model(Path(folder), device="cuda:0", load_format="dummy")
     blocks = -(-(options.context + 1) // 128)
     arena = random_arena(model, options, options.batch * blocks)
     settings = EngineSettings(max_model_len=blocks * 128, max_batch=options.batch)
@@ -179,11 +179,11 @@ def _timed(runner: StepRunner, runs: Sequence[Run]) -> float:
 
 
 @contextmanager
-def _far_end(workload: Workload) -> Iterator[TransportAddress]:
-    """Another process with as much memory on the first GPU, until the context is left."""
+def _far_end(gpu: int, workload: Workload) -> Iterator[TransportAddress]:
+    """Another process with as much memory on GPU ``gpu``, until the context is left."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_offer, args=(theirs, memory_bytes(workload)))
+    process = context.Process(target=_offer, args=(theirs, gpu, memory_bytes(workload)))
     process.start()
     theirs.close()
     try:
@@ -193,8 +193,8 @@ def _far_end(workload: Workload) -> Iterator[TransportAddress]:
         process.join()
 
 
-def _offer(link: Connection, num_bytes: int) -> None:
-    memory = allocate(GpuPlace(0, num_bytes))
+def _offer(link: Connection, gpu: int, num_bytes: int) -> None:
+    memory = allocate(GpuPlace(gpu, num_bytes))
     transport = NvlinkTransport()
     transport.register(LocalMemory(memory.address, memory.num_bytes, memory.device))
     link.send_bytes(msgspec.json.encode(transport.address()))
