@@ -105,7 +105,9 @@ def _rotated(
     squares = (parts[0] * parts[0]).to(tl.float64)
     for nth in tl.static_range(1, PARTS):
         squares += (parts[nth] * parts[nth]).to(tl.float64)
-    mean = tl.sum(squares, axis=1) / DIM
+    total = tl.sum(squares, axis=1)
+    # Exact either way, but float64 divides by a subroutine.
+    mean = total * (1.0 / DIM) if DIM & (DIM - 1) == 0 else total / DIM
     inverse = inverse_root(mean + tl.full(mean.shape, EPS, tl.float64))[:, None]
     normed: tl.tuple = ()
     for nth in tl.static_range(PARTS):
