@@ -3,7 +3,10 @@
 from collections.abc import Iterator
 
 import torch
+from pdkv_kernels.paged import PagedKv, RaggedQueries
+from pdkv_kernels.paged_attention_gathered import paged_attention_gathered
 from pdkv_kernels.paged_attention_prefill import paged_attention_prefill
+from torch import Tensor
 
 from benchmarks.prefill_case import DIM, Chunk
 from benchmarks.registry import Question, wanted
@@ -36,5 +39,17 @@ def _work(shape: Chunk) -> Work:
         num_bytes=2 * q.nbytes + shape.kv_heads * shape.context * token_bytes,
         num_flops=int((shape.positions() + 1).sum()) * 16 * shape.kv_heads * DIM * 4,
         ceiling="bf16",
-        note=f"row {pitch} B",
+        note=f"row {pitch} B; pages gathered for torch {_gathered_us(q, kv, queries):.0f} us",
     )
+
+
+def _gathered_us(q: Tensor, kv: PagedKv, queries: RaggedQueries) -> float:
+    """Torch's fused attention over pages put together in q's dtype, without graphs: it asks the host for lengths."""
+    paged_attention_gathered(q, kv, queries, SCALE)
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    marks[0].record()
+    for _ in range(3):
+        paged_attention_gathered(q, kv, queries, SCALE)
+    marks[1].record()
+    marks[1].synchronize()
+    return marks[0].elapsed_time(marks[1]) / 3 * 1e3

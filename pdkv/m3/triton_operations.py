@@ -8,7 +8,7 @@ from pdkv_kernels.kv_store_ref import HeadNorms, PackedHeads, Queries, TokenRows
 from pdkv_kernels.moe_grouped import can_group, moe_grouped
 from pdkv_kernels.paged import LayerPages, PagedKv
 from pdkv_kernels.paged_attention_decode import dense_plan, paged_attention_decode_into
-from pdkv_kernels.paged_attention_gathered import paged_attention_gathered
+from pdkv_kernels.paged_attention_prefill import paged_attention_prefill
 from pdkv_kernels.paged_attention_ref import paged_attention_ref
 from pdkv_kernels.rms_norm import add_rms_norm, rms_norm
 from pdkv_kernels.router_topk import router_topk
@@ -59,10 +59,10 @@ class TritonOperations:
         return out
 
     def attend_to_all(self, q: Tensor, kv: PagedKv, queries: StepQueries, scale: float) -> Tensor:
-        if queries.decode is None and q.dtype == torch.float32:  # torch has no fused attention for it
+        if queries.decode is None and q.dtype == torch.float32:  # exact products, which no matrix unit has
             return paged_attention_ref(q, kv, queries.ragged, scale)[0]
         if queries.decode is None:
-            return paged_attention_gathered(q, kv, queries.ragged, scale)
+            return paged_attention_prefill(q, kv, queries.ragged, scale)[0]
         out = torch.empty_like(q)
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
         plan = dense_plan(queries.decode, q, kv)
