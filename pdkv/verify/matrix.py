@@ -164,7 +164,9 @@ async def _workers(
             data, admin = port(), port()
             listen = ("--listen", str(data), "--admin-listen", str(admin), "--reuse-port")
             worker = _Worker(f"{role}-tp{tp}", role, tp, f"http://{data}")
-            specs.append(ChildSpec(worker.name, (role, *listen, "--tp", str(tp), *shared)))
+            # Whole rows, so that spans a page are what the layouts make them.
+            groups = ("--layer-groups", "1") if role == "prefill" else ()
+            specs.append(ChildSpec(worker.name, (role, *listen, "--tp", str(tp), *groups, *shared)))
             workers.append(worker)
         environment = child_environment(OMP_WAIT_POLICY="PASSIVE")
         supervisor = Supervisor(specs, environment, restart=False, drain_s=1.0, print_line=print_line)
