@@ -19,6 +19,8 @@ HOW_TO_INSTALL = "pip install 'pdkv[nvlink]' brings cuda-bindings; torch built f
 _THREADS = 512
 """Of a block of the gather kernel: sixteen warps, each with a span of its own."""
 
+_HANDLE_BYTES = 64
+
 _BATCHES_SINCE = 12080
 _BATCHES_TELL_NO_INDEX_SINCE = 13000
 
@@ -91,7 +93,7 @@ class CudaGpu:
         with self._current():
             base, _ = self._told(self._cuda.cuMemGetAddressRange(address))
             handle = self._told(self._cuda.cuIpcGetMemHandle(base))
-        return Exported(bytes(handle.reserved), address - int(base))
+        return Exported(ctypes.string_at(handle.getPtr(), _HANDLE_BYTES), address - int(base))
 
     def refusal(self, uuid: str) -> str:
         for ordinal in range(int(self._told(self._cuda.cuDeviceGetCount()))):
@@ -103,8 +105,10 @@ class CudaGpu:
         return ""
 
     def map(self, handle: bytes) -> int:
+        if len(handle) != _HANDLE_BYTES:
+            raise TransportError(f"a handle of {len(handle)} bytes is none of CUDA's")
         opened = self._cuda.CUipcMemHandle()
-        opened.reserved = handle
+        ctypes.memmove(opened.getPtr(), handle, _HANDLE_BYTES)  # its field is not called the same in all versions
         flags = self._cuda.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS.value
         with self._current():  # the reading GPU: the mapping is for it
             return int(self._told(self._cuda.cuIpcOpenMemHandle(opened, flags)))
