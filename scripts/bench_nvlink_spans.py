@@ -14,9 +14,8 @@ import time
 from multiprocessing.connection import Connection
 
 import numpy as np
-import torch
 
-from pdkv.memory.device_memory import allocate_on
+from pdkv.bench.memories import GpuPlace, allocate
 from pdkv.schema import LocalMemory, ReadBatch, TransportAddress
 from pdkv.transport.base import PeerId, ReadStatus, Transport
 from pdkv.transport.nvlink import NvlinkTransport
@@ -33,29 +32,28 @@ def main() -> None:
     options = _parse()
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
-    child = spawn.Process(target=_hold, args=(options.source, options.gib << 30, theirs), daemon=True)
+    child = spawn.Process(target=hold, args=(options.source, options.gib << 30, theirs), daemon=True)
     child.start()
+    memory = take(options.reader, options.gib << 30)
     address: TransportAddress = ours.recv()
-    into = allocate_on(torch.device("cuda", options.reader), options.gib << 30)
-    memory = LocalMemory(into.data_ptr(), into.numel(), str(into.device))
-    contestants = {"copies": (NvlinkTransport(row_bytes=ALL), ALL)}
+    contestants = {"copies": NvlinkTransport(row_bytes=ALL)}
     for blocks in options.blocks:
-        contestants[f"{blocks} blocks"] = (NvlinkTransport(blocks, row_bytes=NONE), NONE)
-    contestants["as shipped"] = (NvlinkTransport(), 0)
+        contestants[f"{blocks} blocks"] = NvlinkTransport(blocks, row_bytes=NONE)
+    contestants["as shipped"] = NvlinkTransport()
     ready = {}
-    for name, (transport, _) in contestants.items():
+    for name, transport in contestants.items():
         transport.register(memory)
         ready[name] = (transport, transport.connect(address))
-    ceiling = _rate(*ready["copies"], _batch(memory, options.gib << 30, 1, False), options.repeats)
+    ceiling = rate(*ready["copies"], scattered(memory, options.gib << 30, 1), options.repeats)
     print(f"one copy of {options.gib} GiB: {ceiling:.0f} GB/s", flush=True)
     print("span bytes | spans | " + " | ".join(f"{name} (post ms)" for name in ready), flush=True)
     for length in LENGTHS:
         count = min((options.gib << 30) // length, options.spans)
-        batch = _batch(memory, length, count, True)
+        batch = scattered(memory, length, count)
         cells = []
         for way in ready.values():
-            rate = _rate(*way, batch, options.repeats)
-            cells.append(f"{rate:.0f} = {rate / ceiling:.2f} ({_post_ms(*way, batch):.2f})")
+            gbps = rate(*way, batch, options.repeats)
+            cells.append(f"{gbps:.0f} = {gbps / ceiling:.2f} ({post_ms(*way, batch):.2f})")
         print(f"{length:,} | {count:,} | " + " | ".join(cells), flush=True)
     for transport, _ in ready.values():
         transport.close()
@@ -63,17 +61,22 @@ def main() -> None:
     child.join()
 
 
-def _hold(gpu: int, size: int, pipe: Connection) -> None:
-    held = allocate_on(torch.device("cuda", gpu), size)
+def take(gpu: int, size: int) -> LocalMemory:
+    held = allocate(GpuPlace(gpu, size))
+    return LocalMemory(held.address, held.num_bytes, held.device)
+
+
+def hold(gpu: int, size: int, pipe: Connection) -> None:
     transport = NvlinkTransport()
-    transport.register(LocalMemory(held.data_ptr(), size, str(held.device)))
+    transport.register(take(gpu, size))
     pipe.send(transport.address())
     pipe.recv()
     transport.close()
 
 
-def _batch(memory: LocalMemory, length: int, count: int, scattered: bool) -> ReadBatch:
-    slots = np.random.default_rng(1).permutation(memory.length // length)[:count] if scattered else np.arange(count)
+def scattered(memory: LocalMemory, length: int, count: int) -> ReadBatch:
+    """Spans of one length from anywhere in a peer's memory of the same size, one behind the other."""
+    slots = np.random.default_rng(1).permutation(memory.length // length)[:count]
     return ReadBatch(
         memory=np.zeros(count, np.int64),
         remote=slots.astype(np.int64) * length,
@@ -82,7 +85,7 @@ def _batch(memory: LocalMemory, length: int, count: int, scattered: bool) -> Rea
     )
 
 
-def _rate(transport: Transport, peer: PeerId, batch: ReadBatch, repeats: int) -> float:
+def rate(transport: Transport, peer: PeerId, batch: ReadBatch, repeats: int) -> float:
     """GB/s, median."""
     times = []
     for _ in range(repeats + 1):
@@ -93,7 +96,7 @@ def _rate(transport: Transport, peer: PeerId, batch: ReadBatch, repeats: int) ->
     return float(batch.length.sum()) / statistics.median(times[1:]) / 1e9
 
 
-def _post_ms(transport: Transport, peer: PeerId, batch: ReadBatch) -> float:
+def post_ms(transport: Transport, peer: PeerId, batch: ReadBatch) -> float:
     """The owner thread's part."""
     started = time.perf_counter()
     transport.submit(peer, batch)
