@@ -25,8 +25,8 @@ from pdkv.transport.ranges import fault_of
 
 log = logging.getLogger("pdkv.transport.nvlink")
 
-_TABLE_SPANS = 1 << 15
-"""What one launch of the kernel takes: 768 KiB of numbers. The first runs while those of the next are laid out."""
+_PART_SPANS = 1 << 15
+"""What is put on streams at a time: a table of so many is 768 KiB."""
 
 _NEVER = 1 << 62
 """Bytes that no span has: without batches of copies the kernel takes all."""
@@ -108,7 +108,7 @@ class NvlinkTransport(Transport):
         if why := obstacle(here, there) or self._gpu.refusal(there.gpu):
             raise TransportError(why)
         if not self._peers and not self._tables:  # now, so that the first read does not wait for the compiler
-            self._tables.append(self._gpu.make_table(_TABLE_SPANS))
+            self._tables.append(self._gpu.make_table(_PART_SPANS))
         number = PeerId(self._next_peer)
         peer = NvlinkPeer(self._gpu, Life(there), address.memories, self._finish)
         if peer.life.has_ended:
@@ -213,23 +213,21 @@ class NvlinkTransport(Transport):
     def _post(self, peer: NvlinkPeer, read: ReadId, batch: ReadBatch) -> Work:
         """Put a sound batch on the peer's streams."""
         assert self._gpu is not None, "a peer is connected"
-        gpu = self._gpu
-        bases = np.array(peer.mapping.bases or (0,), dtype=np.int64)
-        source = (bases if bases.size == 1 else bases[batch.memory]) + batch.remote
-        spans = GpuSpans(batch.local, source, batch.length)
-        parts = split(spans, self._row_bytes if gpu.can_copy_batches else _NEVER)
+        gpu, bases = self._gpu, np.array(peer.mapping.bases or (0,), dtype=np.int64)
         tables: list[SpanTable] = []
-        streams: list[int] = []
+        streams: set[int] = set()
         error = ""
         try:
-            if parts.pieces.count:
-                streams.append(peer.kernels)
-            for begin in range(0, parts.pieces.count, _TABLE_SPANS):
-                tables.append(self._take_table(gpu))
-                gpu.gather(parts.pieces.part(begin, begin + _TABLE_SPANS), tables[-1], self._blocks, peer.kernels)
-            if parts.rows.count:
-                streams.append(peer.copies)
-                gpu.copy(parts.rows, peer.copies)
+            # Part by part: the GPU begins with the first while the next are laid out, in memory that is still warm.
+            for begin in range(0, batch.num_spans, _PART_SPANS):
+                parts = split(_absolute(batch, bases, begin), self._row_bytes if gpu.can_copy_batches else _NEVER)
+                for start in range(0, parts.pieces.count, _PART_SPANS):
+                    streams.add(peer.kernels)
+                    tables.append(self._take_table(gpu))
+                    gpu.gather(parts.pieces.part(start, start + _PART_SPANS), tables[-1], self._blocks, peer.kernels)
+                if parts.rows.count:
+                    streams.add(peer.copies)
+                    gpu.copy(parts.rows, peer.copies)
         except TransportError as refused:
             error = str(refused)
         events = []
@@ -244,7 +242,7 @@ class NvlinkTransport(Transport):
         with self._lock:
             if self._tables:
                 return self._tables.pop()
-        return gpu.make_table(_TABLE_SPANS)
+        return gpu.make_table(_PART_SPANS)
 
     def _finish(self, completion: Completion, work: Work) -> None:
         """Called by the threads of peers."""
@@ -260,6 +258,13 @@ class NvlinkTransport(Transport):
     def _check_open(self) -> None:
         if self._closed:
             raise TransportError("the nvlink transport is closed")
+
+
+def _absolute(batch: ReadBatch, bases: Int64Array, begin: int) -> GpuSpans:
+    """One part of a batch by addresses; ``bases`` are those of the peer's memories."""
+    part = slice(begin, begin + _PART_SPANS)
+    base = bases if bases.size == 1 else bases[batch.memory[part]]
+    return GpuSpans(batch.local[part], base + batch.remote[part], batch.length[part])
 
 
 def _int64(array: Int64Array) -> Int64Array:

@@ -23,7 +23,9 @@ def split(spans: GpuSpans, row_bytes: int = ROW_BYTES, piece_bytes: int = PIECE_
     """Spans of at least ``row_bytes`` as they are, all others cut into pieces of at most ``piece_bytes``."""
     is_row = spans.length >= row_bytes
     if not is_row.any():
-        return Split(spans.where(is_row), cut(spans, piece_bytes))
+        return Split(spans.part(0, 0), cut(spans, piece_bytes))
+    if is_row.all():
+        return Split(spans, spans.part(0, 0))
     return Split(spans.where(is_row), cut(spans.where(~is_row), piece_bytes))
 
 
