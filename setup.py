@@ -32,8 +32,8 @@ def ucx_headers() -> str:
 def extension(name: str, sources: tuple[str, ...], headers: tuple[str, ...], *flags: str) -> Extension:
     return Extension(
         f"pdkv.transport.{name}",
-        sources=[f"pdkv/transport/{name}.pyx", *(f"{NATIVE}/{source}.c" for source in sources)],
-        depends=[f"{NATIVE}/{header}.h" for header in headers],
+        sources=[f"pdkv/transport/{name}.pyx", *(f"{NATIVE}/{source}.c" for source in ("reads", *sources))],
+        depends=["pdkv/transport/_reads.pxi", *(f"{NATIVE}/{header}.h" for header in ("reads", *headers))],
         libraries=["dl", "pthread"],  # stubs since glibc 2.34
         define_macros=[("Py_LIMITED_API", STABLE_ABI)],
         py_limited_api=True,

@@ -2,9 +2,9 @@
 """The thin Python face of the native puller and host: copies in, tuples out, never holds the GIL while it waits."""
 
 cimport cython
-from libc.stdint cimport int64_t, uint64_t
-from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
+
+include "_reads.pxi"
 
 import os
 
@@ -14,7 +14,6 @@ cdef extern from "native/pull.h" nogil:
         PDKV_TOKEN_SIZE
         PDKV_MAX_MEMORIES
         PDKV_HOSTNAME_SIZE
-        PDKV_PULL_ERROR_SIZE
 
     ctypedef struct pdkv_puller:
         pass
@@ -35,12 +34,6 @@ cdef extern from "native/pull.h" nogil:
         int port
         int pid
 
-    ctypedef struct pdkv_pulled:
-        pdkv_pulled *next
-        int64_t read
-        int status
-        char error[200]
-
     ctypedef struct pdkv_device:
         pass
 
@@ -57,9 +50,8 @@ cdef extern from "native/pull.h" nogil:
     int64_t pdkv_puller_connect(pdkv_puller *puller, const pdkv_far_address *address, const pdkv_far_memory *memories,
                                 size_t num_memories)
     void pdkv_puller_close_peer(pdkv_puller *puller, int64_t peer)
-    int64_t pdkv_puller_submit(pdkv_puller *puller, int64_t peer, size_t num_spans, const int64_t *memory,
-                               const int64_t *remote, const int64_t *local, const int64_t *length)
-    pdkv_pulled *pdkv_puller_poll(pdkv_puller *puller)
+    int64_t pdkv_puller_submit(pdkv_puller *puller, int64_t peer, const pdkv_spans *spans)
+    pdkv_done *pdkv_puller_poll(pdkv_puller *puller)
     int pdkv_puller_fileno(const pdkv_puller *puller)
     int pdkv_puller_has_carried(pdkv_puller *puller, int64_t peer)
     void pdkv_puller_destroy(pdkv_puller *puller)
@@ -89,25 +81,25 @@ cdef class Device:
 
     def __init__(self, str name, unsigned delay_us):
         """``name``: "cuda..." or "emulated", whose copies take ``delay_us`` each. Raises ``OSError``."""
-        cdef char error[PDKV_PULL_ERROR_SIZE]
+        cdef char error[PDKV_ERROR_SIZE]
         error[0] = 0
         if name == "emulated":
-            self.device = pdkv_device_emulated(delay_us, error, PDKV_PULL_ERROR_SIZE)
+            self.device = pdkv_device_emulated(delay_us, error, PDKV_ERROR_SIZE)
         else:
-            self.device = pdkv_device_cuda(error, PDKV_PULL_ERROR_SIZE)
+            self.device = pdkv_device_cuda(error, PDKV_ERROR_SIZE)
         if self.device == NULL:
             raise OSError(error.decode(errors="replace"))
         self.owner_pid = os.getpid()
 
     def adopt(self, uint64_t address, uint64_t length, int fd, size_t slot_bytes) -> None:
         """Make a range known, and try a stage with slots of ``slot_bytes``. Raises ``OSError`` with the reason."""
-        cdef char error[PDKV_PULL_ERROR_SIZE]
+        cdef char error[PDKV_ERROR_SIZE]
         cdef int failed
         error[0] = 0
         with nogil:
-            failed = pdkv_device_adopt(self.device, address, length, fd, error, PDKV_PULL_ERROR_SIZE)
+            failed = pdkv_device_adopt(self.device, address, length, fd, error, PDKV_ERROR_SIZE)
             if not failed:
-                failed = pdkv_device_try(self.device, slot_bytes, error, PDKV_PULL_ERROR_SIZE)
+                failed = pdkv_device_try(self.device, slot_bytes, error, PDKV_ERROR_SIZE)
         if failed:
             raise OSError(error.decode(errors="replace"))
 
@@ -175,30 +167,17 @@ cdef class Puller:
 
     def submit(self, int64_t peer, const int64_t[::1] memory, const int64_t[::1] remote, const int64_t[::1] local,
                const int64_t[::1] length) -> int:
-        cdef size_t count = length.shape[0]
         cdef int64_t read
         cdef pdkv_puller *puller = self._alive()
-        if memory.shape[0] != count or remote.shape[0] != count or local.shape[0] != count:
-            raise ValueError("the four arrays of a batch differ in length")
+        cdef pdkv_spans spans = spans_of(memory, remote, local, length)
         with nogil:
-            if count == 0:
-                read = pdkv_puller_submit(puller, peer, 0, NULL, NULL, NULL, NULL)
-            else:
-                read = pdkv_puller_submit(puller, peer, count, &memory[0], &remote[0], &local[0], &length[0])
+            read = pdkv_puller_submit(puller, peer, &spans)
         if read < 0:
             raise MemoryError
         return read
 
     def poll(self) -> list:
-        cdef pdkv_pulled *done = pdkv_puller_poll(self._alive())
-        cdef pdkv_pulled *following
-        completions = []
-        while done != NULL:
-            completions.append((done.read, done.status, done.error.decode(errors="replace")))
-            following = done.next
-            free(done)
-            done = following
-        return completions
+        return told(pdkv_puller_poll(self._alive()))
 
     def fileno(self) -> int:
         return pdkv_puller_fileno(self._alive())

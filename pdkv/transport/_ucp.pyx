@@ -1,15 +1,13 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
 """The thin Python face of the native engine: copies in, tuples out, never holds the GIL while it waits."""
 
-from libc.stdint cimport int64_t, uint64_t
-from libc.stdlib cimport calloc, free
+include "_reads.pxi"
 
 import os
 
 
 cdef extern from "native/ucx_engine.h" nogil:
     enum:
-        PDKV_ERROR_SIZE
         PDKV_PATH_SIZE
 
     ctypedef struct pdkv_engine:
@@ -32,12 +30,6 @@ cdef extern from "native/ucx_engine.h" nogil:
         const void *key
         size_t key_size
 
-    ctypedef struct pdkv_done:
-        pdkv_done *next
-        int64_t read
-        int status
-        char error[200]
-
     pdkv_engine *pdkv_engine_create(const char *library, pdkv_setting *settings, size_t num_settings,
                                     pdkv_limits limits, char *error, size_t error_size)
     const char *pdkv_engine_version(const pdkv_engine *engine)
@@ -47,8 +39,7 @@ cdef extern from "native/ucx_engine.h" nogil:
     int64_t pdkv_engine_connect(pdkv_engine *engine, const void *address, size_t address_size,
                                 const pdkv_memory *memories, size_t num_memories)
     void pdkv_engine_close_peer(pdkv_engine *engine, int64_t peer)
-    int64_t pdkv_engine_submit(pdkv_engine *engine, int64_t peer, size_t num_spans, const int64_t *memory,
-                               const int64_t *remote, const int64_t *local, const int64_t *length)
+    int64_t pdkv_engine_submit(pdkv_engine *engine, int64_t peer, const pdkv_spans *spans)
     pdkv_done *pdkv_engine_poll(pdkv_engine *engine)
     int pdkv_engine_fileno(const pdkv_engine *engine)
     void pdkv_engine_path(pdkv_engine *engine, int64_t peer, char *path, char *lanes)
@@ -133,30 +124,17 @@ cdef class Engine:
 
     def submit(self, int64_t peer, const int64_t[::1] memory, const int64_t[::1] remote, const int64_t[::1] local,
                const int64_t[::1] length) -> int:
-        cdef size_t count = length.shape[0]
         cdef int64_t read
         cdef pdkv_engine *engine = self._alive()
-        if memory.shape[0] != count or remote.shape[0] != count or local.shape[0] != count:
-            raise ValueError("the four arrays of a batch differ in length")
+        cdef pdkv_spans spans = spans_of(memory, remote, local, length)
         with nogil:
-            if count == 0:
-                read = pdkv_engine_submit(engine, peer, 0, NULL, NULL, NULL, NULL)
-            else:
-                read = pdkv_engine_submit(engine, peer, count, &memory[0], &remote[0], &local[0], &length[0])
+            read = pdkv_engine_submit(engine, peer, &spans)
         if read < 0:
             raise MemoryError
         return read
 
     def poll(self) -> list:
-        cdef pdkv_done *done = pdkv_engine_poll(self._alive())
-        cdef pdkv_done *following
-        completions = []
-        while done != NULL:
-            completions.append((done.read, done.status, done.error.decode(errors="replace")))
-            following = done.next
-            free(done)
-            done = following
-        return completions
+        return told(pdkv_engine_poll(self._alive()))
 
     def fileno(self) -> int:
         return pdkv_engine_fileno(self._alive())

@@ -7,12 +7,9 @@
 #ifndef PDKV_PULL_H
 #define PDKV_PULL_H
 
-#include <stddef.h>
-#include <stdint.h>
+#include "reads.h"
 
-enum { PDKV_PULL_OK = 0, PDKV_PULL_FAILED = 1, PDKV_PULL_CANCELLED = 2 };
-
-enum { PDKV_PULL_ERROR_SIZE = 200, PDKV_TOKEN_SIZE = 32, PDKV_MAX_MEMORIES = 64, PDKV_HOSTNAME_SIZE = 256 };
+enum { PDKV_TOKEN_SIZE = 32, PDKV_MAX_MEMORIES = 64, PDKV_HOSTNAME_SIZE = 256 };
 
 typedef struct pdkv_puller pdkv_puller;
 
@@ -36,13 +33,6 @@ typedef struct pdkv_far_address {
     int port;                      /* TCP; 0 = mapped */
     int pid;                       /* mapped: of the peer's process if it can be seen from here, else 0 */
 } pdkv_far_address;
-
-typedef struct pdkv_pulled {
-    struct pdkv_pulled *next;
-    int64_t read;
-    int status;
-    char error[PDKV_PULL_ERROR_SIZE];
-} pdkv_pulled;
 
 /* A GPU, or what stands in for one (pull_device.h). NULL with a reason in `error`. `delay_us`: of each copy. */
 typedef struct pdkv_device pdkv_device;
@@ -70,12 +60,11 @@ int64_t pdkv_puller_connect(pdkv_puller *puller, const pdkv_far_address *address
 /* Final: batches that are not complete end as cancelled, each once no thread writes for it any more. Does not wait. */
 void pdkv_puller_close_peer(pdkv_puller *puller, int64_t peer);
 
-/* Copies the arrays; returns the new read's id, or -1 when memory is short. */
-int64_t pdkv_puller_submit(pdkv_puller *puller, int64_t peer, size_t num_spans, const int64_t *memory,
-                           const int64_t *remote, const int64_t *local, const int64_t *length);
+/* Copies the spans; returns the new read's id, or -1 when memory is short. */
+int64_t pdkv_puller_submit(pdkv_puller *puller, int64_t peer, const pdkv_spans *spans);
 
 /* All completions since the last call, oldest first; each is freed by the caller with free(). */
-pdkv_pulled *pdkv_puller_poll(pdkv_puller *puller);
+pdkv_done *pdkv_puller_poll(pdkv_puller *puller);
 int pdkv_puller_fileno(const pdkv_puller *puller);
 
 /* Whether a read from this peer has completed well. */

@@ -3,32 +3,12 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/eventfd.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
 #include "pull_internal.h"
 
-/* ---- completions: all under the lock ---- */
-
-static void complete(pdkv_puller *puller, pdkv_pulled *done)
-{
-    done->next = NULL;
-    if (puller->last_done != NULL)
-        puller->last_done->next = done;
-    else
-        puller->first_done = done;
-    puller->last_done = done;
-    uint64_t one = 1;
-    ssize_t told = write(puller->done_fd, &one, sizeof(one));
-    (void)told; /* fails only when the counter is full, and then it is readable */
-}
-
-static void set_error(pdkv_pulled *done, int status, const char *error)
-{
-    done->status = status;
-    snprintf(done->error, sizeof(done->error), "%s", error);
-}
+/* ---- the end of peers and batches ---- */
 
 static void unlink_taken(pdkv_source *source, pdkv_pull *batch)
 {
@@ -55,13 +35,13 @@ static void finish(pdkv_source *source, int status)
     source->first = source->last = NULL;
     for (pdkv_pull **link = &source->taken; *link != NULL;) {
         pdkv_pull *batch = *link;
-        set_error(&batch->done, status, source->why);
+        pdkv_fail(&batch->done, status, "%s", source->why);
         if (batch->slices > 0) {
             link = &batch->next;
             continue;
         }
         *link = batch->next;
-        complete(source->puller, &batch->done);
+        pdkv_done_add(&source->puller->done, &batch->done);
     }
     for (unsigned i = 0; i < source->num_threads; i++)
         if (source->streams[i].fd >= 0)
@@ -77,7 +57,7 @@ void pdkv_lose(pdkv_source *source, const char *format, ...)
     pthread_mutex_lock(&source->puller->lock);
     if (!atomic_load(&source->over))
         vsnprintf(source->why, sizeof(source->why), format, arguments);
-    finish(source, PDKV_PULL_FAILED);
+    finish(source, PDKV_FAILED);
     pthread_mutex_unlock(&source->puller->lock);
     va_end(arguments);
 }
@@ -88,8 +68,8 @@ void pdkv_lose(pdkv_source *source, const char *format, ...)
 static uint64_t advance(pdkv_pull *batch, uint64_t most_bytes)
 {
     uint64_t bytes = 0;
-    for (unsigned spans = 0; spans < PDKV_SLICE_SPANS && batch->next_span < batch->num_spans; spans++) {
-        uint64_t left = (uint64_t)batch->length[batch->next_span] - batch->skip;
+    for (unsigned spans = 0; spans < PDKV_SLICE_SPANS && batch->next_span < batch->spans.count; spans++) {
+        uint64_t left = (uint64_t)batch->spans.length[batch->next_span] - batch->skip;
         if (bytes + left > most_bytes) {
             batch->skip += most_bytes - bytes;
             return most_bytes;
@@ -115,7 +95,7 @@ int pdkv_take_slice(pdkv_source *source, uint64_t most_bytes, int wait, pdkv_sli
         *slice = (pdkv_slice){.batch = batch, .span = batch->next_span, .skip = batch->skip};
         slice->bytes = advance(batch, most_bytes);
         batch->slices++;
-        if (batch->next_span == batch->num_spans) {
+        if (batch->next_span == batch->spans.count) {
             source->first = batch->next;
             if (source->first == NULL)
                 source->last = NULL;
@@ -131,11 +111,11 @@ void pdkv_return_slice(pdkv_source *source, const pdkv_slice *slice)
 {
     pdkv_pull *batch = slice->batch;
     pthread_mutex_lock(&source->puller->lock);
-    int whole = batch->next_span == batch->num_spans;
+    int whole = batch->next_span == batch->spans.count;
     if (--batch->slices == 0 && (whole || atomic_load(&source->over))) {
         unlink_taken(source, batch);
-        source->carried |= batch->done.status == PDKV_PULL_OK;
-        complete(source->puller, &batch->done);
+        source->carried |= batch->done.status == PDKV_OK;
+        pdkv_done_add(&source->puller->done, &batch->done);
     }
     pthread_mutex_unlock(&source->puller->lock);
 }
@@ -144,12 +124,12 @@ int pdkv_next_piece(pdkv_slice *slice, pdkv_piece *piece)
 {
     if (slice->bytes == 0)
         return 0;
-    const pdkv_pull *batch = slice->batch;
-    uint64_t left = (uint64_t)batch->length[slice->span] - slice->skip;
+    const pdkv_spans *spans = &slice->batch->spans;
+    uint64_t left = (uint64_t)spans->length[slice->span] - slice->skip;
     *piece = (pdkv_piece){
-        .memory = batch->memory[slice->span],
-        .remote = (uint64_t)batch->remote[slice->span] + slice->skip,
-        .local = (char *)(uintptr_t)batch->local[slice->span] + slice->skip,
+        .memory = spans->memory[slice->span],
+        .remote = (uint64_t)spans->remote[slice->span] + slice->skip,
+        .local = (char *)(uintptr_t)spans->local[slice->span] + slice->skip,
         .length = left < slice->bytes ? left : slice->bytes,
     };
     slice->bytes -= piece->length;
@@ -166,8 +146,7 @@ pdkv_puller *pdkv_puller_create(pdkv_pull_limits limits)
     if (puller == NULL)
         return NULL;
     puller->limits = limits;
-    puller->done_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (puller->done_fd < 0) {
+    if (pdkv_done_open(&puller->done) != 0) {
         free(puller);
         return NULL;
     }
@@ -185,29 +164,22 @@ void pdkv_puller_use_device(pdkv_puller *puller, pdkv_device *device, uint64_t s
 int pdkv_puller_add_destination(pdkv_puller *puller, uint64_t address, uint64_t length)
 {
     size_t size = (puller->num_destinations + 1) * sizeof(*puller->destinations);
-    pdkv_destination *grown = realloc(puller->destinations, size);
+    pdkv_range *grown = realloc(puller->destinations, size);
     if (grown == NULL)
         return -1;
     puller->destinations = grown;
-    grown[puller->num_destinations++] = (pdkv_destination){address, length};
+    grown[puller->num_destinations++] = (pdkv_range){address, length};
     return 0;
 }
 
-pdkv_pulled *pdkv_puller_poll(pdkv_puller *puller)
+pdkv_done *pdkv_puller_poll(pdkv_puller *puller)
 {
-    pthread_mutex_lock(&puller->lock);
-    pdkv_pulled *done = puller->first_done;
-    puller->first_done = puller->last_done = NULL;
-    uint64_t count;
-    ssize_t got = read(puller->done_fd, &count, sizeof(count));
-    (void)got;
-    pthread_mutex_unlock(&puller->lock);
-    return done;
+    return pdkv_done_take(&puller->done);
 }
 
 int pdkv_puller_fileno(const pdkv_puller *puller)
 {
-    return puller->done_fd;
+    return puller->done.fd;
 }
 
 /* ---- peers ---- */
@@ -236,6 +208,7 @@ static void free_source(pdkv_source *source)
         close(source->life_fd);
     pthread_cond_destroy(&source->work);
     free(source->memories);
+    free(source->lengths);
     free(source->maps);
     free(source->streams);
     free(source);
@@ -269,14 +242,17 @@ static pdkv_source *new_source(pdkv_puller *puller, const pdkv_far_address *addr
     source->num_memories = num_memories;
     source->life_fd = -1;
     source->memories = calloc(num_memories + 1, sizeof(*memories));
+    source->lengths = calloc(num_memories + 1, sizeof(*source->lengths));
     source->maps = calloc(num_memories + 1, sizeof(*source->maps));
     source->streams = calloc(puller->limits.streams, sizeof(*source->streams));
     pthread_cond_init(&source->work, NULL);
-    if (source->memories == NULL || source->maps == NULL || source->streams == NULL) {
+    if (source->memories == NULL || source->lengths == NULL || source->maps == NULL || source->streams == NULL) {
         free_source(source);
         return NULL;
     }
     memcpy(source->memories, memories, num_memories * sizeof(*memories));
+    for (size_t i = 0; i < num_memories; i++)
+        source->lengths[i] = memories[i].length;
     return source;
 }
 
@@ -335,7 +311,7 @@ void pdkv_puller_close_peer(pdkv_puller *puller, int64_t peer)
     puller->table[peer] = NULL;
     if (!atomic_load(&source->over))
         snprintf(source->why, sizeof(source->why), "peer %lld was closed", (long long)peer);
-    finish(source, PDKV_PULL_CANCELLED);
+    finish(source, PDKV_CANCELLED);
     pthread_mutex_unlock(&puller->lock);
     reap(puller);
 }
@@ -358,11 +334,7 @@ void pdkv_puller_destroy(pdkv_puller *puller)
         puller->sources = source->next;
         free_source(source);
     }
-    for (pdkv_pulled *done = pdkv_puller_poll(puller), *next; done != NULL; done = next) {
-        next = done->next;
-        free(done);
-    }
-    close(puller->done_fd);
+    pdkv_done_close(&puller->done);
     pthread_cond_destroy(&puller->may_copy);
     pthread_mutex_destroy(&puller->lock);
     free(puller->destinations);
@@ -371,61 +343,6 @@ void pdkv_puller_destroy(pdkv_puller *puller)
 }
 
 /* ---- reads ---- */
-
-static int is_destination(const pdkv_puller *puller, uint64_t address, uint64_t length)
-{
-    for (size_t i = 0; i < puller->num_destinations; i++) {
-        const pdkv_destination *range = &puller->destinations[i];
-        if (address >= range->address && length <= range->length
-            && address - range->address <= range->length - length)
-            return 1;
-    }
-    return 0;
-}
-
-/* 0, or -1 after writing into `batch` which span is refused, and why. */
-static int check_batch(const pdkv_puller *puller, const pdkv_source *source, pdkv_pull *batch)
-{
-    for (size_t i = 0; i < batch->num_spans; i++) {
-        int64_t memory = batch->memory[i], remote = batch->remote[i], length = batch->length[i];
-        const char *fault = NULL;
-        if (memory < 0 || (uint64_t)memory >= source->num_memories)
-            fault = "the peer has no such memory";
-        else if (length <= 0)
-            fault = "the length is not positive";
-        else if (remote < 0 || (uint64_t)length > source->memories[memory].length
-                 || (uint64_t)remote > source->memories[memory].length - (uint64_t)length)
-            fault = "the range lies outside the peer's memory";
-        else if (!is_destination(puller, (uint64_t)batch->local[i], (uint64_t)length))
-            fault = "the destination lies outside registered memory";
-        if (fault == NULL)
-            continue;
-        batch->done.status = PDKV_PULL_FAILED;
-        snprintf(batch->done.error, sizeof(batch->done.error), "span %zu (memory %lld, offset %lld, %lld bytes): %s", i,
-                 (long long)memory, (long long)remote, (long long)length, fault);
-        return -1;
-    }
-    return 0;
-}
-
-static pdkv_pull *new_batch(size_t num_spans, const int64_t *memory, const int64_t *remote, const int64_t *local,
-                            const int64_t *length)
-{
-    const int64_t *sources[4] = {memory, remote, local, length};
-    pdkv_pull *batch = malloc(sizeof(*batch) + 4 * num_spans * sizeof(int64_t));
-    if (batch == NULL)
-        return NULL;
-    memset(batch, 0, sizeof(*batch));
-    batch->num_spans = num_spans;
-    int64_t *spans = (int64_t *)(batch + 1);
-    for (size_t i = 0; num_spans > 0 && i < 4; i++)
-        memcpy(spans + i * num_spans, sources[i], num_spans * sizeof(int64_t));
-    batch->memory = spans;
-    batch->remote = spans + num_spans;
-    batch->local = spans + 2 * num_spans;
-    batch->length = spans + 3 * num_spans;
-    return batch;
-}
 
 static void enqueue(pdkv_source *source, pdkv_pull *batch)
 {
@@ -437,24 +354,25 @@ static void enqueue(pdkv_source *source, pdkv_pull *batch)
     pthread_cond_broadcast(&source->work);
 }
 
-int64_t pdkv_puller_submit(pdkv_puller *puller, int64_t peer, size_t num_spans, const int64_t *memory,
-                           const int64_t *remote, const int64_t *local, const int64_t *length)
+int64_t pdkv_puller_submit(pdkv_puller *puller, int64_t peer, const pdkv_spans *spans)
 {
-    pdkv_pull *batch = new_batch(num_spans, memory, remote, local, length);
+    pdkv_pull *batch = pdkv_new_batch(sizeof(*batch), offsetof(pdkv_pull, spans), spans);
     if (batch == NULL)
         return -1;
     int64_t read = batch->done.read = puller->next_read++;
     pdkv_source *source = find(puller, peer);
     int refused = 1;
-    if (source == NULL)
-        set_error(&batch->done, PDKV_PULL_FAILED, "the peer is closed");
-    else
-        refused = check_batch(puller, source, batch) != 0;
+    if (source == NULL) {
+        pdkv_fail(&batch->done, PDKV_FAILED, "the peer is closed");
+    } else {
+        pdkv_bounds bounds = {source->lengths, source->num_memories, puller->destinations, puller->num_destinations};
+        refused = pdkv_check_spans(&batch->spans, &bounds, &batch->done) != 0;
+    }
     pthread_mutex_lock(&puller->lock);
     if (!refused && atomic_load(&source->over))
-        set_error(&batch->done, PDKV_PULL_FAILED, source->why);
-    if (refused || num_spans == 0 || atomic_load(&source->over))
-        complete(puller, &batch->done);
+        pdkv_fail(&batch->done, PDKV_FAILED, "%s", source->why);
+    if (refused || spans->count == 0 || atomic_load(&source->over))
+        pdkv_done_add(&puller->done, &batch->done);
     else
         enqueue(source, batch);
     pthread_mutex_unlock(&puller->lock);

@@ -15,13 +15,12 @@ typedef struct pdkv_stream pdkv_stream;
 
 /* A submitted batch. The arrays are constant; the rest is under the puller's lock. */
 struct pdkv_pull {
-    pdkv_pulled done; /* first: the completion is the batch */
+    pdkv_done done; /* first: the completion is the batch */
     pdkv_pull *next;  /* in its peer's queue */
-    size_t num_spans;
+    pdkv_spans spans;
     size_t next_span; /* first span not wholly handed to a thread */
     uint64_t skip;    /* bytes of it that were */
     unsigned slices;  /* handed to threads and not yet returned */
-    const int64_t *memory, *remote, *local, *length; /* num_spans each, in the same allocation */
 };
 
 /* Consecutive bytes of a batch, on their way through one thread. */
@@ -54,6 +53,7 @@ struct pdkv_source {
     int64_t id;
     pdkv_far_address address;
     pdkv_far_memory *memories;
+    uint64_t *lengths; /* of memories */
     size_t num_memories;
     const char **maps; /* mapped: where each memory begins here */
     int life_fd;       /* mapped: hangs up or becomes readable when the peer's process ends */
@@ -63,25 +63,20 @@ struct pdkv_source {
     int opened, carried;
     atomic_int over;     /* lost or closed: threads take nothing more and leave */
     int status;          /* what batches end as once it is over */
-    char why[PDKV_PULL_ERROR_SIZE];
+    char why[PDKV_ERROR_SIZE];
     unsigned num_threads, num_left; /* started; ended */
     pdkv_stream *streams;
 };
-
-typedef struct pdkv_destination {
-    uint64_t address, length;
-} pdkv_destination;
 
 struct pdkv_puller {
     pdkv_pull_limits limits;
     pthread_mutex_t lock;
     pthread_cond_t may_copy;
     unsigned copying;
-    int done_fd;
-    pdkv_pulled *first_done, *last_done; /* under the lock */
+    pdkv_done_queue done;
     pdkv_device *device; /* that all destinations lie on, set before any peer; NULL = the host's own memory */
     /* owner thread only */
-    pdkv_destination *destinations;
+    pdkv_range *destinations;
     size_t num_destinations;
     pdkv_source **table; /* by id; NULL once closed */
     size_t num_peers, table_size;

@@ -172,7 +172,7 @@ static int ask_for(int fd, pdkv_slice slice)
 static void skip(pdkv_slice *slice, uint64_t bytes)
 {
     while (bytes > 0) {
-        uint64_t left = (uint64_t)slice->batch->length[slice->span] - slice->skip;
+        uint64_t left = (uint64_t)slice->batch->spans.length[slice->span] - slice->skip;
         uint64_t passed = left < bytes ? left : bytes;
         bytes -= passed;
         slice->bytes -= passed;

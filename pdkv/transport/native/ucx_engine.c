@@ -11,49 +11,9 @@
 
 #include "ucx_internal.h"
 
-void pdkv_signal(int fd)
-{
-    uint64_t one = 1;
-    ssize_t written = write(fd, &one, sizeof(one)); /* fails only when the counter is full, and then it is readable */
-    (void)written;
-}
-
-void pdkv_fail(pdkv_done *done, int status, const char *format, ...)
-{
-    va_list arguments;
-    va_start(arguments, format);
-    done->status = status;
-    vsnprintf(done->error, sizeof(done->error), format, arguments);
-    va_end(arguments);
-}
-
-void pdkv_complete(pdkv_engine *engine, pdkv_done *done)
-{
-    done->next = NULL;
-    pthread_mutex_lock(&engine->lock);
-    int was_empty = engine->first_done == NULL;
-    if (was_empty)
-        engine->first_done = done;
-    else
-        engine->last_done->next = done;
-    engine->last_done = done;
-    if (was_empty)
-        pdkv_signal(engine->done_fd); /* inside the lock: readable exactly while the queue is not empty */
-    pthread_mutex_unlock(&engine->lock);
-}
-
 pdkv_done *pdkv_engine_poll(pdkv_engine *engine)
 {
-    uint64_t count;
-    pthread_mutex_lock(&engine->lock);
-    pdkv_done *done = engine->first_done;
-    engine->first_done = engine->last_done = NULL;
-    if (done != NULL) {
-        ssize_t got = read(engine->done_fd, &count, sizeof(count));
-        (void)got;
-    }
-    pthread_mutex_unlock(&engine->lock);
-    return done;
+    return pdkv_done_take(&engine->done);
 }
 
 static void enqueue(pdkv_engine *engine, pdkv_command *command)
@@ -161,17 +121,14 @@ static int start_thread(pdkv_engine *engine)
 
 static void free_engine(pdkv_engine *engine)
 {
-    for (pdkv_done *done = engine->first_done, *next; done != NULL; done = next) {
-        next = done->next;
-        free(done);
-    }
     if (engine->command_fd >= 0)
         close(engine->command_fd);
-    if (engine->done_fd >= 0)
-        close(engine->done_fd);
+    if (engine->done.fd >= 0)
+        pdkv_done_close(&engine->done);
     pthread_cond_destroy(&engine->registered);
     pthread_mutex_destroy(&engine->lock);
     free(engine->memories);
+    free(engine->handles);
     free(engine->peer_table);
     free(engine->poll_fds);
     free(engine);
@@ -189,8 +146,8 @@ pdkv_engine *pdkv_engine_create(const char *library, pdkv_setting *settings, siz
     pthread_cond_init(&engine->registered, NULL);
     engine->limits = limits;
     engine->command_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    engine->done_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (engine->command_fd < 0 || engine->done_fd < 0) {
+    int failed = pdkv_done_open(&engine->done);
+    if (engine->command_fd < 0 || failed) {
         snprintf(error, error_size, "eventfd: %s", strerror(errno));
         free_engine(engine);
         return NULL;
@@ -227,7 +184,7 @@ const void *pdkv_engine_address(const pdkv_engine *engine, size_t *size)
 
 int pdkv_engine_fileno(const pdkv_engine *engine)
 {
-    return engine->done_fd;
+    return engine->done.fd;
 }
 
 /* ---- commands ---- */
@@ -262,12 +219,13 @@ static pdkv_peer *new_peer(pdkv_engine *engine, const void *address, size_t addr
     peer->engine = engine;
     peer->address = malloc(address_size);
     peer->memories = calloc(num_memories + 1, sizeof(*peer->memories));
+    peer->lengths = calloc(num_memories + 1, sizeof(*peer->lengths));
     peer->slots = calloc(engine->limits.window_spans, sizeof(*peer->slots));
-    int complete = peer->address != NULL && peer->memories != NULL && peer->slots != NULL;
+    int complete = peer->address != NULL && peer->memories != NULL && peer->lengths != NULL && peer->slots != NULL;
     for (size_t i = 0; complete && i < num_memories; i++) {
+        peer->lengths[i] = memories[i].length;
         pdkv_remote_memory *remote = &peer->memories[peer->num_memories++];
         remote->address = memories[i].address;
-        remote->length = memories[i].length;
         remote->key = malloc(memories[i].key_size);
         complete = remote->key != NULL;
         if (complete)
@@ -338,58 +296,10 @@ void pdkv_engine_path(pdkv_engine *engine, int64_t peer, char *path, char *lanes
 
 /* ---- reads ---- */
 
-/* 0, or -1 after writing into `batch` which span is refused, and why. */
-static int check_batch(const pdkv_engine *engine, const pdkv_peer *peer, pdkv_batch *batch)
-{
-    for (size_t i = 0; i < batch->num_spans; i++) {
-        int64_t memory = batch->memory[i], remote = batch->remote[i], length = batch->length[i];
-        const char *fault = NULL;
-        int local = 0;
-        if (memory < 0 || (uint64_t)memory >= peer->num_memories)
-            fault = "the peer has no such memory";
-        else if (length <= 0)
-            fault = "the length is not positive";
-        else if (remote < 0 || (uint64_t)length > peer->memories[memory].length
-                 || (uint64_t)remote > peer->memories[memory].length - (uint64_t)length)
-            fault = "the range lies outside the peer's memory";
-        else {
-            pdkv_local_handle(engine, (uint64_t)batch->local[i], (uint64_t)length, &local);
-            if (!local)
-                fault = "the destination lies outside registered memory";
-        }
-        if (fault != NULL) {
-            pdkv_fail(&batch->done, PDKV_FAILED, "span %zu (memory %lld, offset %lld, %lld bytes): %s", i,
-                      (long long)memory, (long long)remote, (long long)length, fault);
-            return -1;
-        }
-    }
-    return 0;
-}
-
-static pdkv_batch *new_batch(size_t num_spans, const int64_t *memory, const int64_t *remote, const int64_t *local,
-                             const int64_t *length)
-{
-    const int64_t *sources[4] = {memory, remote, local, length};
-    pdkv_batch *batch = malloc(sizeof(*batch) + 4 * num_spans * sizeof(int64_t));
-    if (batch == NULL)
-        return NULL;
-    memset(batch, 0, sizeof(*batch));
-    batch->num_spans = num_spans;
-    int64_t *spans = (int64_t *)(batch + 1);
-    for (size_t i = 0; num_spans > 0 && i < 4; i++)
-        memcpy(spans + i * num_spans, sources[i], num_spans * sizeof(int64_t));
-    batch->memory = spans;
-    batch->remote = spans + num_spans;
-    batch->local = spans + 2 * num_spans;
-    batch->length = spans + 3 * num_spans;
-    return batch;
-}
-
-int64_t pdkv_engine_submit(pdkv_engine *engine, int64_t peer, size_t num_spans, const int64_t *memory,
-                           const int64_t *remote, const int64_t *local, const int64_t *length)
+int64_t pdkv_engine_submit(pdkv_engine *engine, int64_t peer, const pdkv_spans *spans)
 {
     pdkv_command *command = calloc(1, sizeof(*command));
-    pdkv_batch *batch = command ? new_batch(num_spans, memory, remote, local, length) : NULL;
+    pdkv_batch *batch = command ? pdkv_new_batch(sizeof(*batch), offsetof(pdkv_batch, spans), spans) : NULL;
     if (batch == NULL) {
         free(command);
         return -1;
@@ -397,13 +307,15 @@ int64_t pdkv_engine_submit(pdkv_engine *engine, int64_t peer, size_t num_spans, 
     int64_t read = batch->done.read = engine->next_read++;
     batch->peer = find_peer(engine, peer);
     int refused = batch->peer == NULL;
-    if (refused)
+    if (refused) {
         pdkv_fail(&batch->done, PDKV_FAILED, "peer %lld is closed", (long long)peer);
-    else
-        refused = check_batch(engine, batch->peer, batch) != 0;
+    } else {
+        pdkv_bounds bounds = {batch->peer->lengths, batch->peer->num_memories, engine->memories, engine->num_memories};
+        refused = pdkv_check_spans(&batch->spans, &bounds, &batch->done) != 0;
+    }
     if (refused) {
         free(command);
-        pdkv_complete(engine, &batch->done);
+        pdkv_done_add(&engine->done, &batch->done);
         return read;
     }
     command->kind = PDKV_SUBMIT;

@@ -6,12 +6,9 @@
 #ifndef PDKV_UCX_ENGINE_H
 #define PDKV_UCX_ENGINE_H
 
-#include <stddef.h>
-#include <stdint.h>
+#include "reads.h"
 
-enum { PDKV_OK = 0, PDKV_FAILED = 1, PDKV_CANCELLED = 2 };
-
-enum { PDKV_ERROR_SIZE = 200, PDKV_PATH_SIZE = 256 };
+enum { PDKV_PATH_SIZE = 256 };
 
 typedef struct pdkv_engine pdkv_engine;
 
@@ -39,13 +36,6 @@ typedef struct pdkv_memory {
     size_t key_size;
 } pdkv_memory;
 
-typedef struct pdkv_done {
-    struct pdkv_done *next;
-    int64_t read;
-    int status;
-    char error[PDKV_ERROR_SIZE];
-} pdkv_done;
-
 /* NULL with a message in `error` when UCX cannot start. */
 pdkv_engine *pdkv_engine_create(const char *library, pdkv_setting *settings, size_t num_settings, pdkv_limits limits,
                                 char *error, size_t error_size);
@@ -62,9 +52,8 @@ int64_t pdkv_engine_connect(pdkv_engine *engine, const void *address, size_t add
                             const pdkv_memory *memories, size_t num_memories);
 void pdkv_engine_close_peer(pdkv_engine *engine, int64_t peer);
 
-/* Copies the arrays; returns the new read's id, or -1 when memory is short. */
-int64_t pdkv_engine_submit(pdkv_engine *engine, int64_t peer, size_t num_spans, const int64_t *memory,
-                           const int64_t *remote, const int64_t *local, const int64_t *length);
+/* Copies the spans; returns the new read's id, or -1 when memory is short. */
+int64_t pdkv_engine_submit(pdkv_engine *engine, int64_t peer, const pdkv_spans *spans);
 
 /* All completions since the last call, oldest first; each is freed by the caller with free(). */
 pdkv_done *pdkv_engine_poll(pdkv_engine *engine);

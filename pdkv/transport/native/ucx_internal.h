@@ -24,15 +24,13 @@ struct pdkv_batch {
     pdkv_done done; /* first: the completion is the batch */
     pdkv_batch *next;
     pdkv_peer *peer;
-    size_t num_spans;
+    pdkv_spans spans; /* cut short where nothing more is to be posted */
     size_t next_span; /* first span not yet posted */
     size_t in_flight;
-    int64_t *memory, *remote, *local, *length; /* num_spans each, in the same allocation */
 };
 
 typedef struct pdkv_remote_memory {
     uint64_t address;
-    uint64_t length;
     void *key;
     ucp_rkey_h rkey; /* engine thread */
 } pdkv_remote_memory;
@@ -42,7 +40,8 @@ struct pdkv_peer {
     pdkv_peer *next; /* engine thread: the list of all peers */
     int64_t id;
     void *address;
-    pdkv_remote_memory *memories; /* address and length: constant, read by both threads */
+    pdkv_remote_memory *memories;
+    uint64_t *lengths; /* of memories; constant, for the owner */
     size_t num_memories;
     /* engine thread */
     ucp_worker_h worker; /* the peer's own, see ucx_peer.c; NULL once it is over */
@@ -62,12 +61,6 @@ struct pdkv_peer {
     /* under engine->lock */
     char path[PDKV_PATH_SIZE], lanes[PDKV_PATH_SIZE];
 };
-
-typedef struct pdkv_local_memory {
-    uint64_t address;
-    uint64_t length;
-    ucp_mem_h handle;
-} pdkv_local_memory;
 
 typedef enum { PDKV_CONNECT, PDKV_CLOSE_PEER, PDKV_SUBMIT, PDKV_REGISTER, PDKV_STOP } pdkv_command_kind;
 
@@ -104,8 +97,7 @@ struct pdkv_engine {
     pdkv_command *first_command, *last_command; /* under lock */
     atomic_int has_commands;
     int command_fd;
-    pdkv_done *first_done, *last_done; /* under lock */
-    int done_fd;
+    pdkv_done_queue done;
 
     /* engine thread */
     pdkv_peer *peers;
@@ -115,7 +107,8 @@ struct pdkv_engine {
     int stopping;
 
     /* written by the engine thread while the owner waits in register, read by both */
-    pdkv_local_memory *memories;
+    pdkv_range *memories;
+    ucp_mem_h *handles; /* of memories */
     size_t num_memories;
 
     /* owner thread */
@@ -125,16 +118,12 @@ struct pdkv_engine {
 };
 
 /* ucx_engine.c */
-void pdkv_signal(int fd);
-void pdkv_complete(pdkv_engine *engine, pdkv_done *done);
 ucs_status_t pdkv_open_worker(pdkv_engine *engine, ucp_worker_h *worker, int *fd);
-void pdkv_fail(pdkv_done *done, int status, const char *format, ...) __attribute__((format(printf, 3, 4)));
 
 /* ucx_thread.c */
 void *pdkv_engine_run(void *engine);
 void pdkv_engine_free_ucx(pdkv_engine *engine);
 double pdkv_now_s(void);
-ucp_mem_h pdkv_local_handle(const pdkv_engine *engine, uint64_t address, uint64_t length, int *found);
 
 /* ucx_peer.c: engine thread only. The int results tell whether anything moved. */
 void pdkv_peer_open(pdkv_peer *peer);

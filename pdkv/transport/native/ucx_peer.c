@@ -18,7 +18,7 @@ enum {
 
 static void end_batch(pdkv_batch *batch)
 {
-    pdkv_complete(batch->peer->engine, &batch->done);
+    pdkv_done_add(&batch->peer->engine->done, &batch->done);
 }
 
 /* The batch will not be OK; only the first reason is kept. */
@@ -41,7 +41,7 @@ static void drop_queue(pdkv_peer *peer)
     for (pdkv_batch *batch = peer->first, *next; batch != NULL; batch = next) {
         next = batch->next;
         spoil_batch(batch, UCS_ERR_CANCELED);
-        batch->num_spans = batch->next_span; /* nothing more of it is posted */
+        batch->spans.count = batch->next_span; /* nothing more of it is posted */
         if (batch->in_flight == 0)
             end_batch(batch);
     }
@@ -139,7 +139,7 @@ static void on_get(void *request, ucs_status_t status, void *argument)
     peer->free_slots = slot;
     batch->in_flight--;
     settle_span(batch, status);
-    if (batch->in_flight == 0 && batch->next_span == batch->num_spans)
+    if (batch->in_flight == 0 && batch->next_span == batch->spans.count)
         end_batch(batch);
 }
 
@@ -148,15 +148,16 @@ static void post_span(pdkv_peer *peer, pdkv_batch *batch)
 {
     pdkv_engine *engine = peer->engine;
     size_t i = batch->next_span++;
-    const pdkv_remote_memory *remote = &peer->memories[batch->memory[i]];
-    size_t length = (size_t)batch->length[i];
+    const pdkv_spans *spans = &batch->spans;
+    const pdkv_remote_memory *remote = &peer->memories[spans->memory[i]];
+    uint64_t local = (uint64_t)spans->local[i], length = (uint64_t)spans->length[i];
+    int64_t registered = pdkv_find_range(engine->memories, engine->num_memories, local, length);
     pdkv_slot *slot = peer->free_slots;
-    int found;
     ucp_request_param_t params = {
         .op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA | UCP_OP_ATTR_FIELD_MEMH,
         .cb = {.send = on_get},
         .user_data = slot,
-        .memh = pdkv_local_handle(engine, (uint64_t)batch->local[i], length, &found),
+        .memh = engine->handles[registered], /* checked when it was submitted */
     };
     int ask_path = length > 2 * peer->longest_read;
     if (ask_path)
@@ -164,8 +165,8 @@ static void post_span(pdkv_peer *peer, pdkv_batch *batch)
     slot->batch = batch;
     slot->length = length;
     ucs_status_ptr_t request =
-        engine->ucx.ucp_get_nbx(peer->ep, (void *)(uintptr_t)batch->local[i], length,
-                                remote->address + (uint64_t)batch->remote[i], remote->rkey, &params);
+        engine->ucx.ucp_get_nbx(peer->ep, (void *)(uintptr_t)local, length,
+                                remote->address + (uint64_t)spans->remote[i], remote->rkey, &params);
     if (!UCS_PTR_IS_PTR(request)) {
         settle_span(batch, UCS_PTR_STATUS(request));
         return;
@@ -185,16 +186,16 @@ int pdkv_peer_post(pdkv_peer *peer)
     int spans = 0;
     while (peer->first != NULL && spans < TURN_SPANS && bytes < TURN_BYTES && !peer->lost) {
         pdkv_batch *batch = peer->first;
-        if (batch->done.status == PDKV_OK && batch->next_span < batch->num_spans) {
+        if (batch->done.status == PDKV_OK && batch->next_span < batch->spans.count) {
             if (peer->free_slots == NULL || peer->bytes_in_flight >= limits->window_bytes)
                 break;
-            bytes += (size_t)batch->length[batch->next_span];
+            bytes += (size_t)batch->spans.length[batch->next_span];
             spans++;
             post_span(peer, batch);
         }
         if (batch->done.status != PDKV_OK)
-            batch->num_spans = batch->next_span; /* nothing more of it is posted */
-        if (batch->next_span < batch->num_spans)
+            batch->spans.count = batch->next_span; /* nothing more of it is posted */
+        if (batch->next_span < batch->spans.count)
             continue;
         peer->first = batch->next;
         if (peer->first == NULL)
@@ -312,6 +313,7 @@ void pdkv_peer_free(pdkv_peer *peer)
     for (size_t i = 0; i < peer->num_memories; i++)
         free(peer->memories[i].key);
     free(peer->memories);
+    free(peer->lengths);
     free(peer->address);
     free(peer->slots);
     free(peer);

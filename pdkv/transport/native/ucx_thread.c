@@ -13,20 +13,6 @@
 
 enum { CLOSE_PATIENCE_S = 10 };
 
-ucp_mem_h pdkv_local_handle(const pdkv_engine *engine, uint64_t address, uint64_t length, int *found)
-{
-    for (size_t i = 0; i < engine->num_memories; i++) {
-        const pdkv_local_memory *memory = &engine->memories[i];
-        if (address >= memory->address && length <= memory->length
-            && address - memory->address <= memory->length - length) {
-            *found = 1;
-            return memory->handle;
-        }
-    }
-    *found = 0;
-    return NULL;
-}
-
 double pdkv_now_s(void)
 {
     struct timespec now;
@@ -73,12 +59,16 @@ static void adopt_gpu_context(uint64_t address)
 
 static void map_memory(pdkv_engine *engine, pdkv_registration *registration)
 {
-    pdkv_local_memory *grown = realloc(engine->memories, (engine->num_memories + 1) * sizeof(*grown));
-    if (grown == NULL) {
+    pdkv_range *ranges = realloc(engine->memories, (engine->num_memories + 1) * sizeof(*ranges));
+    if (ranges != NULL)
+        engine->memories = ranges;
+    ucp_mem_h *handles = realloc(engine->handles, (engine->num_memories + 1) * sizeof(*handles));
+    if (handles != NULL)
+        engine->handles = handles;
+    if (ranges == NULL || handles == NULL) {
         snprintf(registration->error, sizeof(registration->error), "out of memory");
         return;
     }
-    engine->memories = grown;
     ucp_mem_map_params_t params = {
         .field_mask = UCP_MEM_MAP_PARAM_FIELD_ADDRESS | UCP_MEM_MAP_PARAM_FIELD_LENGTH,
         .address = (void *)(uintptr_t)registration->address,
@@ -101,8 +91,8 @@ static void map_memory(pdkv_engine *engine, pdkv_registration *registration)
         engine->ucx.ucp_mem_unmap(engine->context, handle);
         return;
     }
-    engine->memories[engine->num_memories++] =
-        (pdkv_local_memory){registration->address, registration->length, handle};
+    engine->handles[engine->num_memories] = handle;
+    engine->memories[engine->num_memories++] = (pdkv_range){registration->address, registration->length};
 }
 
 static void run_register(pdkv_engine *engine, pdkv_registration *registration)
@@ -265,7 +255,7 @@ void pdkv_engine_free_ucx(pdkv_engine *engine)
     if (engine->peers != NULL)
         return; /* UCX did not let go of a peer's reads: keep the memory registered rather than pull it from under them */
     for (size_t i = 0; i < engine->num_memories; i++)
-        engine->ucx.ucp_mem_unmap(engine->context, engine->memories[i].handle);
+        engine->ucx.ucp_mem_unmap(engine->context, engine->handles[i]);
     if (engine->address != NULL)
         engine->ucx.ucp_worker_release_address(engine->worker, engine->address);
     if (engine->worker != NULL)
