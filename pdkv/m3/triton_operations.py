@@ -2,7 +2,7 @@
 
 import torch
 from pdkv_kernels.index_topk_decode import IndexWorkspace, SelectionRule, index_topk_decode_into
-from pdkv_kernels.index_topk_prefill import index_topk_prefill
+from pdkv_kernels.index_topk_prefill import DEFAULT_TUNING, ScoreTuning, index_topk_prefill
 from pdkv_kernels.kv_store import kv_store
 from pdkv_kernels.kv_store_ref import HeadNorms, PackedHeads, Queries, TokenRows
 from pdkv_kernels.moe_grouped import can_group, moe_grouped
@@ -14,11 +14,16 @@ from pdkv_kernels.rms_norm import add_rms_norm, rms_norm
 from pdkv_kernels.router_topk import router_topk
 from pdkv_kernels.softmax_merge import MergeWorkspace
 from pdkv_kernels.sparse_attention_decode import attend_plan, sparse_attention_decode_into
-from pdkv_kernels.sparse_attention_prefill import sparse_attention_prefill
+from pdkv_kernels.sparse_attention_prefill import PrefillTuning, sparse_attention_prefill
 from pdkv_kernels.swigluoai import swigluoai
 from torch import Tensor
 
 from pdkv.m3.operations import Experts, ReferenceOperations, StepQueries
+
+_EXACT_SCORES = ScoreTuning(tile_rows=16, warps=8)
+_EXACT_ATTENTION = PrefillTuning(page_rows=16, page_warps=8, tile_rows=16)
+"""For float32: no matrix unit takes it exactly, so every product is an instruction, and kernels of large tiles compile
+for minutes."""
 
 _GROUPED_FROM = (9, 0)
 """Compute capability from which torch's grouped product is one kernel, and no loop that reads group sizes."""
@@ -51,7 +56,8 @@ class TritonOperations:
 
     def select(self, index_q: Tensor, index_k: Tensor, queries: StepQueries, forced: tuple[int, int, int]) -> Tensor:
         if queries.decode is None:
-            return index_topk_prefill(index_q, index_k, queries.ragged, *forced)
+            tuning = _EXACT_SCORES if index_q.dtype == torch.float32 else DEFAULT_TUNING
+            return index_topk_prefill(index_q, index_k, queries.ragged, *forced, tuning=tuning)
         num_rows, heads, _ = index_q.shape
         out = torch.empty(num_rows, heads, forced[0], dtype=torch.int32, device=index_q.device)
         workspace = IndexWorkspace(num_rows, heads, queries.ragged.page_table.shape[1], index_q.device)
@@ -72,7 +78,8 @@ class TritonOperations:
 
     def attend_to_chosen(self, q: Tensor, kv: PagedKv, blocks: Tensor, queries: StepQueries, scale: float) -> Tensor:
         if queries.decode is None:
-            return sparse_attention_prefill(q, kv, blocks, queries.ragged, scale)[0]
+            tuning = _EXACT_ATTENTION if q.dtype == torch.float32 else None
+            return sparse_attention_prefill(q, kv, blocks, queries.ragged, scale, tuning=tuning)[0]
         out = torch.empty_like(q)
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
         plan = attend_plan(q.shape[0] * blocks.shape[1], blocks.shape[2], kv.k)
