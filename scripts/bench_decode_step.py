@@ -48,7 +48,8 @@ def main() -> int:
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}; {options.layers} layers ({options.dense} dense) "
         f"of M3's dimensions, context {options.context:,}, K/V {options.kv_dtype}, index keys {options.index_dtype}"
     )
-    print(f"{'batch':>5} {'rows':>4} {'eager ms':>9} {'step ms':>8} {'GPU ms':>8} {'host us':>8} {'equal':>6}")
+    if options.query_lens:
+        print(f"{'batch':>5} {'rows':>4} {'eager ms':>9} {'step ms':>8} {'GPU ms':>8} {'host us':>8} {'equal':>6}")
     for query_len in options.query_lens:
         for batch in options.batches:
             print(_row(model, options, batch, query_len), flush=True)
@@ -196,7 +197,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--dense", type=int, default=1, help="dense layers among them")
     parser.add_argument("--context", type=int, default=32_768)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 64])
-    parser.add_argument("--query-lens", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--query-lens", type=int, nargs="*", default=[1, 4], help="rows of each; none: engine only")
     parser.add_argument("--kv-dtype", default="fp8")
     parser.add_argument("--index-dtype", default="fp8")
     return parser.parse_args()
