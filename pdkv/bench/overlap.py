@@ -51,7 +51,7 @@ class Move(msgspec.Struct, frozen=True):
     read_s: float
     """With a read outstanding, beside prefill."""
     alone_s: float
-    """The same bytes read with nothing beside them."""
+    """The same bytes read with nothing beside them; with a limit, at least what it takes them."""
     posted_s: float
     first_step_s: float
     right: bool
@@ -107,7 +107,7 @@ async def _run(plan: OverlapPlan, tell: Tell) -> OverlapReport:
     tell("the deployment starts")
     async with deployed(plan.up, tell, decode_flags=("--no-prefix-cache",)) as deployment:
         served = await _asked(plan, deployment, _long(plan), plan.tokens, tell)
-        moves = tuple(_move(*pair) for pair in zip(served[::2], served[1::2], strict=True))
+        moves = tuple(_move(*pair, plan.up.max_pull_gbps) for pair in zip(served[::2], served[1::2], strict=True))
         hops = await _hops(plan, deployment, tell) if plan.short_requests else None
     return OverlapReport(
         schema=SCHEMA,
@@ -141,15 +141,16 @@ async def _asked(
     return list(zip(questions, served, strict=True))
 
 
-def _move(cold: tuple[Question, Served], cached: tuple[Question, Served]) -> Move:
+def _move(cold: tuple[Question, Served], cached: tuple[Question, Served], limit_gbps: float) -> Move:
     (question, served), facts = cold, _facts(cold[1])
+    slowest_s = facts.num_bytes / (limit_gbps * 1e9) if limit_gbps else 0.0
     return Move(
         ttft_s=served.ttft_s,
         num_bytes=facts.num_bytes,
         exposed_s=facts.exposed_s,
         hidden_fraction=facts.hidden_fraction,
         read_s=facts.read_s,
-        alone_s=_facts(cached[1]).read_s,
+        alone_s=max(_facts(cached[1]).read_s, slowest_s),
         posted_s=facts.posted_s,
         first_step_s=facts.first_step_s or 0.0,
         right=served.tokens == question.expected == cached[1].tokens,

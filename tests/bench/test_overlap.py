@@ -7,7 +7,7 @@ from tests.cli.test_bench import pdkv
 
 
 def test_a_long_prompt_is_hidden_and_hops_are_timed() -> None:
-    done = pdkv("bench", "overlap", "--tokens", "1024", "--prefill-chunk", "256", "--short", "2", "--json")
+    done = pdkv("overlap", "--tokens", "1024", "--prefill-chunk", "256", "--short", "2", "--json")
     assert done.returncode == 0, done.stderr
     report = msgspec.json.decode(done.stdout, type=OverlapReport)
     (move,) = report.moves
