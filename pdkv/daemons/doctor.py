@@ -21,6 +21,7 @@ from pdkv.daemons.sizing import choose_num_pages, memory_available_bytes
 from pdkv.errors import PdkvError, TransportError
 from pdkv.schema import LocalMemory, ReadBatch
 from pdkv.transport.base import ReadStatus
+from pdkv.transport.cuda_gpu import CudaGpu
 from pdkv.transport.ucx import UcxOptions, UcxTransport
 from pdkv.transport.ucx_library import HOW_TO_INSTALL, find_ucx_library
 
@@ -109,6 +110,7 @@ def _all_checks(options: DoctorOptions) -> Iterator[Check]:
     yield from _guarded("ucx", lambda: _ucx(settings))
     yield from _guarded("ucx-self-test", lambda: _ucx_self_test(settings))
     yield from _inherited_ucx_settings()
+    yield _nvlink(settings)
     yield _memlock(settings)
     yield _shm()
     yield from (_port(port) for port in options.ports)
@@ -189,6 +191,21 @@ def _inherited_ucx_settings() -> Iterator[Check]:
         narrow = name == "UCX_TLS" and not any(t in value for t in ("rc", "dc", "ud", "ib", "all", "^"))
         told = f"{name}={value} is inherited and wins over pdkv's own" + ("; it leaves out RDMA" if narrow else "")
         yield Check("ucx-environment", Verdict.WARN, told, f"unset {name} unless you mean it")
+
+
+def _nvlink(settings: WorkerSettings) -> Check:
+    """Whether the first GPU's memory can be mapped and read by the nvlink transport."""
+    try:
+        gpu = CudaGpu(0)
+        try:
+            gpu.drop_table(gpu.make_table(1))  # builds the kernel
+        finally:
+            gpu.close()
+    except TransportError as missing:
+        needed = settings.require_transport == "cuda_ipc"
+        return Check("nvlink", Verdict.FAIL if needed else Verdict.SKIP, str(missing))
+    how = "copy engines and kernel" if gpu.can_copy_batches else "kernel only, a driver for CUDA 12.8 brings the rest"
+    return Check("nvlink", Verdict.OK, f"GPU {gpu.uuid}: {how}")
 
 
 def _memlock(settings: WorkerSettings) -> Check:

@@ -7,9 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.checkpoints import write_random_checkpoint
 from tests.e2e.deployment import Trio, free_port
+
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and nothing wrong")
 
 
 def pdkv(*flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -74,6 +77,7 @@ def test_a_peer_that_stores_otherwise_is_refused_by_name(three: Trio, link_chasi
     [
         (("--model", "/nowhere"), "model", "/nowhere"),
         (("--require-transport", "rdma"), "ucx", "without InfiniBand"),
+        pytest.param(("--require-transport", "cuda_ipc"), "nvlink", "NVIDIA", marks=without_gpu),
         (("--ucx-library", "/nowhere"), "ucx", "/nowhere"),
     ],
 )
