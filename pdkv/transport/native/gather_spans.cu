@@ -50,19 +50,26 @@ extern "C" __global__ void __launch_bounds__(512) gather_spans(const u64 *spans,
     const unsigned lane = threadIdx.x % WARP;
     const u64 first = ((u64)blockIdx.x * blockDim.x + threadIdx.x) / WARP;
     const u64 step = (u64)gridDim.x * blockDim.x / WARP;
+    if (first >= count)
+        return;
+    u64 to = spans[first], from = spans[count + first], length = spans[2 * count + first];
     for (u64 i = first; i < count; i += step) {
-        const u64 to = spans[i], from = spans[count + i];
-        const unsigned length = (unsigned)spans[2 * count + i];
+        /* The next span's numbers are on their way while this one is copied. */
+        const u64 next = i + step < count ? i + step : i;
+        const u64 next_to = spans[next], next_from = spans[count + next], next_length = spans[2 * count + next];
         const u64 apart = to ^ from;
         if (apart % 16 == 0)
-            copy_span<uint4>(to, from, length, lane);
+            copy_span<uint4>(to, from, (unsigned)length, lane);
         else if (apart % 8 == 0)
-            copy_span<u64>(to, from, length, lane);
+            copy_span<u64>(to, from, (unsigned)length, lane);
         else if (apart % 4 == 0)
-            copy_span<unsigned>(to, from, length, lane);
+            copy_span<unsigned>(to, from, (unsigned)length, lane);
         else if (apart % 2 == 0)
-            copy_span<unsigned short>(to, from, length, lane);
+            copy_span<unsigned short>(to, from, (unsigned)length, lane);
         else
-            copy_span<u8>(to, from, length, lane);
+            copy_span<u8>(to, from, (unsigned)length, lane);
+        to = next_to;
+        from = next_from;
+        length = next_length;
     }
 }
