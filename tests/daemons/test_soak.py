@@ -51,12 +51,19 @@ def test_many_requests_with_few_pages(checkpoint: Path, model: M3Model, speculat
             assert pool.statistics().largest_run == pool.num_usable
 
 
-def test_what_reads_that_fail_have_left_behind_is_never_used(checkpoint: Path, model: M3Model) -> None:
-    """Reads that tear, fail and overtake one another; what failed is tried again under a new id, as the router does."""
+@pytest.mark.parametrize(("prefill_chunk", "max_pull_gbps"), [(130, 0.0), (512, 0.05)])
+def test_what_reads_that_fail_have_left_behind_is_never_used(
+    checkpoint: Path, model: M3Model, prefill_chunk: int, max_pull_gbps: float
+) -> None:
+    """Reads that tear, fail and overtake one another; what failed is tried again under a new id, as the router does.
+
+    Once as whole rows, once in layer groups and slices.
+    """
     jobs = make_jobs(random.Random(9), [random.Random(9).randrange(200, 700) for _ in range(6)], 0.0, 1)
     faults = Faults(seed=4, max_delay_polls=4, reorder=0.3, fail=0.04, truncate=0.04)
     num_failed = 0
-    with Pair(checkpoint, (20, 20), 800, faults=faults, prefill_chunk=130, lease_ttl_s=1.0) as pair:
+    settings = {"prefill_chunk": prefill_chunk, "max_pull_gbps": max_pull_gbps, "lease_ttl_s": 1.0}
+    with Pair(checkpoint, (20, 20), 800, faults=faults, **settings) as pair:
         for _ in range(60):
             outcomes = pair.run(jobs)
             assert_all_right(model, jobs, outcomes, _LOST)
