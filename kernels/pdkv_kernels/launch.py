@@ -1,7 +1,8 @@
 """How kernels are launched one behind another.
 
 Where the device can, each starts before the one in front of it has ended, and waits inside (``gdc_wait``) before it
-touches memory. A kernel lets its successors start only after its own wait, so nothing overtakes more than one kernel.
+touches memory. What it waits for has itself waited, so then all that came before is done, however early a kernel lets
+its successors start: after its own wait, or at once where nothing is gained by holding them back.
 """
 
 from functools import cache

@@ -85,8 +85,8 @@ def _merge_kernel(
     split = tl.arange(0, SPLIT_TILE)
     dims = tl.arange(0, DIM)
     if EARLY:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     parts_lse_at = parts_lse_ptr + row * parts_lse_row_stride + head * parts_lse_head_stride
     logs = tl.load(parts_lse_at + split * parts_lse_split_stride, mask=split < SPLITS, other=float("-inf"))
     parts_at = parts_ptr + row * parts_row_stride + head * parts_head_stride + dims[None, :]
