@@ -23,6 +23,9 @@ _STATUS = (ReadStatus.OK, ReadStatus.FAILED, ReadStatus.CANCELLED)
 
 _MOST_BYTES = 1 << 62
 
+MANY_PROCESSORS = 16
+"""From so many on a worker can spare twice as many threads for moving bytes."""
+
 
 class PullLimits(msgspec.Struct, frozen=True):
     """How much a puller does at a time."""

@@ -14,7 +14,7 @@ import msgspec
 
 from pdkv.errors import TransportError
 from pdkv.schema import LocalMemory, TransportAddress
-from pdkv.transport.pulling import FarEnd, FarMemory, PullingTransport, PullLimits
+from pdkv.transport.pulling import MANY_PROCESSORS, FarEnd, FarMemory, PullingTransport, PullLimits
 from pdkv.transport.sealed import seal, unseal
 
 _MAGIC = b"pdkvshm1"
@@ -26,8 +26,9 @@ _NEVER_SHRINKS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 class ShmOptions(msgspec.Struct, frozen=True):
     """How a ``ShmTransport`` copies."""
 
-    copies: int = 2
-    """Threads that copy at the same time, over all peers: two reach the memory's speed, more take it from the model."""
+    copies: int = 0
+    """Threads that copy at the same time, over all peers; 0 = two, or four where there are processors to spare. On two
+    cores two reach the memory's speed, and more take it from the model; a server's memory feeds more than two."""
     slice_bytes: int = 1 << 20
 
 
@@ -65,7 +66,8 @@ class ShmTransport(PullingTransport):
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         listener.bind(b"\0" + self._name)
         listener.listen(128)
-        super().__init__(listener, PullLimits(options.copies, options.copies, options.slice_bytes))
+        copies = options.copies or (4 if len(os.sched_getaffinity(0)) >= MANY_PROCESSORS else 2)
+        super().__init__(listener, PullLimits(copies, copies, options.slice_bytes))
 
     def _key_of(self, memory: LocalMemory) -> tuple[bytes, int]:
         if memory.memfd < 0:

@@ -14,7 +14,7 @@ import msgspec
 from pdkv.errors import TransportError
 from pdkv.schema import LocalMemory, TransportAddress
 from pdkv.transport.base import PeerId
-from pdkv.transport.pulling import FarEnd, FarMemory, PullingTransport, PullLimits
+from pdkv.transport.pulling import MANY_PROCESSORS, FarEnd, FarMemory, PullingTransport, PullLimits
 from pdkv.transport.sealed import seal, unseal
 
 _MAGIC = b"pdkvtcp1"
@@ -35,7 +35,7 @@ class SocketOptions(msgspec.Struct, frozen=True):
     ports: tuple[int, int] = (0, 0)
     """First and last port to try; (0, 0) = any."""
     streams: int = 0
-    """Connections to one peer; 0 = four, or eight where there are processors for twice as many threads on both ends."""
+    """Connections to one peer; 0 = four, or eight where there are processors to spare."""
     slice_bytes: int = 256 << 10
     """Most bytes of one request: few enough that they stay in the cores' caches between kernel and destination. Eight
     requests are on their way on each connection, 8 MiB of one peer in all (of four connections)."""
@@ -113,7 +113,7 @@ class SocketTransport(PullingTransport):
 
 def _streams(processors: int) -> int:
     """Each connection keeps a thread busy on both ends; two workers of one machine share its processors."""
-    return 8 if processors >= 16 else 4
+    return 8 if processors >= MANY_PROCESSORS else 4
 
 
 def _listen(options: SocketOptions) -> socket.socket:

@@ -223,6 +223,11 @@ def test_host_stages_what_is_asked_for_at_once_in_order():
         target.close()
 
 
+@pytest.mark.parametrize(("processors", "streams"), [(1, 4), (15, 4), (16, 8), (192, 8)])
+def test_more_processors_carry_more_streams(processors: int, streams: int):
+    assert sockets._streams(processors) == streams
+
+
 def test_memory_of_one_device_only():
     transport = SocketTransport()
     hidden, plain = HiddenArray(4_096), filled(4_096, 1)
