@@ -121,7 +121,8 @@ class UcxTransport(Transport):
         self._memories: list[MemoryDescriptor] = []
         self._on_gpu = False
         self._gpu_peers: set[PeerId] = set()
-        self._warned: set[PeerId] = set()
+        self._unjudged: set[PeerId] = set()
+        """GPU peers of which no read has shown yet how UCX carries them."""
         self._fileno = self._engine.fileno()
         self._closed = False
         self._log_start()
@@ -176,9 +177,11 @@ class UcxTransport(Transport):
         peer = PeerId(self._engine.connect(worker.address, memories))
         if worker.on_gpu or self._on_gpu:
             self._gpu_peers.add(peer)
+            self._unjudged.add(peer)
         return peer
 
     def close_peer(self, peer: PeerId) -> None:
+        self._unjudged.discard(peer)
         if not self._closed:
             self._engine.close_peer(peer)
 
@@ -193,7 +196,19 @@ class UcxTransport(Transport):
     def poll(self) -> list[Completion]:
         if self._closed:
             return []
-        return [Completion(ReadId(read), _STATUS[status], error) for read, status, error in self._engine.poll()]
+        done = [Completion(ReadId(read), _STATUS[status], error) for read, status, error in self._engine.poll()]
+        if done and self._unjudged:
+            self._judge()
+        return done
+
+    def _judge(self) -> None:
+        """Say so where GPU memory crawls."""
+        for peer in [peer for peer in self._unjudged if self.note(peer)]:
+            self._unjudged.remove(peer)
+            if self.crawls(peer):
+                log.warning(
+                    f"UCX copies GPU memory of peer {peer} piece by piece, at 2 GB/s or less: {self.note(peer)}"
+                )
 
     def fileno(self) -> int:
         return self._fileno

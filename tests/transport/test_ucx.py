@@ -72,7 +72,7 @@ def test_two_transports_in_one_process_read_each_other(ucx):
     assert (arrays[1][50_001:51_002] == 1).all()
 
 
-def test_tells_how_ucx_reads_and_by_which_devices(ucx):
+def test_tells_how_ucx_reads_and_by_which_devices(ucx, caplog):
     target, reader = ucx(tls="tcp", net_devices="lo"), ucx(tls="tcp", net_devices="lo")
     source, into = np.full(100_000, 7, np.uint8), np.zeros(100_000, np.uint8)
     target.register(LocalMemory(source.ctypes.data, source.size))
@@ -90,6 +90,7 @@ def test_tells_how_ucx_reads_and_by_which_devices(ucx):
         assert reader.note(peer) == "UCX: software emulation tcp/lo, lanes tcp/lo"
     assert not reader.crawls(host)
     assert reader.crawls(gpu), "what UCX emulates it copies piece by piece where a GPU's memory is concerned"
+    assert caplog.text.count(f"UCX copies GPU memory of peer {gpu} piece by piece") == 1
 
 
 def test_says_what_it_loaded(ucx, caplog):
