@@ -138,6 +138,8 @@ class DecodeGraphs:
     @torch.inference_mode()
     def prepare(self) -> None:
         """Capture every shape now, the largest first, so that smaller ones live in its memory."""
+        if not self._replays:
+            return
         for query_len in reversed(self._shapes.query_lens):
             for batch in reversed(self._shapes.batch_sizes):
                 self._captured(batch, query_len)
