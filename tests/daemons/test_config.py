@@ -76,7 +76,12 @@ def test_a_variable_of_another_role_is_no_error(monkeypatch: pytest.MonkeyPatch)
         ({"model": "m"}, {"PDKV_MAX_BATCH": "0"}, {}, "PDKV_MAX_BATCH: Input should be greater"),
         ({"model": "m"}, {}, {"max_batch": "x"}, "max_batch: Input should be a valid integer"),
         ({"model": "m", "listen": "nowhere"}, {}, {}, "--listen: expected HOST:PORT"),
-        ({"model": "m", "transport": "pigeon"}, {}, {}, "--transport: Input should be 'auto', 'nvlink', 'shm', 'sockets' or"),
+        (
+            {"model": "m", "transport": "pigeon"},
+            {},
+            {},
+            "--transport: Input should be 'auto', 'nvlink', 'shm', 'sockets' or",
+        ),
         ({"model": "m"}, {}, [1], "must hold keys and values"),
     ],
 )
