@@ -32,6 +32,8 @@ class ScoreTuning:
     stages: int = 2
     programs: int = 264
     """So many run at a time; contexts are split where tiles alone do not fill them."""
+    registers: int | None = None
+    """Bound for each thread; NVIDIA only."""
     columns: int = 32
     """Rows times heads whose blocks one program selects."""
     select_splits: int = 1
@@ -93,13 +95,15 @@ def score_blocks(
     q_code, q = (PLAIN, index_q) if code == PLAIN else fp8_code(index_q)
     assert q_code in (PLAIN, code), "fp8 queries need keys of the same format"
     meets = _TRITON_TYPES.get(index_q.dtype, tl.float16)
+    nvidia = index_q.is_cuda and torch.version.hip is None
+    bound = {"maxnreg": tuning.registers} if nvidia and tuning.registers else {}
     _score_blocks[(tiles, splits)](
         q, k, scores, queries.query_starts, queries.context_lens, queries.page_table,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), queries.page_table.stride(0), scores.stride(0),
         num_seqs, *rows,
-        CODE=code, Q_CODE=q_code, TYPE=meets,
+        CODE=code, Q_CODE=q_code, TYPE=meets, STAGES=tuning.stages,
         HEADS=heads, HEADS_P=heads_padded, DIM=dim, BLOCK=BLOCK, QUERIES=tile_queries,
-        STAGES=tuning.stages, PORTABLE=triton.knobs.runtime.interpret, num_warps=tuning.warps, num_stages=tuning.stages,
+        PORTABLE=triton.knobs.runtime.interpret, num_warps=tuning.warps, num_stages=tuning.stages, **bound,
     )  # fmt: skip
 
 
