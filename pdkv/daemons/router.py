@@ -27,6 +27,7 @@ from pdkv.daemons.router_metrics import RouterMetrics
 from pdkv.daemons.text_proxy import TextProxy
 from pdkv.daemons.traffic import Traffic, note_failure
 from pdkv.daemons.worker_pool import WorkerPool, WorkerView
+from pdkv.daemons.worker_transport import WorkerTransport
 from pdkv.errors import FailureCode
 from pdkv.metric_table import ROUTER
 from pdkv.metrics import Meter
@@ -82,6 +83,7 @@ def open_client() -> httpx.AsyncClient:
         limits=httpx.Limits(
             max_connections=None, max_keepalive_connections=64, keepalive_expiry=http_server.CLIENT_KEEP_ALIVE_S
         ),
+        mounts={"http://": WorkerTransport(_CONNECT_TIMEOUT_S, http_server.CLIENT_KEEP_ALIVE_S)},
         trust_env=False,
     )
 
