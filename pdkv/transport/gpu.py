@@ -19,8 +19,8 @@ class GpuSpans(msgspec.Struct, frozen=True):
     def count(self) -> int:
         return int(self.length.size)
 
-    def part(self, begin: int, end: int) -> "GpuSpans":
-        return GpuSpans(self.to[begin:end], self.source[begin:end], self.length[begin:end])
+    def part(self, which: slice) -> "GpuSpans":
+        return GpuSpans(self.to[which], self.source[which], self.length[which])
 
     def where(self, chosen: "np.ndarray[tuple[int], np.dtype[np.bool_]]") -> "GpuSpans":
         return GpuSpans(self.to[chosen], self.source[chosen], self.length[chosen])

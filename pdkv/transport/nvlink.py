@@ -20,13 +20,17 @@ from pdkv.transport.cuda_gpu import CudaGpu
 from pdkv.transport.gpu import Exported, Gpu, GpuSpans, SpanTable
 from pdkv.transport.nvlink_address import Home, Life, decode, encode, encode_key, hint, obstacle
 from pdkv.transport.nvlink_peer import ENDED, NvlinkPeer, Work
-from pdkv.transport.nvlink_spans import ROW_BYTES, split
+from pdkv.transport.nvlink_spans import ROW_BYTES, growing_parts, split
 from pdkv.transport.ranges import fault_of
 
 log = logging.getLogger("pdkv.transport.nvlink")
 
 _PART_SPANS = 1 << 15
-"""What is put on streams at a time: a table of so many is 768 KiB."""
+"""Most that is put on a stream at a time: a table of so many is 768 KiB."""
+
+_FIRST_SPANS = 1 << 12
+_FIRST_ROWS = 32
+"""What the first part of a batch has: the driver takes 1 us for each row, and begins when it has been told of all."""
 
 _NEVER = 1 << 62
 """Bytes that no span has: without batches of copies the kernel takes all."""
@@ -218,16 +222,15 @@ class NvlinkTransport(Transport):
         streams: set[int] = set()
         error = ""
         try:
-            # Part by part: the GPU begins with the first while the next are laid out, in memory that is still warm.
-            for begin in range(0, batch.num_spans, _PART_SPANS):
-                parts = split(_absolute(batch, bases, begin), self._row_bytes if gpu.can_copy_batches else _NEVER)
-                for start in range(0, parts.pieces.count, _PART_SPANS):
+            for part in growing_parts(batch.num_spans, _FIRST_SPANS, _PART_SPANS):
+                parts = split(_absolute(batch, bases, part), self._row_bytes if gpu.can_copy_batches else _NEVER)
+                for few in growing_parts(parts.pieces.count, _PART_SPANS, _PART_SPANS):
                     streams.add(peer.kernels)
                     tables.append(self._take_table(gpu))
-                    gpu.gather(parts.pieces.part(start, start + _PART_SPANS), tables[-1], self._blocks, peer.kernels)
-                if parts.rows.count:
+                    gpu.gather(parts.pieces.part(few), tables[-1], self._blocks, peer.kernels)
+                for few in growing_parts(parts.rows.count, _FIRST_ROWS, _PART_SPANS):
                     streams.add(peer.copies)
-                    gpu.copy(parts.rows, peer.copies)
+                    gpu.copy(parts.rows.part(few), peer.copies)
         except TransportError as refused:
             error = str(refused)
         events = []
@@ -260,9 +263,8 @@ class NvlinkTransport(Transport):
             raise TransportError("the nvlink transport is closed")
 
 
-def _absolute(batch: ReadBatch, bases: Int64Array, begin: int) -> GpuSpans:
-    """One part of a batch by addresses; ``bases`` are those of the peer's memories."""
-    part = slice(begin, begin + _PART_SPANS)
+def _absolute(batch: ReadBatch, bases: Int64Array, part: slice) -> GpuSpans:
+    """Some spans of a batch by addresses; ``bases`` are those of the peer's memories."""
     base = bases if bases.size == 1 else bases[batch.memory[part]]
     return GpuSpans(batch.local[part], base + batch.remote[part], batch.length[part])
 

@@ -1,5 +1,7 @@
 """Which spans the copy engines take, which the kernel, and how the kernel's are cut."""
 
+from collections.abc import Iterator
+
 import msgspec
 import numpy as np
 
@@ -8,8 +10,12 @@ from pdkv.transport.gpu import GpuSpans
 ROW_BYTES = 1 << 20
 """Spans from here on go to the copy engines: no thread block is taken from the model, but 0.3 us a span."""
 
-PIECE_BYTES = 16 << 10
-"""What one warp copies in one go: small enough that all end together, large enough that spans are few."""
+PIECE_BYTES = 64 << 10
+"""Most that one warp copies in one go, where there are many: with 16 KiB the host took longer to lay out 3 GB than the
+link to carry it."""
+
+FEW_BYTES = 64 << 20
+"""Of less than this pieces are an eighth as long, so that a thousand warps have work and end together."""
 
 
 class Split(msgspec.Struct, frozen=True):
@@ -19,14 +25,14 @@ class Split(msgspec.Struct, frozen=True):
     pieces: GpuSpans
 
 
-def split(spans: GpuSpans, row_bytes: int = ROW_BYTES, piece_bytes: int = PIECE_BYTES) -> Split:
-    """Spans of at least ``row_bytes`` as they are, all others cut into pieces of at most ``piece_bytes``."""
+def split(spans: GpuSpans, row_bytes: int = ROW_BYTES) -> Split:
+    """Spans of at least ``row_bytes`` as they are, all others cut into pieces."""
     is_row = spans.length >= row_bytes
-    if not is_row.any():
-        return Split(spans.part(0, 0), cut(spans, piece_bytes))
     if is_row.all():
-        return Split(spans, spans.part(0, 0))
-    return Split(spans.where(is_row), cut(spans.where(~is_row), piece_bytes))
+        return Split(spans, spans.part(slice(0)))
+    rows, fragments = (spans.where(is_row), spans.where(~is_row)) if is_row.any() else (spans.part(slice(0)), spans)
+    is_much = int(fragments.length.sum()) >= FEW_BYTES
+    return Split(rows, cut(fragments, PIECE_BYTES if is_much else PIECE_BYTES // 8))
 
 
 def cut(spans: GpuSpans, piece_bytes: int) -> GpuSpans:
@@ -40,3 +46,12 @@ def cut(spans: GpuSpans, piece_bytes: int) -> GpuSpans:
     return GpuSpans(
         np.repeat(spans.to, pieces) + ahead, np.repeat(spans.source, pieces) + ahead, np.minimum(left, piece_bytes)
     )
+
+
+def growing_parts(count: int, first: int, most: int) -> Iterator[slice]:
+    """``count`` things in parts of ``first``, then eight times as many, up to ``most``: the GPU soon has something to
+    do, and each part is laid out while it does the one before."""
+    begin, size = 0, first
+    while begin < count:
+        yield slice(begin, min(begin + size, count))
+        begin, size = begin + size, min(8 * size, most)

@@ -104,6 +104,8 @@ class HostGpu:
         self.gate.set()
         self.rows = self.pieces = 0
         """Spans that were copied, and gathered."""
+        self.batches: list[int] = []
+        """Spans of each call of ``copy``."""
         self.mapped: dict[int, mmap.mmap] = {}
         self._handles: dict[int, object] = {}
         self._next = 1
@@ -172,6 +174,7 @@ class HostGpu:
     def copy(self, spans: GpuSpans, stream: int) -> None:
         self._check("copy")
         self.rows += spans.count
+        self.batches.append(spans.count)
         every = list(zip(spans.to.tolist(), spans.source.tolist(), spans.length.tolist(), strict=True))
         self._do(stream, lambda: [ctypes.memmove(*span) for span in every] and None)
 

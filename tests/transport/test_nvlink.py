@@ -18,7 +18,7 @@ from pdkv.transport.conformance_target import SpawnedTarget, TransportSpec
 from pdkv.transport.gpu import Exported, GpuSpans
 from pdkv.transport.nvlink import NvlinkTransport
 from pdkv.transport.nvlink_address import Home, Life
-from pdkv.transport.nvlink_spans import cut, split
+from pdkv.transport.nvlink_spans import FEW_BYTES, PIECE_BYTES, cut, growing_parts, split
 
 from .host_gpu import HostGpu, HostGpuMemory
 from .reading import ended, span
@@ -90,9 +90,33 @@ def test_cutting_keeps_every_byte_in_order() -> None:
 
 
 def test_splits_by_length() -> None:
-    parts = split(_spans((0, 0, 99), (1, 1, 100), (2, 2, 101), (3, 3, 5)), row_bytes=100, piece_bytes=60)
+    few = PIECE_BYTES // 8
+    spans = _spans((0, 0, 2 * few - 1), (1, 1, 2 * few), (2, 2, 3 * few), (3, 3, 5))
+    parts = split(spans, row_bytes=2 * few)
     assert parts.rows.to.tolist() == [1, 2]
-    assert parts.pieces.length.tolist() == [60, 39, 5]
+    assert parts.pieces.length.tolist() == [few, few - 1, 5]
+    rows, fragments = split(spans, row_bytes=1), split(spans, row_bytes=1 << 40)
+    assert (rows.rows.count, rows.pieces.count) == (4, 0)
+    assert (fragments.rows.count, fragments.pieces.length.sum()) == (0, spans.length.sum())
+
+
+def test_much_is_cut_into_longer_pieces_than_little() -> None:
+    many = GpuSpans(*(np.full(FEW_BYTES // (4 * PIECE_BYTES), value, np.int64) for value in (0, 0, 4 * PIECE_BYTES)))
+    assert set(split(many).pieces.length.tolist()) == {PIECE_BYTES}
+    assert set(split(many.part(slice(1, None))).pieces.length.tolist()) == {PIECE_BYTES // 8}
+
+
+def test_parts_grow_to_the_most() -> None:
+    assert [part.stop - part.start for part in growing_parts(1000, 10, 300)] == [10, 80, 300, 300, 300, 10]
+    assert list(growing_parts(10, 10, 10)) == [slice(0, 10)]
+    assert not list(growing_parts(0, 10, 10))
+
+
+def test_rows_go_in_batches_that_grow(reader: Reader, target: SpawnedTarget) -> None:
+    """So that the first are copied while the driver is told of the others."""
+    peer = reader.transport.connect(target.address)
+    assert reader.read(peer, *[4096] * 1000).status is ReadStatus.OK
+    assert reader.gpu.batches == [32, 256, 712]
 
 
 def test_each_part_of_a_batch_goes_its_way(reader: Reader, target: SpawnedTarget) -> None:
@@ -112,7 +136,7 @@ def test_tables_are_used_again(reader: Reader, target: SpawnedTarget) -> None:
         reader.into.fill(0)
         assert reader.read(peer, *lengths).status is ReadStatus.OK
         assert np.array_equal(reader.into.bytes[: wanted.size], wanted)
-        assert len(reader.transport._tables) == 3
+        assert len(reader.transport._tables) == 4
 
 
 # ---- refusals ----
