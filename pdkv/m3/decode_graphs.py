@@ -91,8 +91,8 @@ class DecodeInFlight:
             side.ended.synchronize()
         told = side.told_rows[self._rows]  # a copy
         side.is_in_use = False
-        damaged = np.flatnonzero(told[:, 2] == 0).tolist()
-        return GreedyChoices(told[:, 0].astype(np.int64).tolist(), told[:, 1].tolist(), frozenset(damaged))
+        damaged = frozenset[int]() if told[:, 2].all() else frozenset(np.flatnonzero(told[:, 2] == 0).tolist())
+        return GreedyChoices(told[:, 0].astype(np.int64).tolist(), told[:, 1].tolist(), damaged)
 
     def hidden(self, which: Sequence[int] | None = None) -> Tensor:  # [len(which), hidden], as lm_head takes it
         """Rows behind the tokens ``which``, counted over all runs; None: behind all. Only until the next launch."""

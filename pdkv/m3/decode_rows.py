@@ -39,11 +39,15 @@ class DecodeRows:
         before = self.places
         self._place(runs)
         self._starts = np.array([run.start for run in runs], dtype=np.int32)
+        lengths = [len(run.tokens) for run in runs]
         begin = TOKENS + query_len
-        for row, run in zip(self.places, runs, strict=True):
-            numbers[row, begin - len(run.tokens) : begin] = run.tokens
+        if min(lengths) == query_len:
+            numbers[self.index, TOKENS:begin] = [run.tokens for run in runs]
+        else:
+            for row, run in zip(self.places, runs, strict=True):
+                numbers[row, begin - len(run.tokens) : begin] = run.tokens
         numbers[self.index, START] = self._starts
-        numbers[self.index, END] = self._starts + [len(run.tokens) for run in runs]
+        numbers[self.index, END] = self._starts + lengths
         numbers[self.index, BEHIND] = [-1 if run.behind is None else before[run.behind] for run in runs]
 
     def go_on(self, numbers: Numbers) -> None:

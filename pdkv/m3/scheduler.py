@@ -197,9 +197,10 @@ class Scheduler:
             and not self._settings.speculative_tokens
             and all(sequence.decodes_plainly for sequence in sequences)
         )
-        starts = np.array([run.start for run in runs], dtype=np.int64)
-        # A run's token is the last of start + 1, and it chooses one more.
-        num_left = min(s.most_tokens - run.start - 2 for s, run in zip(sequences, runs, strict=True)) if is_plain else 0
+        starts, num_left = np.array([run.start for run in runs], dtype=np.int64), 0
+        if is_plain:  # a run's token is the last of start + 1, and it chooses one more
+            ends = np.array([sequence.most_tokens for sequence in sequences], dtype=np.int64)
+            num_left = int((ends - starts).min()) - 2
         ids = [run.id for run in runs]
         self._under_way.append(_UnderWay(sequences, is_plain, self._num_changes, ids, starts, num_left))
 
