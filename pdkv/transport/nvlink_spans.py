@@ -48,10 +48,10 @@ def cut(spans: GpuSpans, piece_bytes: int) -> GpuSpans:
     )
 
 
-def growing_parts(count: int, first: int, most: int) -> Iterator[slice]:
-    """``count`` things in parts of ``first``, then eight times as many, up to ``most``: the GPU soon has something to
-    do, and each part is laid out while it does the one before."""
+def growing_parts(count: int, first: int, times: int, most: int) -> Iterator[slice]:
+    """``count`` things in parts of ``first``, then ``times`` as many each, up to ``most``: the GPU soon has something
+    to do, and each part is laid out while it does the one before."""
     begin, size = 0, first
     while begin < count:
         yield slice(begin, min(begin + size, count))
-        begin, size = begin + size, min(8 * size, most)
+        begin, size = begin + size, min(times * size, most)
