@@ -22,7 +22,8 @@ def room_on(settings: WorkerSettings, model: M3Model) -> GpuRoom | None:
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(model.device)
     reserve = _FIXED_RESERVE + chunk_on(settings, model) * activation_bytes(model.config, model.dtype.itemsize)
-    reserve += settings.max_model_len * gathered_bytes(model.config, model.dtype.itemsize)
+    if model.dtype == torch.float32:
+        reserve += settings.max_model_len * gathered_bytes(model.config, model.dtype.itemsize)
     ours = int(total * settings.gpu_memory_utilization) - torch.cuda.memory_reserved(model.device)
     return GpuRoom(min(ours, free) - reserve, reserve, total, free, settings.gpu_memory_utilization)
 
@@ -48,6 +49,6 @@ def activation_bytes(config: M3Config, itemsize: int) -> int:
 
 
 def gathered_bytes(config: M3Config, itemsize: int) -> int:
-    """What one token of context takes where a dense layer's K and V are put together: both, and one on its way there,
-    widened to float32 and scaled."""
+    """What one token of context takes where a dense layer's K and V are put together, as its prefill in float32 does:
+    both, and one on its way there, widened and scaled."""
     return config.num_kv_heads * config.head_dim * (2 * itemsize + 2 * 4)
