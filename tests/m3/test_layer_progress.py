@@ -1,5 +1,6 @@
 """Layers that are told of before their step ends: what is told is written, and nothing is told of other steps."""
 
+import queue
 import threading
 from itertools import pairwise
 from pathlib import Path
@@ -136,3 +137,50 @@ def test_layers_that_are_told_of_are_in_the_pages_of_every_rank(
         for rank, state in enumerate(seen):
             for key, value in ranks[rank].state(groups).items():
                 assert torch.equal(value.view(torch.uint8), state[key].view(torch.uint8)), (groups, rank, key)
+
+
+class Kernels:
+    """What stands for a GPU's event where there is none: it has happened when the test says so."""
+
+    def __init__(self, *, blocking: bool) -> None:
+        assert blocking, "a wait that spins would take a core"
+        self.ended = threading.Event()
+        self.error = ""
+        recorded.append(self)
+
+    def record(self, stream: object) -> None:
+        assert stream == "the step's stream"
+
+    def synchronize(self) -> None:
+        assert self.ended.wait(30)
+        if self.error:
+            raise RuntimeError(self.error)
+
+
+recorded: list[Kernels] = []
+
+
+def test_on_a_gpu_nothing_is_told_before_its_kernels_have_ended_and_nobody_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", Kernels)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: "the step's stream")
+    recorded.clear()
+    told: queue.SimpleQueue[tuple[RequestId, int, int]] = queue.SimpleQueue()
+    progress = LayerProgress((0, 3, 5), 6, torch.device("cuda", 0), lambda *what: told.put(what))
+    stored = progress.of([run_of(ONE, 300, is_last=True)])
+    assert stored is not None
+    for layer in range(6):
+        stored(layer + 1)  # returns, although no kernel has ended
+    assert len(recorded) == 3
+    assert told.empty()
+    recorded[1].ended.set()  # out of order, as no stream would: still the first is waited for
+    recorded[0].ended.set()
+    assert [told.get(timeout=30) for _ in range(2)] == [(ONE, 400, 1), (ONE, 400, 2)]
+    recorded[2].error = "an illegal memory access"
+    recorded[2].ended.set()
+    again = progress.of([run_of(TWO, 300, is_last=True)])
+    assert again is not None
+    again(3)
+    recorded[3].ended.set()
+    assert told.get(timeout=30) == (TWO, 400, 1), "of the failed kernels nothing is told"
