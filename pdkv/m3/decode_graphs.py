@@ -70,6 +70,8 @@ class _Side:
         self.rows: Numbers = self.numbers.numpy()
         self.table_rows: Numbers = self.tables.numpy()
         self.told_rows: np.ndarray[tuple[int, int], np.dtype[np.float64]] = self.told.numpy()
+        self.numbers_of = {batch: self.numbers[:batch] for batch in shapes.batch_sizes}
+        self.told_of = {n: self.told[:n] for n in {b * q for b in shapes.batch_sizes for q in shapes.query_lens}}
         self.ended = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
         self.is_in_use = False
 
@@ -118,6 +120,7 @@ class DecodeGraphs:
         self._sides = (_Side(shapes, model.device), _Side(shapes, model.device))
         self._rows = DecodeRows(most)
         self._numbers = torch.zeros(most, TOKENS + longest, dtype=torch.int32, device=model.device)
+        self._numbers_of = {batch: self._numbers[:batch] for batch in shapes.batch_sizes}
         self._tables = torch.zeros(most, shapes.max_blocks, dtype=torch.int32, device=model.device)
         self._last = torch.zeros(most, dtype=torch.int64, device=model.device)
         """What the latest step chose behind each sequence's last token."""
@@ -159,7 +162,7 @@ class DecodeGraphs:
         batch = next(n for n in self._shapes.batch_sizes if n >= count)
         if count < batch:
             side.rows[count:batch] = _EMPTY[: side.rows.shape[1]]
-        self._numbers[:batch].copy_(side.numbers[:batch], non_blocking=True)
+        self._numbers_of[batch].copy_(side.numbers_of[batch], non_blocking=True)
         for row, pages in self._rows.new_pages(step):
             side.table_rows[row, : len(pages)] = pages
             self._tables[row, : len(pages)].copy_(side.tables[row, : len(pages)], non_blocking=True)
@@ -174,7 +177,7 @@ class DecodeGraphs:
             graph.replay()
         else:
             step = self._compute(batch, query_len)
-        side.told[: step.told.shape[0]].copy_(step.told, non_blocking=True)
+        side.told_of[batch * query_len].copy_(step.told, non_blocking=True)
         if side.ended is not None:
             side.ended.record(torch.cuda.current_stream(self._model.device))
         return step

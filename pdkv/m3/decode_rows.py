@@ -28,7 +28,8 @@ class DecodeRows:
         """The row of each run of the latest step."""
         self.index: np.ndarray[tuple[int], np.dtype[np.int64]] = np.zeros(0, dtype=np.int64)
         """The same."""
-        self._starts: np.ndarray[tuple[int], np.dtype[np.int32]] = np.zeros(0, dtype=np.int32)
+        self._lines: Numbers = np.zeros((0, TOKENS), dtype=np.int32)
+        """What each run was told, but its tokens."""
         self._pages: list[Pages] = [() for _ in range(most)]
 
     def enter(self, runs: Sequence[Run], numbers: Numbers, query_len: int) -> None:
@@ -38,7 +39,6 @@ class DecodeRows:
         """
         before = self.places
         self._place(runs)
-        self._starts = np.array([run.start for run in runs], dtype=np.int32)
         lengths = [len(run.tokens) for run in runs]
         begin = TOKENS + query_len
         if min(lengths) == query_len:
@@ -46,16 +46,17 @@ class DecodeRows:
         else:
             for row, run in zip(self.places, runs, strict=True):
                 numbers[row, begin - len(run.tokens) : begin] = run.tokens
-        numbers[self.index, START] = self._starts
-        numbers[self.index, END] = self._starts + lengths
-        numbers[self.index, BEHIND] = [-1 if run.behind is None else before[run.behind] for run in runs]
+        self._lines = np.empty((len(runs), TOKENS), dtype=np.int32)
+        self._lines[:, START] = [run.start for run in runs]
+        self._lines[:, END] = self._lines[:, START] + lengths
+        self._lines[:, BEHIND] = [-1 if run.behind is None else before[run.behind] for run in runs]
+        numbers[self.index, :TOKENS] = self._lines
 
     def go_on(self, numbers: Numbers) -> None:
         """Write what the step behind the latest is told, which takes each one's token from there."""
-        self._starts += 1
-        numbers[self.index, START] = self._starts
-        numbers[self.index, END] = self._starts + 1
-        numbers[self.index, BEHIND] = self.index
+        self._lines[:, :BEHIND] += 1
+        self._lines[:, BEHIND] = self.index
+        numbers[self.index, :TOKENS] = self._lines
 
     def new_pages(self, step: Sequence[Run] | Onward) -> list[tuple[int, Pages]]:
         """Rows whose page table is another than it was, and what it is now. Asked once a step, after the others."""

@@ -183,7 +183,7 @@ class Scheduler:
         """Nobody has come or gone, and nobody will before the step has ended."""
         starts = first.starts + 1
         new_pages = []
-        for place in np.flatnonzero(starts % self._bounds.block_size == 0).tolist():
+        for place in (starts % self._bounds.block_size == 0).nonzero()[0].tolist():
             pages = first.sequences[place].pages_up_to(int(starts[place]) + 1)
             self._check_writable(pages[-1:])
             new_pages.append((place, pages))
@@ -241,7 +241,7 @@ class Scheduler:
 
     def _go_on(self, step: _UnderWay, choices: GreedyChoices) -> list[EngineEvent]:
         """What ``_accept`` does, for tokens none of which is a request's last: with next to nothing for each."""
-        for place in np.flatnonzero((step.starts + 1) % self._bounds.block_size == 0).tolist():
+        for place in ((step.starts + 1) % self._bounds.block_size == 0).nonzero()[0].tolist():
             self._keep(step.sequences[place])
         for sequence, token in zip(step.sequences, choices.tokens, strict=True):
             sequence.tokens.append(token)
