@@ -20,25 +20,22 @@ _TRITON_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.f
 _SCORE_BYTES = 160 << 20
 """Most that scores take at one time, whatever the chunk and the context."""
 _ROW_MULTIPLE = 64
+_LANES = 32
+"""Parts of columns that one warp selects from; on wider warps the rest of it repeats them."""
 
 
 @dataclass(frozen=True)
 class ScoreTuning:
     """What was measured best; scores do not depend on it, selection is exact whatever it is."""
 
-    tile_rows: int = 128
+    tile_rows: int | None = None
     """Query rows times heads of a tile."""
     warps: int = 4
     stages: int = 2
     programs: int = 264
     """So many run at a time; contexts are split where tiles alone do not fill them."""
-    registers: int | None = None
-    """Bound for each thread; NVIDIA only."""
-    columns: int = 32
-    """Rows times heads whose blocks one program selects."""
-    select_splits: int = 1
-    """Parts of a column that are gone through at the same time; columns times these: 32 a warp."""
-    select_warps: int = 1
+    select_splits: int | None = None
+    """Into how many parts the blocks of a row and head are cut that threads go through at the same time."""
 
 
 DEFAULT_TUNING = ScoreTuning()
@@ -87,7 +84,8 @@ def score_blocks(
     _, heads, dim = index_q.shape
     num_seqs = queries.context_lens.numel()
     heads_padded = triton.next_power_of_2(heads)
-    tile_queries = max(1, tuning.tile_rows // heads_padded, 16 // heads_padded)
+    tile_rows = tuning.tile_rows or _tile_rows((rows[1] - rows[0]) * heads, index_q.dtype)
+    tile_queries = max(1, tile_rows // heads_padded, 16 // heads_padded)
     tiles = most_tiles(rows[1] - rows[0], num_seqs, tile_queries)
     splits = min(_fewest_splits(tiles, tuning.programs), max(1, scores.shape[0] // 4))
     code, k = fp8_code(index_k, beside=index_q.dtype)
@@ -95,16 +93,19 @@ def score_blocks(
     q_code, q = (PLAIN, index_q) if code == PLAIN else fp8_code(index_q)
     assert q_code in (PLAIN, code), "fp8 queries need keys of the same format"
     meets = _TRITON_TYPES.get(index_q.dtype, tl.float16)
-    nvidia = index_q.is_cuda and torch.version.hip is None
-    bound = {"maxnreg": tuning.registers} if nvidia and tuning.registers else {}
     _score_blocks[(tiles, splits)](
         q, k, scores, queries.query_starts, queries.context_lens, queries.page_table,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), queries.page_table.stride(0), scores.stride(0),
         num_seqs, *rows,
         CODE=code, Q_CODE=q_code, TYPE=meets, STAGES=tuning.stages,
         HEADS=heads, HEADS_P=heads_padded, DIM=dim, BLOCK=BLOCK, QUERIES=tile_queries,
-        PORTABLE=triton.knobs.runtime.interpret, num_warps=tuning.warps, num_stages=tuning.stages, **bound,
+        PORTABLE=triton.knobs.runtime.interpret, num_warps=tuning.warps, num_stages=tuning.stages,
     )  # fmt: skip
+
+
+def _tile_rows(columns: int, dtype: torch.dtype) -> int:
+    """Small tiles of fp8 overlap better, but only where there are many of them."""
+    return 64 if dtype.itemsize == 1 and columns >= 64 * 1024 else 128
 
 
 def _fewest_splits(tiles: int, programs: int) -> int:
@@ -132,12 +133,13 @@ def select_blocks(
     heads = out.shape[1]
     topk, init_blocks, local_blocks = choice
     columns = (rows[1] - rows[0]) * heads
-    _select_blocks[(triton.cdiv(columns, tuning.columns),)](
+    # With few columns there would be too few warps to hide what each of them waits for.
+    splits = tuning.select_splits or max(1, min(8, triton.next_power_of_2(1 + 16383 // columns)))
+    _select_blocks[(triton.cdiv(columns, _LANES // splits),)](
         scores, out, queries.query_starts, queries.context_lens, scores.stride(0), out.stride(0), out.stride(1),
         queries.context_lens.numel(), *rows, init_blocks, local_blocks,
-        HEADS=heads, TOPK=topk, TOPK_P=triton.next_power_of_2(topk), BLOCK=BLOCK, COLUMNS=tuning.columns,
-        SPLITS=tuning.select_splits,
-        num_warps=tuning.select_warps,
+        HEADS=heads, TOPK=topk, TOPK_P=triton.next_power_of_2(topk), BLOCK=BLOCK,
+        COLUMNS=_LANES // splits, SPLITS=splits, num_warps=1,
     )  # fmt: skip
 
 

@@ -6,7 +6,6 @@ import triton.language as tl
 from torch import Tensor
 
 from pdkv_kernels.kv_store_ref import HeadNorms, PackedHeads, Queries, TokenRows
-from pdkv_kernels.launch import chained, launch_options
 from pdkv_kernels.paged import BLOCK, LayerPages
 from pdkv_kernels.rms_norm import inverse_root
 from pdkv_kernels.rounding import (
@@ -20,8 +19,7 @@ from pdkv_kernels.rounding import (
     token_scale,
 )
 
-_VECTORS = 16
-"""Heads times rows that a program takes."""
+_MANY_ROWS = 2048
 _WARPS = 4
 _TRITON_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -61,10 +59,9 @@ def kv_store(
     assert norms.k.stride(0) == norms.q.stride(0) == 1
     rotary_half = rows.cos.shape[1]
     others = triton.next_power_of_2(total - heads.q)
-    vectors = max(_VECTORS, others)
+    vectors = max(32 if num_rows >= _MANY_ROWS else 16, others)  # heads times rows of a program
     q_programs = triton.cdiv(num_rows * heads.q, vectors)
     other_programs = triton.cdiv(num_rows, vectors // others)
-    early = chained(packed.device)
     _kv_store[(other_programs + q_programs,)](
         packed, norms.q, norms.k, norms.index_q if index_k is not None else norms.q,
         norms.index_k if index_k is not None else norms.q, rows.slots, rows.cos, rows.sin,
@@ -78,8 +75,7 @@ def kv_store(
         HALF=rotary_half, HALF_P=triton.next_power_of_2(rotary_half), PARTS=triton.cdiv(dim, rotary_half),
         KV_FORM=kv_form, KV_TYPE=_type(k), KV_MAX=MAX[kv_form], INDEX_FORM=index_form, INDEX_TYPE=_type(index_pages),
         INDEX_Q_FORM=index_q_form, INDEX_Q_TYPE=_type(index_q), Q_FORM=q_form, Q_TYPE=_type(q),
-        BLOCK=BLOCK, VECTORS=vectors, PORTABLE=portable(packed.device), EARLY=early,
-        **launch_options(early, _WARPS, 1), enable_fp_fusion=False,
+        BLOCK=BLOCK, VECTORS=vectors, PORTABLE=portable(packed.device), num_warps=_WARPS, enable_fp_fusion=False,
     )  # fmt: skip
     return out
 
@@ -146,12 +142,8 @@ def _kv_store(
     KV_FORM: tl.constexpr, KV_TYPE: tl.constexpr, KV_MAX: tl.constexpr, INDEX_FORM: tl.constexpr,
     INDEX_TYPE: tl.constexpr, INDEX_Q_FORM: tl.constexpr, INDEX_Q_TYPE: tl.constexpr, Q_FORM: tl.constexpr,
     Q_TYPE: tl.constexpr, BLOCK: tl.constexpr, VECTORS: tl.constexpr, PORTABLE: tl.constexpr,
-    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Some vectors: heads of q, or, in the first programs, all other heads of some rows."""
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     nth = tl.arange(0, VECTORS)
     column = tl.arange(0, HALF_P)
     if tl.program_id(0) >= other_programs:

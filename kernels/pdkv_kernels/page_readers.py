@@ -47,6 +47,7 @@ class PageReaders:
     loose_count: Tensor  # int32 [num_rows, heads]
     key_count: Tensor  # int32 [num_windows * heads * num_pages], loose readers
     key_limit: Tensor  # int32, the same shape: keys that the farthest-seeing of them sees
+    key_hidden: Tensor  # int32, the same shape: keys that one of them does not see; 0: all see it to the end
     key_start: Tensor  # int32, the same shape: where its readers begin
     reader_slot: Tensor  # int32 [num_choices], grouped by key
     reader_limit: Tensor  # int32 [num_choices]
@@ -73,8 +74,9 @@ def page_readers(blocks: Tensor, queries: RaggedQueries, num_pages: int, shape: 
     def ints(*size: int) -> Tensor:
         return torch.empty(size, dtype=torch.int32, device=device)
 
-    counters = torch.zeros(2 * num_keys + 2 * num_windows, dtype=torch.int32, device=device)
-    key_count, key_limit, reader_count, item_count = counters.split([num_keys, num_keys, num_windows, num_windows])
+    sizes = [num_keys, num_keys, num_keys, num_windows, num_windows]
+    counters = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
+    key_count, key_limit, key_hidden, reader_count, item_count = counters.split(sizes)
     made = PageReaders(
         shared_count=ints(num_tiles, heads),
         shared_page=ints(num_tiles, heads, capacity),
@@ -84,6 +86,7 @@ def page_readers(blocks: Tensor, queries: RaggedQueries, num_pages: int, shape: 
         loose_count=ints(num_rows, heads),
         key_count=key_count,
         key_limit=key_limit,
+        key_hidden=key_hidden,
         key_start=ints(num_keys),
         reader_slot=ints(num_windows * window_choices),
         reader_limit=ints(num_windows * window_choices),
@@ -95,7 +98,7 @@ def page_readers(blocks: Tensor, queries: RaggedQueries, num_pages: int, shape: 
     _sort_choices[(num_tiles, heads)](
         blocks, queries.query_starts, queries.context_lens, queries.page_table,
         made.shared_count, made.whole_count, made.shared_page, made.shared_limit, made.shared_reach, made.loose_count,
-        key_count, key_limit,
+        key_count, key_limit, key_hidden,
         choice_key, choice_rank, choice_slot, choice_limit,
         num_rows, queries.context_lens.numel(), queries.page_table.stride(0), num_pages, capacity,
         HEADS=heads, TOPK=topk, TOPK_P=triton.next_power_of_2(topk), ROWS=shape.rows, SHARE_FROM=shape.share_from,
@@ -142,7 +145,7 @@ def _pages(block_at, wanted, seq, position, page_table, table_stride, num_seqs, 
 @triton.jit(do_not_specialize=["num_rows", "num_seqs", "num_pages"])
 def _sort_choices(
     blocks, query_starts, context_lens, page_table,
-    shared_count, whole_count, shared_page, shared_limit, shared_reach, loose_count, key_count, key_limit,
+    shared_count, whole_count, shared_page, shared_limit, shared_reach, loose_count, key_count, key_limit, key_hidden,
     choice_key, choice_rank, choice_slot, choice_limit,
     num_rows, num_seqs, table_stride, num_pages, capacity,
     HEADS: tl.constexpr, TOPK: tl.constexpr, TOPK_P: tl.constexpr, ROWS: tl.constexpr, SHARE_FROM: tl.constexpr,
@@ -202,6 +205,7 @@ def _sort_choices(
     key = (window * HEADS + head) * num_pages + page
     rank = tl.atomic_add(key_count + key, 1, mask=loose)
     tl.atomic_max(key_limit + key, limit, mask=loose)
+    tl.atomic_max(key_hidden + key, BLOCK - limit, mask=loose & (limit < BLOCK))
     loose_by_row = tl.reshape(loose.to(tl.int32), [ROWS, TOPK_P])
     nth_loose = tl.reshape(tl.cumsum(loose_by_row, axis=1) - 1, [CHOICES])
     written = (row < num_rows) & (place < TOPK)

@@ -14,6 +14,7 @@ from pdkv_kernels.sparse_attention_prefill import PrefillTuning, measured_tuning
 _TRITON_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _LOG2_E = 1.4426950408889634
 _WIDE = PrefillTuning(tile_keys=128, tile_registers=None)
+_WIDE_FP8 = PrefillTuning(tile_rows=64, tile_warps=4, tile_keys=128, tile_registers=None)
 """Best on an H200 where every page is shared by all rows; float32 tiles would not fit."""
 
 
@@ -29,7 +30,9 @@ def paged_attention_prefill(
 
     Rows behind the last sequence's are not written.
     """
-    tuning = tuning or (measured_tuning(kv) if q.dtype == torch.float32 else _WIDE)
+    if tuning is None and q.dtype != torch.float32:
+        tuning = _WIDE if kv.k.dtype.itemsize > 1 else _WIDE_FP8
+    tuning = tuning or measured_tuning(kv)
     num_rows, num_heads, dim = q.shape
     kv_heads = kv.k.shape[1]
     share = num_heads // kv_heads

@@ -5,7 +5,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pdkv_kernels.launch import chained, launch_options
 from pdkv_kernels.rounding import round_once
 
 _TRITON_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -34,12 +33,10 @@ def _launch(x: Tensor, more: Tensor | None, weight: Tensor, eps: float) -> tuple
     if num_rows == 0:
         return total, normed
     part = min(_PART, triton.next_power_of_2(dim))
-    early = chained(x.device)
     _rms_norm[(num_rows,)](
         x, x if more is None else more, weight, total, normed, x.stride(0), 0 if more is None else more.stride(0),
         DIM=dim, PART=part, PARTS=triton.cdiv(dim, part), EPS=eps, ADDS=more is not None, TYPE=_TRITON_TYPES[x.dtype],
-        PORTABLE=triton.knobs.runtime.interpret, EARLY=early, **launch_options(early, 8 if part == _PART else 2, 1),
-        enable_fp_fusion=False,
+        PORTABLE=triton.knobs.runtime.interpret, num_warps=8 if part == _PART else 2, enable_fp_fusion=False,
     )  # fmt: skip
     return total, normed
 
@@ -58,11 +55,8 @@ def inverse_root(x):
 def _rms_norm(
     x, more, weight, total, normed, x_row, more_row,
     DIM: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, EPS: tl.constexpr, ADDS: tl.constexpr,
-    TYPE: tl.constexpr, PORTABLE: tl.constexpr, EARLY: tl.constexpr,
+    TYPE: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, PART)
     kept: tl.tuple = ()

@@ -59,13 +59,14 @@ def divided(parts, scale, PARTS: tl.constexpr, PORTABLE: tl.constexpr):
         divisor = scale * lift
         inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), divisor)
         divisor, inverse, lift = -divisor[:, None], inverse[:, None], lift[:, None]
-        whole = (scale == 1.0)[:, None]  # infinity too stays what it is
+        whole = (scale == 1.0)[:, None]
         for nth in tl.static_range(PARTS):
             x = parts[nth] * lift
             quotient = x * inverse
             quotient = tl.fma(tl.fma(quotient, divisor, x), inverse, quotient)
             quotient = tl.fma(tl.fma(quotient, divisor, x), inverse, quotient)
-            quotients = quotients + (tl.where(whole, x, quotient),)
+            # Corrections would lose the sign of zero, and infinity.
+            quotients = quotients + (tl.where(whole | (x == 0.0), x, quotient),)
     return quotients
 
 

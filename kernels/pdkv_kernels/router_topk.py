@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from pdkv_kernels.swigluoai import sigmoid
 
-_FUSED_FROM = 1024
+_FUSED_FROM = 6144
 """Rows from which product and choice are one kernel; with fewer, too few programs would share the product."""
 _ROWS_CHOSEN = 4
 _TILE_ROWS = 64

@@ -1,11 +1,11 @@
 """Causal attention of many query rows to selected blocks: pages are loaded for all rows that chose them.
 
 Two passes. Loose readers of a page (``page_readers``) attend to it page by page; what each gets from one page alone
-goes to a workspace with the log of its softmax sum. Then tiles of neighbouring rows attend to the pages they share
-under a running softmax, take in the partial results, and write each output once.
+goes to a workspace with its softmax sum. Then tiles of neighbouring rows attend to the pages they share under a running
+softmax, take in the partial results, and write each output once.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -32,6 +32,8 @@ class PrefillTuning:
     page_warps: int = 4
     page_stages: int = 1
     page_programs: int = 264
+    page_ahead: bool = False
+    """Rows of q are loaded a turn ahead, and partial results are left as sums, not divided."""
     readers_per_item: int = 128
     tile_rows: int = 128
     """Rows times q heads of a tile that attends to its shared pages."""
@@ -46,7 +48,7 @@ class PrefillTuning:
     """e4m3 keys: multiply them natively by q in two fp8 parts, instead of widening them."""
 
 
-_PLAIN = PrefillTuning()
+_PLAIN = PrefillTuning(page_ahead=True)
 _UNSCALED_FP8 = PrefillTuning(tile_rows=64, tile_warps=4, tile_registers=168)
 _SCALED_FP8 = PrefillTuning(tile_keys=128, tile_registers=None)
 
@@ -54,7 +56,7 @@ _SCALED_FP8 = PrefillTuning(tile_keys=128, tile_registers=None)
 def measured_tuning(kv: PagedKv) -> PrefillTuning:
     """Best on an H200 for pages of this kind."""
     if kv.k.dtype.itemsize > 1:
-        return _PLAIN
+        return _PLAIN if kv.k.dtype == torch.bfloat16 else PrefillTuning()
     return _UNSCALED_FP8 if kv.k_scale is None else _SCALED_FP8
 
 
@@ -91,8 +93,11 @@ def sparse_attention_prefill(
     readers = page_readers(blocks, queries, kv.k.shape[0], shape)
     slots = window_rows * kv_heads * topk
     part = torch.empty(slots, share, dim, dtype=q.dtype, device=q.device)
-    part_lse = torch.empty(slots, share, dtype=torch.float32, device=q.device)
-    pass_ = _Pass(q, kv, readers, scale, part, part_lse, topk, shape, tuning)
+    part_top = torch.empty(slots, share, dtype=torch.float32, device=q.device)
+    if q.dtype == torch.float16:  # sums of many values might be beyond it, their means are not
+        tuning = replace(tuning, page_ahead=False)
+    part_total = torch.empty_like(part_top) if tuning.page_ahead else part_top
+    pass_ = _Pass(q, kv, readers, scale, (part, part_top, part_total), topk, shape, tuning)
     for window in range(triton.cdiv(num_rows, window_rows)):
         if shape.share_from > 1:
             pass_.attend_pages(window)
@@ -109,17 +114,17 @@ class _Pass:
     """Launches of one call. Owns nothing: all tensors are the caller's or the call's."""
 
     def __init__(
-        self, q: Tensor, kv: PagedKv, readers: PageReaders, scale: float, part: Tensor, part_lse: Tensor, topk: int,
-        shape: TileShape, tuning: PrefillTuning,
+        self, q: Tensor, kv: PagedKv, readers: PageReaders, scale: float, parts: tuple[Tensor, Tensor, Tensor],
+        topk: int, shape: TileShape, tuning: PrefillTuning,
     ) -> None:  # fmt: skip  # noqa: PLR0913
-        self._q, self._kv, self._readers, self._part, self._part_lse = q, kv, readers, part, part_lse
+        self._q, self._kv, self._readers, self._parts = q, kv, readers, parts
         self._topk, self._shape, self._tuning = topk, shape, tuning
         self._scale = scale * _LOG2_E
         code, k = fp8_code(kv.k)
         _, v = fp8_code(kv.v)
         scaled = kv.k_scale is not None
-        k_scale = kv.k_scale if kv.k_scale is not None else self._part_lse  # never read where there are none
-        v_scale = kv.v_scale if kv.v_scale is not None else self._part_lse
+        k_scale = kv.k_scale if kv.k_scale is not None else parts[1]  # never read where there are none
+        v_scale = kv.v_scale if kv.v_scale is not None else parts[1]
         scale_strides = k_scale.stride() if scaled else (0, 0, 0)
         assert v_scale.stride() == k_scale.stride()
         self._pages = (
@@ -140,6 +145,7 @@ class _Pass:
             "SHARE_P": padded_share(share),
             "DIM": q.shape[2],
             "BLOCK": BLOCK,
+            "AHEAD": tuning.page_ahead,
         }
 
     def attend_pages(self, window: int) -> None:
@@ -149,8 +155,8 @@ class _Pass:
         programs = min(tuning.page_programs, most_items)
         tile = max(16, self._constants["SHARE_P"], tuning.page_rows)
         _attend_pages[(programs,)](
-            self._q, *self._pages, self._part, self._part_lse,
-            r.item_count, r.item_key, r.item_first, r.key_count, r.key_limit, r.key_start,
+            self._q, *self._pages, *self._parts,
+            r.item_count, r.item_key, r.item_first, r.key_count, r.key_limit, r.key_hidden, r.key_start,
             r.reader_slot, r.reader_limit,
             self._q.stride(0), self._q.stride(1), self._kv.k.shape[0], window, most_items,
             self._shape.window_rows, self._scale,
@@ -168,7 +174,7 @@ class _Pass:
         nvidia = self._q.is_cuda and torch.version.hip is None
         bound = {"maxnreg": tuning.tile_registers} if nvidia and tuning.tile_registers else {}
         _attend_tiles[(tiles, self._kv.k.shape[1])](
-            self._q, *self._pages, self._part, self._part_lse, *out,
+            self._q, *self._pages, *self._parts, *out,
             r.shared_count, r.whole_count, r.shared_page, r.shared_limit, r.shared_reach, r.loose_count,
             self._q.stride(0), self._q.stride(1), out[0].stride(0), out[0].stride(1), out[1].stride(0),
             out[1].stride(1), num_rows, first_tile, r.shared_page.shape[2], self._shape.window_rows, self._scale,
@@ -181,14 +187,19 @@ class _Pass:
 def _attend_pages(
     q, k, v, k_scale, v_scale,
     k_page, k_head, k_token, v_page, v_head, v_token, s_page, s_head, s_token,
-    part, part_lse, item_count, item_key, item_first, key_count, key_limit, key_start, reader_slot, reader_limit,
+    part, part_top, part_total, item_count, item_key, item_first, key_count, key_limit, key_hidden, key_start,
+    reader_slot, reader_limit,
     q_row, q_head, num_pages, window, most_items, window_rows, scale,
     READERS_PER_ITEM: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
     CODE: tl.constexpr, SCALED: tl.constexpr, QTYPE: tl.constexpr, VTYPE: tl.constexpr,
     HEADS: tl.constexpr, TOPK: tl.constexpr, SHARE: tl.constexpr, SHARE_P: tl.constexpr, DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """Item after item: one page stays, its readers pass by, each with all q heads of the page's kv head."""
+    """Item after item: one page stays, its readers pass by, each with all q heads of the page's kv head.
+
+    What a reader gets: with AHEAD, sums that count from the logit in ``part_top``; else their quotients and the log of
+    the softmax sum.
+    """
     READERS: tl.constexpr = ROWS // SHARE_P
     m = tl.arange(0, ROWS)
     n = tl.arange(0, BLOCK)
@@ -216,44 +227,78 @@ def _attend_pages(
         if SCALED:
             s_at = page * s_page + head * s_head
             column, weight = load_scales(k_scale, v_scale, s_at, s_token, tl.load(key_limit + key), BLOCK)
-            column = column * scale
+            if not AHEAD:
+                column = column * scale
             top_weight = tl.maximum(tl.max(tl.abs(weight), axis=0), 1e-37)
             weight = weight / top_weight
         reader = m // SHARE_P
         asks = (reader < count) & (in_head < SHARE)
         slot = tl.load(reader_slot + base + reader, mask=asks, other=0)
-        for begin in range(0, count, READERS):
-            limit = tl.load(reader_limit + base + begin + reader, mask=asks, other=0)
-            row = (slot // (HEADS * TOPK)).to(tl.int64)
-            q_at = q + row * q_row + (head * SHARE + in_head).to(tl.int64) * q_head
+        if AHEAD:
+            in_q = (head * SHARE + in_head).to(tl.int64) * q_head
+            q_at = q + (slot // (HEADS * TOPK)).to(tl.int64) * q_row + in_q
             q_tile = tl.load(q_at[:, None] + d[None, :], mask=asks[:, None], other=0.0)
-            logits = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * column[None, :]
-            logits = tl.where(n[None, :] < limit[:, None], logits, -float("inf"))
-            top = tl.max(logits, axis=1)
-            p = tl.exp2(logits - tl.where(top == -float("inf"), 0.0, top)[:, None])
-            total = tl.sum(p, axis=1)
-            if SCALED:
-                p = p * weight[None, :]
-            acc = tl.dot(p.to(VTYPE), v_tile, input_precision="ieee")
-            acc = acc * (top_weight / tl.where(total > 0.0, total, 1.0))[:, None]
-            place = (slot - first_slot).to(tl.int64) * SHARE + in_head
-            now = asks
-            asks = (begin + READERS + reader < count) & (in_head < SHARE)
-            slot = tl.load(reader_slot + base + begin + READERS + reader, mask=asks, other=0)
-            tl.store(part + place[:, None] * DIM + d[None, :], acc.to(QTYPE), mask=now[:, None])
-            tl.store(part_lse + place, top + tl.log2(tl.where(total > 0.0, total, 1.0)), mask=now)
+            partly = tl.load(key_hidden + key) > 0
+            asks_next = (READERS + reader < count) & (in_head < SHARE)
+            slot_next = tl.load(reader_slot + base + READERS + reader, mask=asks_next, other=0)
+            for begin in range(0, count, READERS):
+                logits = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+                # The next readers' rows travel while these attend.
+                q_at = q + (slot_next // (HEADS * TOPK)).to(tl.int64) * q_row + in_q
+                q_tile = tl.load(q_at[:, None] + d[None, :], mask=asks_next[:, None], other=0.0)
+                if SCALED:
+                    logits = logits * column[None, :]
+                if partly:
+                    limit = tl.load(reader_limit + base + begin + reader, mask=asks, other=0)
+                    logits = tl.where(n[None, :] < limit[:, None], logits, -float("inf"))
+                top = tl.maximum(tl.max(logits, axis=1), -1e30) * scale  # finite, so that differences are never NaN
+                p = tl.exp2(logits * scale - top[:, None])
+                total = tl.sum(p, axis=1)
+                if SCALED:
+                    p = p * weight[None, :]
+                acc = tl.dot(p.to(VTYPE), v_tile, input_precision="ieee")
+                place = (slot - first_slot).to(tl.int64) * SHARE + in_head
+                now = asks
+                asks, slot = asks_next, slot_next
+                asks_next = (begin + 2 * READERS + reader < count) & (in_head < SHARE)
+                slot_next = tl.load(reader_slot + base + begin + 2 * READERS + reader, mask=asks_next, other=0)
+                tl.store(part + place[:, None] * DIM + d[None, :], acc.to(QTYPE), mask=now[:, None])
+                tl.store(part_top + place, top + tl.log2(top_weight), mask=now)
+                tl.store(part_total + place, total / top_weight, mask=now)
+        else:
+            for begin in range(0, count, READERS):
+                limit = tl.load(reader_limit + base + begin + reader, mask=asks, other=0)
+                row = (slot // (HEADS * TOPK)).to(tl.int64)
+                q_at = q + row * q_row + (head * SHARE + in_head).to(tl.int64) * q_head
+                q_tile = tl.load(q_at[:, None] + d[None, :], mask=asks[:, None], other=0.0)
+                logits = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * column[None, :]
+                logits = tl.where(n[None, :] < limit[:, None], logits, -float("inf"))
+                top = tl.max(logits, axis=1)
+                p = tl.exp2(logits - tl.where(top == -float("inf"), 0.0, top)[:, None])
+                total = tl.sum(p, axis=1)
+                if SCALED:
+                    p = p * weight[None, :]
+                acc = tl.dot(p.to(VTYPE), v_tile, input_precision="ieee")
+                acc = acc * (top_weight / tl.where(total > 0.0, total, 1.0))[:, None]
+                place = (slot - first_slot).to(tl.int64) * SHARE + in_head
+                now = asks
+                asks = (begin + READERS + reader < count) & (in_head < SHARE)
+                slot = tl.load(reader_slot + base + begin + READERS + reader, mask=asks, other=0)
+                tl.store(part + place[:, None] * DIM + d[None, :], acc.to(QTYPE), mask=now[:, None])
+                tl.store(part_top + place, top + tl.log2(tl.where(total > 0.0, total, 1.0)), mask=now)
 
 
 @triton.jit(do_not_specialize=["num_rows", "first_tile", "window_rows"])
 def _attend_tiles(
     q, k, v, k_scale, v_scale,
     k_page, k_head, k_token, v_page, v_head, v_token, s_page, s_head, s_token,
-    part, part_lse, out, out_lse, shared_count, whole_count, shared_page, shared_limit, shared_reach, loose_count,
+    part, part_top, part_total, out, out_lse,
+    shared_count, whole_count, shared_page, shared_limit, shared_reach, loose_count,
     q_row, q_head, o_row, o_head, lse_row, lse_head, num_rows, first_tile, capacity, window_rows, scale,
     SPLIT_Q: tl.constexpr, TILE_ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
     CODE: tl.constexpr, SCALED: tl.constexpr, QTYPE: tl.constexpr, VTYPE: tl.constexpr,
     HEADS: tl.constexpr, TOPK: tl.constexpr, SHARE: tl.constexpr, SHARE_P: tl.constexpr, DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows and one kv head: shared pages first, then partial results of its loose choices."""
     ROWS: tl.constexpr = TILE_ROWS * SHARE_P
@@ -313,11 +358,14 @@ def _attend_tiles(
     for nth in tl.range(0, tl.max(loose, axis=0), num_stages=STAGES):
         mine = nth < loose
         place = (slot + nth) * SHARE + in_head
-        lse = tl.load(part_lse + place, mask=mine, other=-1e30)
+        part_at = tl.load(part_top + place, mask=mine, other=-1e30)
         got = tl.load(part + place[:, None] * DIM + d[None, :], mask=mine[:, None], other=0.0).to(tl.float32)
-        new_top = tl.maximum(top, lse)
-        fade, share = tl.exp2(top - new_top), tl.where(mine, tl.exp2(lse - new_top), 0.0)
-        total = total * fade + share
+        new_top = tl.maximum(top, part_at)
+        fade, share = tl.exp2(top - new_top), tl.where(mine, tl.exp2(part_at - new_top), 0.0)
+        if AHEAD:
+            total = total * fade + tl.load(part_total + place, mask=mine, other=0.0) * share
+        else:
+            total = total * fade + share
         acc = acc * fade[:, None] + got * share[:, None]
         top = new_top
     acc = acc / tl.where(total > 0.0, total, 1.0)[:, None]

@@ -5,7 +5,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pdkv_kernels.launch import chained, launch_options
 from pdkv_kernels.rounding import round_once
 
 _TRITON_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -24,11 +23,9 @@ def swigluoai(gate_up: Tensor, alpha: float, limit: float, beta: float) -> Tenso
     if out.numel() == 0:
         return out
     columns = min(_COLUMNS, triton.next_power_of_2(size))
-    early = chained(gate_up.device)
     _swigluoai[(num_rows, triton.cdiv(size, columns))](
         gate_up, out, gate_up.stride(0), size, alpha, limit, beta,
-        COLUMNS=columns, TYPE=_TRITON_TYPES[gate_up.dtype], PORTABLE=triton.knobs.runtime.interpret,
-        EARLY=early, **launch_options(early, 4, 1),
+        COLUMNS=columns, TYPE=_TRITON_TYPES[gate_up.dtype], PORTABLE=triton.knobs.runtime.interpret, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -43,11 +40,8 @@ def sigmoid(x):
 @triton.jit
 def _swigluoai(
     gate_up, out, row_stride, size, alpha, limit, beta,
-    COLUMNS: tl.constexpr, TYPE: tl.constexpr, PORTABLE: tl.constexpr, EARLY: tl.constexpr,
+    COLUMNS: tl.constexpr, TYPE: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     there = column < size

@@ -17,7 +17,7 @@ CUDA = [on("cuda", torch.bfloat16), on("cuda", torch.float8_e4m3fn)]
 SOFT = [on("cpu", torch.float8_e4m3fn), on("cpu", torch.float8_e4m3fnuz), on("cpu", torch.float8_e5m2)]
 HARD = [on("cuda", torch.float8_e4m3fnuz), on("cuda", torch.float8_e5m2)]
 
-SMALL = ScoreTuning(tile_rows=32, programs=4, columns=64, select_splits=2)
+SMALL = ScoreTuning(tile_rows=32, programs=4, select_splits=2)
 FEW = [(700, 3), (0, 1), (130, 30), (127, 1), (500, 0), (128, 1), (255, 4)]
 LONG = [(0, 1), (0, 129), (127, 2), (2047, 3), (2048, 1), (500, 0), (4095, 70), (10_000, 300), (131_072 - 64, 64)]
 DIM = {"cpu": 16, "cuda": 128}

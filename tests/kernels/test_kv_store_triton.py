@@ -82,6 +82,7 @@ def make_rows(device: str, heads: PackedHeads, dim: int, dtype: torch.dtype) -> 
     weights = (
         [torch.randn(dim) for _ in range(4)] if heads.index_q else [torch.randn(dim), torch.randn(dim), None, None]
     )
+    weights[1][[2, dim - 1]] = -1.0  # a gain of zero: zeros of both signs
     slots = torch.randperm(PAGES * BLOCK)[:num_rows]
     slots[[1, 6]] = -1
     rows = TokenRows(slots, *rope_table_ref(torch.arange(num_rows) * 3571, dim // 2, 5e6))

@@ -55,12 +55,13 @@ def check(case: PrefillCase, blocks: Tensor, tuning: PrefillTuning | None = None
 
 @pytest.mark.parametrize(("device", "dtype"), [CPU, *CUDA])
 @pytest.mark.parametrize("share_from", [1, 3, 9], ids=["all-shared", "some-shared", "all-loose"])
-def test_equals_the_reference(device: str, dtype: torch.dtype, share_from: int):
+@pytest.mark.parametrize("ahead", [True, False], ids=["ahead", "in-turn"])
+def test_equals_the_reference(device: str, dtype: torch.dtype, share_from: int, ahead: bool):
     case = make_prefill(device, dtype, FEW if device == "cpu" else LONG, heads=HEADS[device], dim=DIM[device])
     topk = 3 if device == "cpu" else 16
     blocks = choices(case.queries, HEADS[device][1], topk, window=4, own=1)
     tuning = SMALL if device == "cpu" else measured_tuning(case.kv)
-    check(case, blocks, replace(tuning, share_from=share_from))
+    check(case, blocks, replace(tuning, share_from=share_from, page_ahead=ahead))
 
 
 @pytest.mark.parametrize(("device", "dtype"), [*SOFT, *CUDA, *HARD])
