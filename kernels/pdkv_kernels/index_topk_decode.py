@@ -3,11 +3,7 @@
 Two launches. The scan gives every program some blocks of one sequence; all query rows and index heads of the sequence
 share each tile of keys, and what is kept of a block is one integer for each of them, which orders as the score does.
 The selection has one program for each row and head. Among groups of blocks, the best 16 blocks lie in those 16 groups
-whose best blocks are best: so it ranks groups, then parts of the winners, and so on down to blocks. A rank is a count
-of what is better, so nothing is sorted.
-
-Where launches may overlap, a scan's programs start as those of the scan in front of them end, and ask the second-level
-cache for their first tiles meanwhile. That is a hint: what they read before their turn decides nothing else.
+whose best blocks are best: so it ranks groups first, and then the members of the winners.
 """
 
 from dataclasses import dataclass
@@ -30,8 +26,8 @@ _INIT = tl.constexpr(0x7FFFFFFF)
 
 MOST_BLOCKS_AT_ONCE = 4096
 """Blocks that the selection ranks in one go; with more, it goes on from the best so far."""
-_EAGER_KEYS = 1 << 18
-"""With at most so many keys in all, the selection reads them while it waits for the sequences' lengths."""
+_GROUP = 8
+"""Blocks of a group. 16 and 32 were slower on an H200 wherever it mattered."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +47,6 @@ class ScanPlan:
     num_warps: int
     num_stages: int
     ahead: int = 0  # pages that a program looks up at once; 0: each in its turn
-    early_tiles: int = 0  # tiles that a program asks the cache for before its turn
-    columns: int = 1  # of a product, at least; Triton takes Hopper's larger matrix instructions from 16 on
 
 
 class IndexWorkspace:
@@ -125,22 +119,21 @@ def index_topk_decode_into(
         keys.stride(0),
         batch.page_table.stride(0),
         batch.page_table.shape[1],
-        key_data.shape[0],
         HEADS=heads,
-        HEAD_TILE=max(triton.next_power_of_2(heads), plan.columns // triton.next_power_of_2(batch.query_len)),
+        HEAD_TILE=triton.next_power_of_2(heads),
         QUERY_TILE=triton.next_power_of_2(batch.query_len),
         DIM=dim,
         TOKENS=BLOCK,
         KEY_CODE=key_code,
         QUERY_CODE=query_code,
         AHEAD=plan.ahead,
-        EARLY_TILES=plan.early_tiles if _in_sixteens(key_data) else 0,
         EARLY=early,
         **launch_options(early, plan.num_warps, plan.num_stages),
     )
+    chunk = min(max(triton.next_power_of_2(keys.shape[1]), 64), MOST_BLOCKS_AT_ONCE)
     places = max(triton.next_power_of_2(rule.topk), 2)
-    width = 4 * places
-    chunk = max(min(triton.next_power_of_2(keys.shape[1]), MOST_BLOCKS_AT_ONCE), width)
+    chunk = max(chunk, places)
+    group = _GROUP if chunk >= max(256, places * _GROUP) else 1
     _select_kernel[(num_rows, heads)](
         keys,
         out,
@@ -154,41 +147,27 @@ def index_topk_decode_into(
         TOKENS=BLOCK,
         TOPK=rule.topk,
         PLACES=places,
-        WIDTH=width,
-        CHUNK=chunk,
-        LEVELS=_levels(chunk // width),
-        ONCE=chunk >= keys.shape[1],
-        EAGER=num_rows * heads * chunk <= _EAGER_KEYS,
+        GROUPS=chunk // group,
+        GROUP=group,
         EARLY=early,
-        **launch_options(early, 4, 1),
+        **launch_options(early, 4 if chunk <= 2048 else 8, 1),
     )
 
 
-def _in_sixteens(keys: Tensor) -> bool:
-    """Whether every token's key begins and ends at a multiple of 16 bytes, as requests to the cache must."""
-    numbers = (keys.data_ptr(), *(n * keys.element_size() for n in (*keys.stride()[:2], keys.shape[2])))
-    return not any(n % 16 for n in numbers)
-
-
-def _levels(size: int) -> int:
-    """How often groups of ``size`` blocks must be quartered until four times the places hold what is left."""
-    levels = 0
-    while size > 4:
-        size, levels = size // 4, levels + 1
-    return levels
-
-
 def scan_plan(num_seqs: int, key_bytes: int) -> ScanPlan:
-    """Splits, warps and stages for this many sequences and bytes of a key's element.
+    """Splits, warps and stages for this many sequences and bytes of a key's element, measured on an H200.
 
-    About four programs on each of an H200's multiprocessors were best; fewer for one sequence of fp8 keys, whose
-    programs would end before they have well begun.
+    About four programs on each of its multiprocessors were best. One sequence is short work: its programs fill the
+    multiprocessors exactly, each with three tiles in flight.
     """
-    splits = 1 << (max(2, 512 // num_seqs).bit_length() - 1)
-    return ScanPlan(min(splits, 256) if key_bytes == 1 else splits, 4, 3)
+    if num_seqs == 1:
+        return ScanPlan(528 if key_bytes == 1 else 264, 4, 4, ahead=16)
+    if num_seqs > 128 and key_bytes == 1:
+        return ScanPlan(max(2, 768 // num_seqs), 4, 3)
+    return ScanPlan(1 << (max(2, 512 // num_seqs).bit_length() - 1), 4, 3)
 
 
-@triton.jit(do_not_specialize=["splits", "query_len", "init_blocks", "local_blocks", "max_blocks", "num_pages"])
+@triton.jit(do_not_specialize=["splits", "query_len", "init_blocks", "local_blocks", "max_blocks"])
 def _scan_kernel(
     q_ptr,  # [num_rows, heads, DIM]
     k_ptr,  # [num_pages, TOKENS, DIM]
@@ -206,7 +185,6 @@ def _scan_kernel(
     keys_stride,
     table_stride,
     max_blocks,
-    num_pages,
     HEADS: tl.constexpr,
     HEAD_TILE: tl.constexpr,
     QUERY_TILE: tl.constexpr,
@@ -215,7 +193,6 @@ def _scan_kernel(
     KEY_CODE: tl.constexpr,
     QUERY_CODE: tl.constexpr,
     AHEAD: tl.constexpr,
-    EARLY_TILES: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     seq = tl.program_id(0)
@@ -224,31 +201,25 @@ def _scan_kernel(
     head = column // QUERY_TILE
     row = column % QUERY_TILE
     real = (head < HEADS) & (row < query_len)
-    token = tl.arange(0, TOKENS)
-    dims = tl.arange(0, DIM)
-    table_row = page_table_ptr + seq.to(tl.int64) * table_stride
     if EARLY:
-        if EARLY_TILES > 0:
-            for nth in tl.static_range(EARLY_TILES):
-                block = split + nth * splits
-                soon = _page_before_the_wait(table_row, seq_lens_ptr + seq, block, max_blocks, num_pages, TOKENS)
-                tile_at = k_ptr + soon.to(tl.int64) * k_page_stride + token * k_token_stride
-                _ask_for(tile_at, token >= tl.where(soon < 0, TOKENS, 0), DIM)
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     seq_len = tl.load(seq_lens_ptr + seq)
     num_blocks = (seq_len + TOKENS - 1) // TOKENS
+    token = tl.arange(0, TOKENS)
+    table_row = page_table_ptr + seq.to(tl.int64) * table_stride
     visible = tl.maximum(seq_len - query_len + row + 1, 0)  # [columns], keys that the column sees
     visible_blocks = (visible + TOKENS - 1) // TOKENS
+    dims = tl.arange(0, DIM)
     flat_row = (seq * query_len + row).to(tl.int64)
     q_at = q_ptr + flat_row[:, None] * q_row_stride + head[:, None] * q_head_stride + dims[None, :]
     q = tl.trans(half_of_bits(tl.load(q_at, mask=real[:, None], other=0.0), QUERY_CODE))  # [DIM, columns]
     keys_at = keys_ptr + (flat_row * HEADS + head) * keys_stride
-    k_at = k_ptr + token[:, None] * k_token_stride + dims[None, :]
+    k_offsets = token[:, None] * k_token_stride + dims[None, :]
     if AHEAD == 0:
         for block in tl.range(split, num_blocks, splits):
             page = tl.load(table_row + block).to(tl.int64)
-            k = half_of_bits(tl.load(k_at + page * k_page_stride), KEY_CODE)  # [TOKENS, DIM]
+            k = half_of_bits(tl.load(k_ptr + page * k_page_stride + k_offsets), KEY_CODE)  # [TOKENS, DIM]
             key = _block_keys(k, q, block, visible, visible_blocks, init_blocks, local_blocks, TOKENS)
             tl.store(keys_at + block, key, mask=real & (block < visible_blocks))
     else:
@@ -259,31 +230,9 @@ def _scan_kernel(
             for step in tl.range(0, tl.minimum(AHEAD, (num_blocks - begin + splits - 1) // splits)):
                 block = begin + step * splits
                 page = tl.sum(tl.where(nth == step, pages, 0), axis=0).to(tl.int64)
-                k = half_of_bits(tl.load(k_at + page * k_page_stride), KEY_CODE)  # [TOKENS, DIM]
+                k = half_of_bits(tl.load(k_ptr + page * k_page_stride + k_offsets), KEY_CODE)  # [TOKENS, DIM]
                 key = _block_keys(k, q, block, visible, visible_blocks, init_blocks, local_blocks, TOKENS)
                 tl.store(keys_at + block, key, mask=real & (block < visible_blocks))
-
-
-@triton.jit
-def _page_before_the_wait(table_row, seq_len_ptr, block, max_blocks, num_pages, TOKENS: tl.constexpr):
-    """The block's page, or -1: perhaps an old one, but a page that there is. It must decide nothing but a hint."""
-    num_blocks = (tl.load(seq_len_ptr, cache_modifier=".cg") + TOKENS - 1) // TOKENS
-    live = block < tl.minimum(num_blocks, max_blocks)
-    page = tl.load(table_row + block, mask=live, other=-1, cache_modifier=".cg")
-    return tl.where(page < num_pages, page, -1)
-
-
-@triton.jit
-def _ask_for(at, wanted, COUNT: tl.constexpr):
-    """Have the second-level cache fetch COUNT elements from each address that is wanted: a multiple of 16 bytes."""
-    tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $3; mov.u32 $0, 0; }",
-        "=r,l,r,r",
-        [at.to(tl.int64), wanted.to(tl.int32), COUNT * at.dtype.element_ty.primitive_bitwidth // 8],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @triton.jit
@@ -315,30 +264,26 @@ def _select_kernel(
     TOKENS: tl.constexpr,
     TOPK: tl.constexpr,
     PLACES: tl.constexpr,  # TOPK rounded up to a power of two
-    WIDTH: tl.constexpr,  # four times PLACES: groups that are ranked at once
-    CHUNK: tl.constexpr,  # blocks that are ranked in one go
-    LEVELS: tl.constexpr,
-    ONCE: tl.constexpr,  # CHUNK blocks are all
-    EAGER: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     row = tl.program_id(0)
     head = tl.program_id(1)
     seq = row // query_len
     if EARLY:
-        # Nothing comes before the wait, so successors may start, and wait in their turn, whenever there is room.
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     visible = tl.load(seq_lens_ptr + seq) - query_len + row % query_len + 1
     num_blocks = (tl.maximum(visible, 0) + TOKENS - 1) // TOKENS
     keys_at = keys_ptr + (row.to(tl.int64) * HEADS + head) * keys_stride
-    limit = keys_stride.to(tl.int32) if EAGER else num_blocks
-    best = _best_of_chunk(keys_at, 0, limit, num_blocks, PLACES, WIDTH, CHUNK, LEVELS)
-    if not ONCE:
-        for begin in tl.range(CHUNK, num_blocks, CHUNK):
-            found = _best_of_chunk(keys_at, begin, num_blocks, num_blocks, PLACES, WIDTH, CHUNK, LEVELS)
-            both = tl.reshape(tl.join(best, found), (2 * PLACES,))
-            best = _winners(both, both, PLACES)
+    best = tl.full((PLACES,), -0x8000000000000000, tl.int64)
+    for begin in tl.range(0, num_blocks, GROUPS * GROUP):
+        found = _best_of_chunk(keys_at, begin, num_blocks, PLACES, GROUPS, GROUP)
+        if begin == 0:
+            best = found
+        else:
+            best = tl.topk(tl.reshape(tl.join(best, found), (2 * PLACES,)), PLACES)
     # A key holds the ordered score above and the complement of the block below.
     block = 0x7FFFFFFF - (best & 0x7FFFFFFF).to(tl.int32)
     place = tl.arange(0, PLACES)
@@ -348,52 +293,23 @@ def _select_kernel(
 
 
 @triton.jit
-def _best_of_chunk(
-    keys_at,
-    begin,
-    limit,  # keys from here on are not read
-    num_blocks,
-    PLACES: tl.constexpr,
-    WIDTH: tl.constexpr,
-    CHUNK: tl.constexpr,
-    LEVELS: tl.constexpr,
-):
-    """The best PLACES keys of CHUNK blocks from ``begin`` on, best first: int64 [PLACES]."""
-    SIZE: tl.constexpr = CHUNK // WIDTH  # of a group, at first
-    starts = begin + tl.arange(0, WIDTH) * SIZE
-    best = _leaders(keys_at, starts, limit, num_blocks, SIZE)
-    if SIZE > 1:
-        starts = _winners(best, starts, PLACES)
-        for level in tl.static_range(LEVELS):
-            starts = _parts(starts, 4, SIZE >> (2 * level + 2))
-            parts = _leaders(keys_at, starts, limit, num_blocks, SIZE >> (2 * level + 2))
-            starts = _winners(parts, starts, PLACES)
-        LAST: tl.constexpr = SIZE >> (2 * LEVELS)
-        best = _leaders(keys_at, _parts(starts, LAST, 1), limit, num_blocks, 1)
-    return _winners(best, best, PLACES)
+def _best_of_chunk(keys_at, begin, num_blocks, PLACES: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr):
+    """The best PLACES keys of GROUPS * GROUP blocks from ``begin`` on, best first: int64 [PLACES]."""
+    group = tl.arange(0, GROUPS)
+    if GROUP == 1:
+        return tl.topk(_wide_keys(keys_at, begin + group, num_blocks), PLACES)
+    member = tl.arange(0, GROUP)
+    blocks = begin + group[:, None] * GROUP + member[None, :]
+    keys = _wide_keys(keys_at, blocks, num_blocks)  # [GROUPS, GROUP]
+    leaders = tl.topk(tl.max(keys, axis=1), PLACES)  # best block of each of the best groups
+    winners = (0x7FFFFFFF - (leaders & 0x7FFFFFFF).to(tl.int32) - begin) // GROUP
+    blocks = begin + winners[:, None] * GROUP + member[None, :]
+    candidates = _wide_keys(keys_at, blocks, num_blocks)  # [PLACES, GROUP]
+    return tl.topk(tl.reshape(candidates, (PLACES * GROUP,)), PLACES)
 
 
 @triton.jit
-def _parts(starts, COUNT: tl.constexpr, SIZE: tl.constexpr):
-    """First blocks of the COUNT parts, of SIZE blocks each, of groups: int32 [COUNT * len(starts)]."""
-    return tl.reshape(starts[:, None] + tl.arange(0, COUNT)[None, :] * SIZE, (COUNT * starts.shape[0],))
-
-
-@triton.jit
-def _leaders(keys_at, starts, limit, num_blocks, SIZE: tl.constexpr):
-    """What orders groups of SIZE blocks as their best blocks are ordered: int64, no two the same.
-
-    Above is the best score of the group, below the complement of its first block, so that low ids win.
-    """
-    blocks = starts[:, None] + tl.arange(0, SIZE)[None, :]
-    scores = tl.load(keys_at + blocks, mask=blocks < limit, other=_HIDDEN)
-    scores = tl.max(tl.where(blocks < num_blocks, scores, _HIDDEN), axis=1)
-    return (scores.to(tl.int64) << 32) | (0x7FFFFFFF - starts).to(tl.int64)
-
-
-@triton.jit
-def _winners(keys, values, PLACES: tl.constexpr):
-    """The values that belong to the best PLACES keys, best first; no two keys are the same."""
-    rank = tl.sum((keys[:, None] > keys[None, :]).to(tl.int32), axis=0)
-    hit = rank[:, None] == tl.arange(0, PLACES)[None, :]
-    return tl.sum(tl.where(hit, values[:, None], 0), axis=0)
+def _wide_keys(keys_at, blocks, num_blocks):
+    """Keys that all differ: the ordered score above, and below it the complement of the block, so that low ids win."""
+    scores = tl.load(keys_at + blocks, mask=blocks < num_blocks, other=_HIDDEN)
+    return (scores.to(tl.int64) << 32) | (0x7FFFFFFF - blocks).to(tl.int64)

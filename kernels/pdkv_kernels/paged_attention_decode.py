@@ -15,6 +15,7 @@ from torch import Tensor
 from pdkv_kernels.decode_arguments import page_arguments, result_arguments
 from pdkv_kernels.decode_batch import DecodeBatch, uniform_batch
 from pdkv_kernels.decode_tile import attend_tile, finish, prepare_q
+from pdkv_kernels.fp8_bits import fp8_pairs
 from pdkv_kernels.launch import chained, launch_options
 from pdkv_kernels.paged import BLOCK, PagedKv, RaggedQueries
 from pdkv_kernels.softmax_merge import MergeWorkspace, merge_parts
@@ -104,9 +105,11 @@ def dense_plan(batch: DecodeBatch, q: Tensor, kv: PagedKv) -> DensePlan:
     """Splits, tile, warps and stages for these shapes."""
     groups = batch.num_seqs * kv.k.shape[1]
     target = max(1, min(MOST_SPLITS, batch.page_table.shape[1], 528 // groups))
+    splits = 1 << (target.bit_length() - 1)
     rows = batch.query_len * (q.shape[1] // kv.k.shape[1])
-    warps = 4 if rows <= 64 else 8
-    return DensePlan(1 << (target.bit_length() - 1), 64, warps, 3)
+    if fp8_pairs(kv.v)[0]:
+        return DensePlan(splits, 64, 2 if rows <= 16 else 4 if rows < 64 else 8, 3)
+    return DensePlan(splits, 64, 4 if rows <= 64 else 8, 3)
 
 
 @triton.jit(do_not_specialize=["query_len", "splits", "max_blocks"])
@@ -179,6 +182,7 @@ def _attend_kernel(
     q, unit = prepare_q(q, k_ptr.dtype.element_ty, CODE)
     unit = unit * scale
     V_DIM: tl.constexpr = DIM // 2 if PAIRS else DIM
+    ZERO: tl.constexpr = 0 if PAIRS else 0.0
     k_at = k_ptr + kv_head.to(tl.int64) * k_head_stride + token[:, None] * k_token_stride + dims[None, :]
     v_at = v_ptr + kv_head.to(tl.int64) * v_head_stride + token[:, None] * v_token_stride + tl.arange(0, V_DIM)[None, :]
     k_scale_at = k_scale_ptr + kv_head.to(tl.int64) * k_scale_head_stride + token
@@ -200,7 +204,7 @@ def _attend_kernel(
             page = tl.sum(tl.where(nth == step // PIECES, pages, 0), axis=0).to(tl.int64)
             mask = first + token < seq_len
             k = tl.load(k_at + page * k_page_stride + start * k_token_stride, mask=mask[:, None], other=0.0)
-            v = tl.load(v_at + page * v_page_stride + start * v_token_stride, mask=mask[:, None], other=0)
+            v = tl.load(v_at + page * v_page_stride + start * v_token_stride, mask=mask[:, None], other=ZERO)
             k_scale = tl.full((TILE,), 1.0, tl.float32)
             v_scale = k_scale
             if SCALED:

@@ -9,6 +9,10 @@ from torch import Tensor
 
 from pdkv_kernels.launch import chained, launch_options
 
+_MANY = 512
+"""From so many results on, what follows may start before the parts are there. Successors of fewer would crowd on the
+multiprocessors that are free at that time, which costs more than their launch."""
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -55,6 +59,7 @@ def merge_parts(out: Tensor, lse: Tensor, parts: Parts) -> None:
         SPLIT_TILE=triton.next_power_of_2(splits),
         DIM=dim,
         EARLY=early,
+        AT_ONCE=num_rows * num_heads >= _MANY,
         **launch_options(early, 1 if splits * dim <= 512 else 4, 1),
     )
 
@@ -79,14 +84,18 @@ def _merge_kernel(
     SPLIT_TILE: tl.constexpr,
     DIM: tl.constexpr,
     EARLY: tl.constexpr,
+    AT_ONCE: tl.constexpr,  # successors may start before the wait
 ):
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
     split = tl.arange(0, SPLIT_TILE)
     dims = tl.arange(0, DIM)
     if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
+        if AT_ONCE:
+            tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        if not AT_ONCE:
+            tl.extra.cuda.gdc_launch_dependents()
     parts_lse_at = parts_lse_ptr + row * parts_lse_row_stride + head * parts_lse_head_stride
     logs = tl.load(parts_lse_at + split * parts_lse_split_stride, mask=split < SPLITS, other=float("-inf"))
     parts_at = parts_ptr + row * parts_row_stride + head * parts_head_stride + dims[None, :]

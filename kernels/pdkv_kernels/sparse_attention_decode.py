@@ -190,6 +190,7 @@ def _attend_kernel(
     pages = tl.load(page_table_ptr + seq.to(tl.int64) * table_stride + blocks, mask=live, other=0)
     lefts = tl.where(live, visible - blocks * TOKENS, 0)  # [PLACE_TILE], visible tokens from the block's start on
     V_DIM: tl.constexpr = DIM // 2 if PAIRS else DIM
+    ZERO: tl.constexpr = 0 if PAIRS else 0.0
     k_at = k_ptr + kv_head.to(tl.int64) * k_head_stride + token[:, None] * k_token_stride + dims[None, :]
     v_at = v_ptr + kv_head.to(tl.int64) * v_head_stride + token[:, None] * v_token_stride + tl.arange(0, V_DIM)[None, :]
     k_scale_at = k_scale_ptr + kv_head.to(tl.int64) * k_scale_head_stride + token
@@ -207,7 +208,7 @@ def _attend_kernel(
         left = tl.sum(tl.where(this, lefts, 0), axis=0) - start
         mask = token < left
         k = tl.load(k_at + page * k_page_stride + start * k_token_stride, mask=mask[:, None], other=0.0)
-        v = tl.load(v_at + page * v_page_stride + start * v_token_stride, mask=mask[:, None], other=0)
+        v = tl.load(v_at + page * v_page_stride + start * v_token_stride, mask=mask[:, None], other=ZERO)
         k_scale = tl.full((TILE,), 1.0, tl.float32)
         v_scale = k_scale
         if SCALED:

@@ -88,7 +88,7 @@ def test_real_dimensions(device: str, dtype: torch.dtype, heads: int, query_len:
 
 
 @pytest.mark.parametrize(("device", "dtype"), ANY)
-@pytest.mark.parametrize("plan", [ScanPlan(3, 4, 3, ahead=2), ScanPlan(3, 4, 3, 4, 2), ScanPlan(2, 4, 2, columns=16)])
+@pytest.mark.parametrize("plan", [ScanPlan(3, 4, 3, ahead=2), ScanPlan(1, 4, 4, ahead=16)])
 def test_every_way_to_scan_chooses_the_same(device: str, dtype: torch.dtype, plan: ScanPlan):
     case = make_decode(device, dtype, [1500, 300, 0, 127], dim=32)
     rule = SelectionRule(4, 0, 1)
@@ -185,14 +185,14 @@ def test_ragged_queries_as_the_reference_takes_them(device: str, dtype: torch.dt
 
 
 @pytest.mark.parametrize(("device", "dtype"), ANY)
-@pytest.mark.parametrize("chunk", [64, 256])
+@pytest.mark.parametrize("chunk", [16, 256])
 def test_more_blocks_than_one_chunk_of_the_selection(
     device: str, dtype: torch.dtype, chunk: int, monkeypatch: pytest.MonkeyPatch
 ):
     """Nearly all blocks of the table share one page, so nearly all of them tie."""
     monkeypatch.setattr(index_topk_decode_module, "MOST_BLOCKS_AT_ONCE", chunk)
     case = make_decode(device, dtype, [BLOCK * 3], heads=(1, 1), dim=32)
-    blocks = 3 * chunk if chunk == 64 else chunk + 1
+    blocks = 3 * chunk if chunk == 16 else chunk + 1
     table = case.batch.page_table[:, :1].repeat(1, blocks)
     table[0, blocks - 7], table[0, 5] = case.batch.page_table[0, 1], case.batch.page_table[0, 2]
     lens = torch.tensor([blocks * BLOCK], dtype=torch.int32, device=device)

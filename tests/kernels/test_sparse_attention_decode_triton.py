@@ -69,7 +69,7 @@ def check(case: DecodeCase, blocks: Tensor, plan: AttendPlan | None = None) -> N
     close = close if exact else {"atol": 2e-2, "rtol": 2e-2}
     torch.testing.assert_close(out[keep].float(), expected, **close)
     torch.testing.assert_close(lse[keep], expected_lse, atol=close["atol"], rtol=close["rtol"])
-    if not exact:
+    if not exact and live:  # of no rows there is no mean
         assert (out[keep].float() - expected).abs().mean() < 2e-3
     assert (out[~keep] == 0).all()
     assert (lse[~keep] == -torch.inf).all()
@@ -112,6 +112,17 @@ def test_real_dimensions(device: str, dtype: torch.dtype, heads: tuple[int, int]
 def test_formats_that_the_hardware_has_not(device: str, dtype: torch.dtype):
     case = make_decode(device, dtype, [129, 640, 0], dim=32)
     check(case, pick(case, 3))
+
+
+@pytest.mark.parametrize(("device", "dtype"), [on("cpu", torch.float8_e4m3fn), on("cuda", torch.float8_e4m3fn)])
+def test_values_at_odd_addresses_cannot_be_read_in_pairs(device: str, dtype: torch.dtype):
+    case = make_decode(device, dtype, [300, 5], dim=32)
+    v = case.kv.v
+    memory = torch.empty(v.numel() + 1, dtype=torch.uint8, device=device)
+    odd = memory[1:].view(dtype).view(v.shape)
+    odd.view(torch.uint8).copy_(v.contiguous().view(torch.uint8))
+    blocks = pick(case, 3)
+    check(replace(case, kv=replace(case.kv, v=odd)), blocks)
 
 
 @pytest.mark.parametrize(("device", "dtype"), ANY)
