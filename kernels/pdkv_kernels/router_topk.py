@@ -13,6 +13,8 @@ _FUSED_FROM = 6144
 _ROWS_CHOSEN = 4
 _TILE_ROWS = 64
 _TILE_HIDDEN = 64
+_MOST_EXPERTS = 128
+"""Scores of one row that a tile holds in registers."""
 
 
 def router_topk(x: Tensor, weight: Tensor, bias: Tensor, k: int, scaling: float) -> tuple[Tensor, Tensor]:
@@ -28,7 +30,8 @@ def router_topk(x: Tensor, weight: Tensor, bias: Tensor, k: int, scaling: float)
     if num_rows == 0:
         return ids, shares
     padded = max(16, triton.next_power_of_2(experts))
-    if x.dtype == torch.bfloat16 and num_rows >= _FUSED_FROM and hidden % _TILE_HIDDEN == 0:
+    fits = hidden % _TILE_HIDDEN == 0 and padded <= _MOST_EXPERTS
+    if x.dtype == torch.bfloat16 and num_rows >= _FUSED_FROM and fits:
         _route[(triton.cdiv(num_rows, _TILE_ROWS),)](
             x, weight, bias, ids, shares, num_rows, hidden, x.stride(0), weight.stride(0), scaling,
             EXPERTS=experts, EXPERTS_P=padded, K=k, ROWS=_TILE_ROWS, STEP=_TILE_HIDDEN, num_warps=8, num_stages=3,
