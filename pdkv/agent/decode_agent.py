@@ -122,7 +122,7 @@ class DecodeAgent(Agent[DecodeCommand]):
             self._channel.drop(f"addressed to incarnation {envelope.addressee:016x}")
             return
         if envelope.transfer == NO_TRANSFER or isinstance(body, OtherVersion):
-            self._links.on_message(received)
+            self._links.on_message(received, at)
         else:
             transfer = self._transfers.get(TransferId(envelope.transfer))
             if transfer is None or transfer.link.incarnation != envelope.sender:

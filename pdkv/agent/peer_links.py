@@ -2,6 +2,8 @@
 
 GREETING --Welcome--> CONNECTING (all ranks) --> WAITING (for its turn) --> PROBING --every byte right--> READY
     anything wrong, at any time: LOST, final; the next transfer to that worker makes a new link
+
+A P that is no more would leave its memory mapped here. So an idle link asks now and then whether P is still there.
 """
 
 import logging
@@ -22,6 +24,10 @@ from pdkv.wire.outbox import Outbox, ResendPolicy
 _LOG = logging.getLogger("pdkv.agent")
 HANDSHAKE_S = 10.0
 """A link that is not READY so long after its first Hello is LOST."""
+ASK_EVERY_S = 20.0
+"""A READY link that has heard nothing of its P for so long greets it again."""
+SILENCE_S = 65.0
+"""And is LOST when three such greetings were not answered."""
 _GREETING = ResendPolicy(first_s=0.03, factor=1.6, longest_s=0.5, horizon_s=HANDSHAKE_S)
 
 
@@ -57,6 +63,14 @@ class PeerLink:
         self.bytes_by_region: dict[str, int] = {}
         """Bytes of one page over all ranks, by region name."""
         self.probe_started = 0.0
+        self.heard = at
+        """When P last said anything that concerns the link."""
+        self.asked = at
+        """When P was last asked to."""
+
+    @property
+    def next_question(self) -> float:
+        return min(max(self.heard, self.asked) + ASK_EVERY_S, self.heard + SILENCE_S)
 
     def facts(self) -> PeerFacts:
         return PeerFacts(self.control, self.incarnation, self.state.value, self.path, self.probe_gbps, self.note)
@@ -86,17 +100,18 @@ class PeerLinks:
         if link is None:
             link = PeerLink(control, incarnation, self._route(control), at)
             self._links[control, incarnation] = link
-            hello = link.outbox.put(Hello(name=self._identity.name, ranks=self._identity.offers), at)
+            hello = link.outbox.put(self._hello(), at)
             self._send(link, hello.seq, hello.body)
         return link
 
-    def on_message(self, received: Received) -> None:
+    def on_message(self, received: Received, at: float) -> None:
         """A message between workers. Those of transfers are not for here."""
         body = received.body
         told_of = body.incarnation if isinstance(body, Gone) else received.envelope.sender
         link = next((k for k in self._links.values() if k.route == received.route and k.incarnation == told_of), None)
         if link is None:
             return
+        link.heard = at
         match body:
             case Welcome() if link.state is LinkState.GREETING:
                 self._on_welcome(link, body)
@@ -106,7 +121,7 @@ class PeerLinks:
                 told = f"prefill worker {link.control} speaks protocol {version}, this worker {PROTOCOL_VERSION}"
                 self.lose(link, HandshakeError(FailureCode.MANIFEST, told))
             case Gone():
-                told = f"prefill worker {link.control} was restarted"
+                told = f"prefill worker {link.control} has ended or was restarted"
                 self.lose(link, HandshakeError(FailureCode.PEER_LOST, told))
             case _:
                 pass
@@ -145,6 +160,7 @@ class PeerLinks:
     def on_time(self, at: float) -> None:
         for link in list(self._links.values()):
             if link.state is LinkState.READY:
+                self._ask_after(link, at)
                 continue
             if at >= link.deadline:
                 told = (
@@ -162,7 +178,9 @@ class PeerLinks:
     def next_wakeup(self) -> float | None:
         times = []
         for link in self._links.values():
-            if link.state is not LinkState.READY:
+            if link.state is LinkState.READY:
+                times.append(link.next_question)
+            else:
                 times += [link.deadline, link.outbox.next_due() or link.deadline]
         return min(times, default=None)
 
@@ -211,6 +229,18 @@ class PeerLinks:
         link.state = LinkState.CONNECTING
         link.number = self._ranks.connect(link.incarnation, welcome.ranks)
 
+    def _ask_after(self, link: PeerLink, at: float) -> None:
+        """Whether P is still there. It answers every greeting with a welcome, and one to an earlier life with Gone."""
+        if at >= link.heard + SILENCE_S:
+            told = f"prefill worker {link.control} has said nothing for {at - link.heard:.0f} s"
+            self.lose(link, HandshakeError(FailureCode.PEER_LOST, told))
+        elif at >= link.next_question:
+            link.asked = at
+            self._send(link, 0, self._hello())
+
+    def _hello(self) -> Hello:
+        return Hello(name=self._identity.name, ranks=self._identity.offers)
+
     def _start_probe(self, link: PeerLink, at: float) -> None:
         """Each rank reads P's two reserved pages crosswise into its own, exactly as its plan reads any page."""
         assert link.number is not None, "a link that waits is connected"
@@ -226,6 +256,7 @@ class PeerLinks:
         num_bytes = 2 * sum(link.bytes_by_region.values())
         link.probe_gbps = num_bytes / max(at - link.probe_started, 1e-9) / 1e9
         link.state = LinkState.READY
+        link.heard = link.asked = at
         self.meter.welcomed(at - link.started)
         self._changed.append(link)
         over = f"{link.path} ({link.note})" if link.note else link.path

@@ -150,6 +150,10 @@ class PrefillAgent(Agent[PrefillCommand]):
         for transfer_id, transfer in list(self._transfers.items()):
             failure = LocalFailure(FailureCode.SHUTDOWN, "prefill worker is shutting down")
             self._handle(transfer_id, transfer, failure, at)
+        ours = self._identity.incarnation
+        for peer in self._peers.values():  # none shall keep this life's memory mapped
+            envelope = make_envelope(ours, peer.incarnation, NO_TRANSFER, 0, self._identity.digest)
+            self._channel.send(peer.route, envelope, Gone(incarnation=ours))
 
     # ---- decode workers
 

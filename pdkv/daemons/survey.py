@@ -90,7 +90,7 @@ def _wait_until_settled(
         poller.register(transport.fileno(), zmq.POLLIN)
         poller.poll(20)
         for received in channel.receive():
-            links.on_message(received)
+            links.on_message(received, now())
         ranks.on_completions(transport.poll())
         while (answer := ranks.take()) is not None:
             if isinstance(answer, LinkConnected):

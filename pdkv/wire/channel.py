@@ -23,7 +23,7 @@ _IDENTITY = struct.Struct(">Q")
 _HARD_LIMIT_BYTES = 64 << 20
 """zmq cuts a connection that announces a larger frame; anything below is read, judged and counted here."""
 _RECEIVE_AT_ONCE = 256
-_CLOSING_LINGER_MS = 200
+_CLOSING_LINGER_MS = 1000
 """How long the last words of a worker that ends are tried to be delivered."""
 
 
