@@ -21,6 +21,8 @@ class JobGroup:
     async def next(self) -> tuple[int, JobEvent]:
         """The next event of any job; those of one job come in order."""
         assert self._num_running, "nothing comes after the last job's last message"
+        if not self._queue.empty():
+            await asyncio.sleep(0)  # get() would not wait, and a flood would keep the news that the client has gone out
         index, event = await self._queue.get()
         if isinstance(event, JobFinished | JobFailed):
             self._num_running -= 1

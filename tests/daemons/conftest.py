@@ -3,9 +3,11 @@
 import contextlib
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,11 +30,13 @@ class Daemon:
         )
         self.url = ""
         self.admin = ""
+        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._reading = threading.Thread(target=self._read, daemon=True)
+        self._reading.start()
 
     def wait_for_event(self, event: str) -> dict[str, object]:
-        assert self.process.stderr is not None
         seen = []
-        for line in self.process.stderr:
+        while line := self._lines.get():
             seen.append(line)
             with contextlib.suppress(ValueError):
                 record = json.loads(line)
@@ -45,8 +49,16 @@ class Daemon:
             self.process.send_signal(signal.SIGCONT)
             self.process.kill()
         self.process.wait()
+        self._reading.join(DEADLINE_S)
         assert self.process.stderr is not None
         self.process.stderr.close()
+
+    def _read(self) -> None:
+        """All of the log, lest the process wait for room in the pipe; an empty line is its end."""
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self._lines.put(line)
+        self._lines.put("")
 
 
 class Fleet:
