@@ -37,13 +37,13 @@ def spans_of(answer: httpx.Response, case: str) -> int:
 
 
 def test_a_prompt_read_at_once_is_one_span(three: Trio, link_chasing_model: Path, tmp_path: Path) -> None:
-    flags = ("--max-model-len", "8192", "--prefill-chunk", "3072", "--layer-groups", "1")
-    prompt = make_prompt(7, 3000)
+    flags = ("--max-model-len", "8192", "--prefill-chunk", "1536", "--layer-groups", "1")
+    prompt = make_prompt(7, 1500)
     with another_prefill(three.decode, link_chasing_model, tmp_path, *flags) as deployment:
         wait_until(three.decode.holds_nothing, "an unfragmented pool")
         answer = ask(deployment.router.url, prompt.token_ids, 2)
     assert token_ids(answer) == list(prompt.expected(2))
-    assert spans_of(answer, "3,000 tokens, computed in one chunk") == 1
+    assert spans_of(answer, "1,500 tokens, computed in one chunk") == 1
 
 
 def test_a_streamed_prompt_is_one_span_a_read_and_a_run_of_heads_in_layer_groups(long_answer: httpx.Response) -> None:

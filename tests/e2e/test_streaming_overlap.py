@@ -7,8 +7,8 @@ from tests.e2e.deployment import Trio, another_prefill, ask, token_ids, transfer
 
 
 def test_most_bytes_land_before_done_over_tcp(three: Trio, link_chasing_model: Path, tmp_path: Path) -> None:
-    prompt = make_prompt(31, 6000)
-    flags = ("--max-model-len", "8192", "--prefill-chunk", "512", "--ucx-tls", "tcp")
+    prompt = make_prompt(31, 3600)
+    flags = ("--max-model-len", "8192", "--prefill-chunk", "256", "--ucx-tls", "tcp")
     with another_prefill(three.decode, link_chasing_model, tmp_path, *flags) as deployment:
         answer = ask(deployment.router.url, prompt.token_ids, 8)
     assert token_ids(answer) == list(prompt.expected(8))
