@@ -101,8 +101,9 @@ def test_every_request_is_counted_where_it_went(fleet: Fleet, checkpoint: Path) 
     assert _ask(router, Script.FULL).status_code == 503
     with _hanging(router):
         wait_until(lambda: _value(_samples(router), "pdkv_requests_in_flight", role="router") == 1)
-        # D's first event may be here before P's answer, and a client that goes takes P's request along.
-        wait_until(lambda: not _value(_samples(prefill), "pdkv_requests_in_flight", role="prefill"))
+        # D's first event may be here before P's answer or its question, and a client that goes takes both along.
+        done = {"role": "prefill", "result": "ok", "code": "none"}
+        wait_until(lambda: _value(_samples(prefill), "pdkv_requests_total", **done) == 4)
     wait_until(lambda: _value(_samples(decode), "pdkv_requests_total", role="decode", result="cancelled", code="none"))
     for daemon, role in ((router, "router"), (decode, "decode"), (prefill, "prefill")):  # counted behind the answer
         wait_until(lambda d=daemon, r=role: not _value(_samples(d), "pdkv_requests_in_flight", role=r))
