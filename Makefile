@@ -34,11 +34,10 @@ demo: $(STAMP)  ## Move a 6,000-token prompt from a prefill to a decode worker a
 	$(BIN)/pdkv demo
 
 test: $(STAMP)  ## Run all tests (TESTS=tests/core for a part)
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder \
-		--ignore=tests/long $(TESTS)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(WORKERS) --ignore=tests/long $(TESTS)
 
 test-long: $(STAMP)  ## Run the tests that take minutes (LONG_TESTS=tests/long/test_chaos.py for a part)
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(LONG_TESTS)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(WORKERS) $(LONG_TESTS)
 
 eval: $(EVAL_STAMP)  ## Install lm-eval beside pdkv; where it is there, the tests run it against a deployment
 

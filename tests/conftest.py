@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 # Threads of torch that spin while they wait make a small model 20 times slower on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -16,13 +17,47 @@ if not torch.cuda.is_available():
     # any test module may be the first to do so.
     os.environ["TRITON_INTERPRET"] = "1"
 
-E2E = Path(__file__).parent / "e2e"
+TESTS = Path(__file__).parent
+SLOWEST = ("e2e", "verify", "daemons", "m3", "kernels", "agent", "bench")
+SHARING = {
+    "completions": "three",
+    "doctor": "three",
+    "link_chasing": "three",
+    "metrics": "three",
+    "reuse": "three",
+    "spans": "three",
+    "streaming_overlap": "three",
+    "lm_eval": "deployment",
+    "openai": "deployment",
+}
+"""End-to-end tests that use one deployment for all of them."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What shares fixtures runs in one process: each file, and all end-to-end tests, which take longest and so begin
-    first."""
-    for item in items:
-        is_e2e = E2E in item.path.parents
-        item.add_marker(pytest.mark.xdist_group("e2e" if is_e2e else str(item.path)))
-    items.sort(key=lambda item: E2E not in item.path.parents)
+    """Folders that take longest come first, lest one core end them alone."""
+    items.sort(key=_place)
+
+
+def _place(item: pytest.Item) -> int:
+    folder = item.path.relative_to(TESTS).parts[0]
+    return SLOWEST.index(folder) if folder in SLOWEST else len(SLOWEST)
+
+
+class ByFixture(LoadScopeScheduling):
+    """What shares fixtures runs in one process: a file, and files that share a deployment.
+
+    A scheduler of our own, since marks of pytest-xdist's groups have no effect with pytest 9.2: each test would go
+    wherever there is room, and every fixture that is shared would be made by every process.
+    """
+
+    def __init__(self, config: pytest.Config, log: object) -> None:
+        super().__init__(config, log)
+        config.option.loadscopereorder = False
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return SHARING.get(Path(file).stem.removeprefix("test_"), file) if "/e2e/" in file else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadScopeScheduling:
+    return ByFixture(config, log)
