@@ -62,7 +62,7 @@ fmt: $(STAMP)  ## Format the code and mend what the linter can
 install: $(STAMP)  ## Make .venv with pdkv in it (the others do it by themselves)
 
 clean:  ## Remove .venv and what was built
-	rm -rf $(VENV) $(EVAL_VENV) $(BENCH_VENV) build dist *.egg-info pdkv/transport/_ucp.c pdkv/transport/_pull.c pdkv/transport/_*.so
+	rm -rf $(VENV) $(EVAL_VENV) $(BENCH_VENV) build dist *.egg-info pdkv/transport/_ucp.c pdkv/transport/_pull.c pdkv/transport/_spans.c pdkv/transport/_*.so
 
 $(STAMP): pyproject.toml setup.py $(CONSTRAINTS) $(NATIVE)
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or newer found; install one or name it: make PYTHON=..." >&2; exit 1; }

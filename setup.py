@@ -59,6 +59,7 @@ setup(
                 ),
                 ("pull", "pull_device", "pull_host", "pull_internal", "pull_landing", "pull_outbox", "pull_wire"),
             ),
+            extension("_spans", ("spans",), ("spans",), "-O3"),
         ],
         language_level=3,
     ),

@@ -166,16 +166,13 @@ class CudaGpu:
         if code:
             self._told((self._cuda.CUresult(code),), "cuMemcpyBatchAsync")
 
-    def gather(self, spans: GpuSpans, table: SpanTable, blocks: int, stream: int) -> None:
+    def gather(self, table: SpanTable, count: int, together: int, blocks: int, stream: int) -> None:
         assert isinstance(table, CudaTable)
-        assert spans.count <= table.capacity, "whoever has the table has it large enough"
-        count = spans.count
-        for row, numbers in enumerate((spans.to, spans.source, spans.length)):
-            table.numbers[row * count : (row + 1) * count] = numbers
-        values = (table.device, count), (ctypes.c_void_p, ctypes.c_uint64)
+        assert count <= table.capacity, "whoever filled the table knows how large it is"
+        values = (table.device, count, together), (ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
         with self._current():
             self._told(self._cuda.cuMemcpyHtoDAsync(table.device, table.host, 24 * count, stream))
-            grid = min(blocks, -(-count // (_THREADS // 32)))
+            grid = min(blocks, -(-count // (together * _THREADS // 32)))
             self._told(self._cuda.cuLaunchKernel(self._kernel, grid, 1, 1, _THREADS, 1, 1, 0, stream, values, 0))
 
     def mark(self, stream: int) -> int:

@@ -3,7 +3,6 @@
 from typing import Protocol
 
 import msgspec
-import numpy as np
 
 from pdkv.schema import Int64Array
 
@@ -22,9 +21,6 @@ class GpuSpans(msgspec.Struct, frozen=True):
     def part(self, which: slice) -> "GpuSpans":
         return GpuSpans(self.to[which], self.source[which], self.length[which])
 
-    def where(self, chosen: "np.ndarray[tuple[int], np.dtype[np.bool_]]") -> "GpuSpans":
-        return GpuSpans(self.to[chosen], self.source[chosen], self.length[chosen])
-
 
 class Exported(msgspec.Struct, frozen=True, array_like=True):
     """What another process needs to map an allocation."""
@@ -38,6 +34,8 @@ class SpanTable(Protocol):
     """Room for spans, here and on the GPU, for one kernel at a time; used again when that has ended."""
 
     capacity: int
+    numbers: Int64Array
+    """[3 x capacity], three numbers a span: where to, where from, how many bytes. Page-locked."""
 
 
 class Gpu(Protocol):
@@ -74,8 +72,9 @@ class Gpu(Protocol):
     def copy(self, spans: GpuSpans, stream: int) -> None:
         """Put copies of whole spans on the stream, for the copy engines."""
 
-    def gather(self, spans: GpuSpans, table: SpanTable, blocks: int, stream: int) -> None:
-        """Put a kernel of so many thread blocks on the stream that copies the spans, each shorter than 2 GiB."""
+    def gather(self, table: SpanTable, count: int, together: int, blocks: int, stream: int) -> None:
+        """Put a kernel of at most so many thread blocks on the stream that copies the table's first ``count`` spans,
+        each shorter than 2 GiB. A warp takes ``together`` neighbours at a time."""
 
     def mark(self, stream: int) -> int:
         """An event behind all that is on the stream."""

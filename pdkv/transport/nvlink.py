@@ -17,22 +17,16 @@ from pdkv.errors import TransportError
 from pdkv.schema import Int64Array, LocalMemory, MemoryDescriptor, ReadBatch, TransportAddress
 from pdkv.transport.base import Completion, PeerId, ReadId, ReadStatus, Transport
 from pdkv.transport.cuda_gpu import CudaGpu
-from pdkv.transport.gpu import Exported, Gpu, GpuSpans, SpanTable
+from pdkv.transport.gpu import Exported, Gpu, SpanTable
 from pdkv.transport.nvlink_address import Home, Life, decode, encode, encode_key, hint, obstacle
-from pdkv.transport.nvlink_peer import ENDED, NvlinkPeer, Work
-from pdkv.transport.nvlink_spans import ROW_BYTES, growing_parts, split
-from pdkv.transport.ranges import fault_of
+from pdkv.transport.nvlink_peer import ENDED, NUM_STREAMS, NvlinkPeer, Work
+from pdkv.transport.nvlink_posting import PART_SPANS, Posting
+from pdkv.transport.nvlink_spans import ROW_BYTES, Seen, SpanBounds, check_extension
 
 log = logging.getLogger("pdkv.transport.nvlink")
 
-_PART_SPANS = 1 << 15
-"""Most that is put on a stream at a time: a table of so many is 768 KiB."""
-
-_FIRST_SPANS = 1 << 11
-"""Of the first part. Parts double: laying one out takes about as long as copying half of it."""
-
-_FIRST_ROWS = 32
-"""What the copy engines get first: the driver takes 1 us for each row, and begins when it has been told of all."""
+_READY_TABLES = 4
+"""Made when the first peer is connected; what a read needs beyond that is made then, and kept."""
 
 _NEVER = 1 << 62
 """Bytes that no span has: without batches of copies the kernel takes all."""
@@ -53,9 +47,11 @@ class NvlinkTransport(Transport):
         """``blocks``: most thread blocks of the kernel that gathers short spans. ``row_bytes``: from which length on a
         span goes to the copy engines. ``gpu_of``: opens the GPU that holds an address. CUDA is touched when the first
         memory is registered."""
+        check_extension()
         if not 0 < blocks <= _MOST_BLOCKS:
             raise TransportError(f"nvlink: {blocks} thread blocks are not between 1 and {_MOST_BLOCKS}")
-        self._blocks = blocks
+        self._blocks = max(1, blocks // NUM_STREAMS)
+        """Of one kernel; one a stream runs at a time."""
         self._row_bytes = row_bytes
         self._gpu_of = gpu_of
         self._gpu: Gpu | None = None
@@ -95,6 +91,8 @@ class NvlinkTransport(Transport):
         descriptor = MemoryDescriptor(address=memory.address, length=memory.length, key=key)
         self._memories.append(memory)
         self._descriptors.append(descriptor)
+        for peer in self._peers.values():
+            peer.bounds = None
         return descriptor
 
     def address(self) -> TransportAddress:
@@ -114,7 +112,7 @@ class NvlinkTransport(Transport):
         if why := obstacle(here, there) or self._gpu.refusal(there.gpu):
             raise TransportError(why)
         if not self._peers and not self._tables:  # now, so that the first read does not wait for the compiler
-            self._tables.append(self._gpu.make_table(_PART_SPANS))
+            self._tables += [self._gpu.make_table(PART_SPANS) for _ in range(_READY_TABLES)]
         number = PeerId(self._next_peer)
         peer = NvlinkPeer(self._gpu, Life(there), address.memories, self._finish)
         if peer.life.has_ended:
@@ -168,11 +166,11 @@ class NvlinkTransport(Transport):
             return read
         if not known.broken and known.life.has_ended:
             self._lose(known)
-        fault = fault_of(batch, known.memories, self._memories) or known.broken
-        if fault:
+        seen = self._look(known, batch)
+        if fault := seen.fault or known.broken:
             self._tell(Completion(read, ReadStatus.FAILED, fault))
         else:
-            known.add(self._post(known, read, batch))
+            known.add(self._post(known, read, batch, seen))
         return read
 
     def poll(self) -> list[Completion]:
@@ -216,38 +214,29 @@ class NvlinkTransport(Transport):
         self._unwatch(peer)
         peer.lose(ENDED)
 
-    def _post(self, peer: NvlinkPeer, read: ReadId, batch: ReadBatch) -> Work:
-        """Put a sound batch on the peer's streams."""
+    def _look(self, peer: NvlinkPeer, batch: ReadBatch) -> Seen:
         assert self._gpu is not None, "a peer is connected"
-        gpu, bases = self._gpu, np.array(peer.mapping.bases or (0,), dtype=np.int64)
-        tables: list[SpanTable] = []
-        streams: set[int] = set()
-        error = ""
-        try:
-            for part in growing_parts(batch.num_spans, _FIRST_SPANS, 2, _PART_SPANS):
-                parts = split(_absolute(batch, bases, part), self._row_bytes if gpu.can_copy_batches else _NEVER)
-                for few in growing_parts(parts.pieces.count, _PART_SPANS, 1, _PART_SPANS):
-                    streams.add(peer.kernels)
-                    tables.append(self._take_table(gpu))
-                    gpu.gather(parts.pieces.part(few), tables[-1], self._blocks, peer.kernels)
-                for few in growing_parts(parts.rows.count, _FIRST_ROWS, 8, _PART_SPANS):
-                    streams.add(peer.copies)
-                    gpu.copy(parts.rows.part(few), peer.copies)
-        except TransportError as refused:
-            error = str(refused)
-        events = []
-        for stream in streams:
-            try:
-                events.append(gpu.mark(stream))
-            except TransportError as refused:  # then nothing of that stream can be waited for, or runs any more
-                error = error or str(refused)
-        return Work(read, tuple(events), tuple(tables), error)
+        if peer.bounds is None:
+            peer.bounds = SpanBounds(peer.memories, tuple(self._memories))
+        return peer.bounds.look(batch, self._long_bytes(self._gpu))
+
+    def _long_bytes(self, gpu: Gpu) -> int:
+        """From how many bytes on a span is a row."""
+        return self._row_bytes if gpu.can_copy_batches else _NEVER
+
+    def _post(self, peer: NvlinkPeer, read: ReadId, batch: ReadBatch, seen: Seen) -> Work:
+        """Put a sound batch on the peer's streams."""
+        gpu = self._gpu
+        assert gpu is not None, "a peer is connected"
+        posting = Posting(gpu, peer, self._blocks, lambda: self._take_table(gpu))
+        bases = np.array(peer.mapping.bases or (0,), dtype=np.int64)
+        return posting.post(read, batch, bases, self._long_bytes(gpu), seen)
 
     def _take_table(self, gpu: Gpu) -> SpanTable:
         with self._lock:
             if self._tables:
                 return self._tables.pop()
-        return gpu.make_table(_PART_SPANS)
+        return gpu.make_table(PART_SPANS)
 
     def _finish(self, completion: Completion, work: Work) -> None:
         """Called by the threads of peers."""
@@ -263,12 +252,6 @@ class NvlinkTransport(Transport):
     def _check_open(self) -> None:
         if self._closed:
             raise TransportError("the nvlink transport is closed")
-
-
-def _absolute(batch: ReadBatch, bases: Int64Array, part: slice) -> GpuSpans:
-    """Some spans of a batch by addresses; ``bases`` are those of the peer's memories."""
-    base = bases if bases.size == 1 else bases[batch.memory[part]]
-    return GpuSpans(batch.local[part], base + batch.remote[part], batch.length[part])
 
 
 def _int64(array: Int64Array) -> Int64Array:

@@ -1,4 +1,4 @@
-"""One peer of an nvlink transport: its mapped memory, two streams, and a thread that sleeps until reads have ended."""
+"""One peer of an nvlink transport: its mapped memory, its streams, and a thread that sleeps until reads have ended."""
 
 import logging
 import threading
@@ -12,10 +12,14 @@ from pdkv.schema import MemoryDescriptor
 from pdkv.transport.base import Completion, ReadId, ReadStatus
 from pdkv.transport.gpu import Exported, Gpu, SpanTable
 from pdkv.transport.nvlink_address import Life
+from pdkv.transport.nvlink_spans import SpanBounds
 
 log = logging.getLogger("pdkv.transport.nvlink")
 
 ENDED = "the peer's process has ended"
+
+NUM_STREAMS = 2
+"""Parts of a batch take turns: while one's table travels, or its last warps end, the other's bytes fill the link."""
 
 
 class Mapping(msgspec.Struct, frozen=True):
@@ -67,9 +71,12 @@ class NvlinkPeer:
         """Why nothing can be read any more; empty as long as it can."""
         self.has_carried = False
         self.mapping = Mapping((), ())
-        self.copies = self.kernels = 0
+        self.bounds: SpanBounds | None = None
+        """None until the first read, and when what is registered here has changed."""
         self._gpu = gpu
         self._finish = finish
+        self._streams: list[int] = []
+        self._turn = 0
         self._work: SimpleQueue[Work | None] = SimpleQueue()
         self._closed = False
         self._thread: threading.Thread | None = None
@@ -78,14 +85,19 @@ class NvlinkPeer:
         """Map and start. Raises ``TransportError`` when CUDA or the system refuses."""
         self.mapping = map_all(self._gpu, keys)
         try:
-            self.copies = self._gpu.make_stream()
-            self.kernels = self._gpu.make_stream()
+            for _ in range(NUM_STREAMS):
+                self._streams.append(self._gpu.make_stream())
             thread = threading.Thread(target=self._watch, name=name, daemon=True)
             thread.start()
         except (TransportError, RuntimeError) as error:  # threads raise RuntimeError
             self._drop()
             raise TransportError(f"no room for another peer: {error}") from error
         self._thread = thread
+
+    def next_stream(self) -> int:
+        """Where the next part of a batch goes."""
+        self._turn += 1
+        return self._streams[self._turn % len(self._streams)]
 
     def add(self, work: Work) -> None:
         self._work.put(work)
@@ -141,7 +153,7 @@ class NvlinkPeer:
 
     def _drop(self) -> None:
         for drop, handle in (
-            *((self._gpu.drop_stream, stream) for stream in (self.copies, self.kernels) if stream),
+            *((self._gpu.drop_stream, stream) for stream in self._streams),
             *((self._gpu.unmap, address) for address in self.mapping.opened),
         ):
             try:

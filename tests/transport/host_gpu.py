@@ -35,13 +35,13 @@ struct alignas(16) uint4 { unsigned x, y, z, w; };
 #define __launch_bounds__(threads)
 """
 _RUN = """
-extern "C" void run(const u64 *spans, u64 count, unsigned blocks, unsigned threads)
+extern "C" void run(const Span *spans, unsigned count, unsigned each, unsigned blocks, unsigned threads)
 {
     gridDim.x = blocks;
     blockDim.x = threads;
     for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++)
         for (threadIdx.x = 0; threadIdx.x < threads; threadIdx.x++)
-            gather_spans(spans, count);
+            gather_spans(spans, count, each);
 }
 """
 _arrays: list[SharedArray] = []
@@ -49,15 +49,16 @@ _arrays: list[SharedArray] = []
 
 
 @cache
-def gather_on_host() -> Callable[[int, int, int, int], None]:
-    """The kernel: (address of the spans, count, blocks, threads). Words at odd addresses are a trap."""
+def gather_on_host() -> Callable[[int, int, int, int, int], None]:
+    """The kernel: (address of the spans, count, how many a warp takes together, blocks, threads). Words at odd
+    addresses are a trap."""
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder) / "gather.cpp", Path(folder) / "gather.so"
         source.write_text(_SHIM + kernel_source() + _RUN)
         checks = ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error", "-Wno-unknown-pragmas"]
         subprocess.run(["g++", "-O2", "-shared", "-fPIC", *checks, source, "-o", library], check=True)
         run = ctypes.CDLL(str(library)).run
-    run.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint, ctypes.c_uint]
+    run.argtypes = [ctypes.c_void_p, *[ctypes.c_uint] * 4]
     run.restype = None
     return run
 
@@ -78,7 +79,7 @@ class HostGpuMemory:
 class _Table:
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self.spans = np.zeros(3 * capacity, dtype=np.int64)
+        self.numbers = np.zeros(3 * capacity, dtype=np.int64)
 
 
 class _Stream:
@@ -102,10 +103,10 @@ class HostGpu:
         self.refuse: set[str] = set()
         self.gate = threading.Event()
         self.gate.set()
-        self.rows = self.pieces = 0
-        """Spans that were copied, and gathered."""
-        self.batches: list[int] = []
-        """Spans of each call of ``copy``."""
+        self.copies: list[tuple[int, int]] = []
+        """Of each call of ``copy``: spans and stream."""
+        self.gathers: list[tuple[int, int, int, int]] = []
+        """Of each call of ``gather``: spans, how many a warp takes at a time, blocks and stream."""
         self.mapped: dict[int, mmap.mmap] = {}
         self._handles: dict[int, object] = {}
         self._next = 1
@@ -173,18 +174,15 @@ class HostGpu:
 
     def copy(self, spans: GpuSpans, stream: int) -> None:
         self._check("copy")
-        self.rows += spans.count
-        self.batches.append(spans.count)
+        self.copies.append((spans.count, stream))
         every = list(zip(spans.to.tolist(), spans.source.tolist(), spans.length.tolist(), strict=True))
         self._do(stream, lambda: [ctypes.memmove(*span) for span in every] and None)
 
-    def gather(self, spans: GpuSpans, table: SpanTable, blocks: int, stream: int) -> None:
+    def gather(self, table: SpanTable, count: int, together: int, blocks: int, stream: int) -> None:
         assert isinstance(table, _Table)
         self._check("gather")
-        self.pieces += spans.count
-        count = spans.count
-        table.spans[: 3 * count] = np.concatenate([spans.to, spans.source, spans.length])
-        self._do(stream, lambda: gather_on_host()(table.spans.ctypes.data, count, blocks, 64))
+        self.gathers.append((count, together, blocks, stream))
+        self._do(stream, lambda: gather_on_host()(table.numbers.ctypes.data, count, together, blocks, 64))
 
     def mark(self, stream: int) -> int:
         self._check("mark")

@@ -6,8 +6,9 @@ import pytest
 from .host_gpu import gather_on_host
 
 
+@pytest.mark.parametrize("together", [1, 3, 8])
 @pytest.mark.parametrize(("blocks", "threads"), [(1, 32), (3, 64), (7, 512)])
-def test_copies_every_alignment_and_length(blocks: int, threads: int) -> None:
+def test_copies_every_alignment_and_length(blocks: int, threads: int, together: int) -> None:
     random = np.random.default_rng(blocks)
     lengths = np.concatenate([np.arange(1, 70), random.integers(1, 9000, 400), [512, 2048, 16384, 16383, 32769]])
     count, pitch = lengths.size, 40_000
@@ -18,8 +19,8 @@ def test_copies_every_alignment_and_length(blocks: int, threads: int) -> None:
     expected = target.copy()
     for to, start, length in zip(targets, sources, lengths, strict=True):
         expected[to : to + length] = source[start : start + length]
-    spans = np.concatenate([targets + target.ctypes.data, sources + source.ctypes.data, lengths]).astype(np.int64)
-    gather_on_host()(spans.ctypes.data, count, blocks, threads)
+    spans = np.stack([targets + target.ctypes.data, sources + source.ctypes.data, lengths], axis=1).astype(np.int64)
+    gather_on_host()(spans.ctypes.data, count, together, blocks, threads)
     assert np.array_equal(target, expected)
 
 
@@ -29,7 +30,27 @@ def test_ends_that_lie_apart_by_any_power_of_two(apart: int) -> None:
     target = np.zeros(5100, dtype=np.uint8)
     shift = (source.ctypes.data - target.ctypes.data) % 16 + apart
     spans = np.array([target.ctypes.data + shift, source.ctypes.data, 4777], dtype=np.int64)
-    gather_on_host()(spans.ctypes.data, 1, 1, 32)
+    gather_on_host()(spans.ctypes.data, 1, 1, 1, 32)
     assert np.array_equal(target[shift : shift + 4777], source[:4777])
     assert not target[:shift].any()
     assert not target[shift + 4777 :].any()
+
+
+@pytest.mark.parametrize("together", [1, 4, 5, 8])
+@pytest.mark.parametrize("odd", [None, 2, 17, 1000])
+def test_short_spans_that_go_together(together: int, odd: int | None) -> None:
+    """As the scales of fp8 pages: 512 bytes or less, in whole words; longer ones, or of odd lengths, among them."""
+    random = np.random.default_rng(together)
+    lengths = random.integers(1, 33, 1003) * 16
+    if odd is not None:
+        lengths[odd % 3 :: 7] += odd
+    starts = np.cumsum(lengths + 48) // 16 * 16
+    source = random.integers(0, 256, int(starts[-1]) + 2000, dtype=np.uint8)
+    target = np.full(source.size, 0xEE, dtype=np.uint8)
+    expected = target.copy()
+    for start, length in zip(starts, lengths, strict=True):
+        expected[start : start + length] = source[start : start + length]
+    addresses = (starts + target.ctypes.data, starts + source.ctypes.data, lengths)
+    spans = np.stack(addresses, axis=1).astype(np.int64)
+    gather_on_host()(spans.ctypes.data, lengths.size, together, 2, 96)
+    assert np.array_equal(target, expected)

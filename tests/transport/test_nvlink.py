@@ -15,10 +15,11 @@ from pdkv.transport import nvlink_address
 from pdkv.transport.base import ReadStatus
 from pdkv.transport.conformance_rig import Rig
 from pdkv.transport.conformance_target import SpawnedTarget, TransportSpec
-from pdkv.transport.gpu import Exported, GpuSpans
+from pdkv.transport.gpu import Exported
 from pdkv.transport.nvlink import NvlinkTransport
 from pdkv.transport.nvlink_address import Home, Life
-from pdkv.transport.nvlink_spans import FEW_BYTES, PIECE_BYTES, cut, growing_parts, split
+from pdkv.transport.nvlink_spans import FEW_BYTES, PIECE_BYTES, Fragments, SpanBounds, growing_parts, rows_of
+from pdkv.transport.ranges import fault_of
 
 from .host_gpu import HostGpu, HostGpuMemory
 from .reading import ended, span
@@ -71,39 +72,97 @@ def mortal():
 # ---- spans ----
 
 
-def _spans(*spans: tuple[int, int, int]) -> GpuSpans:
-    return GpuSpans(*(np.array(column, dtype=np.int64) for column in zip(*spans, strict=True)))
+BASES = np.array([10_000, 5_000_000])
+"""Of the two memories that spans below name."""
 
 
-def _bytes(spans: GpuSpans) -> list[tuple[int, int]]:
-    """Every byte's way, in order."""
-    every = zip(spans.to.tolist(), spans.source.tolist(), spans.length.tolist(), strict=True)
-    return [(to + i, source + i) for to, source, length in every for i in range(length)]
+def _batch(*spans: tuple[int, int, int, int]) -> ReadBatch:
+    """(memory, remote, local, length) each."""
+    return ReadBatch(*(np.array(column, dtype=np.int64) for column in zip(*spans, strict=True)))
 
 
-def test_cutting_keeps_every_byte_in_order() -> None:
-    whole = _spans((100, 5000, 7), (300, 10, 8), (400, 20, 9), (600, 900, 1), (700, 1000, 64))
-    pieces = cut(whole, 8)
-    assert _bytes(pieces) == _bytes(whole)
-    assert pieces.length.tolist() == [7, 8, 8, 1, 1, *[8] * 8]
-    assert cut(whole, 64) is whole
+def _pieces(batch: ReadBatch, row_bytes: int, num_bytes: int, capacity: int) -> list[list[int]]:
+    """All pieces, by tables of so many."""
+    fragments, table, made = Fragments(batch, BASES, row_bytes, num_bytes), np.zeros(3 * capacity, np.int64), []
+    while count := fragments.fill(table):
+        made += table[: 3 * count].reshape(-1, 3).tolist()
+    return made
 
 
-def test_splits_by_length() -> None:
+@pytest.mark.parametrize("capacity", [1, 3, 100])
+def test_cutting_keeps_every_byte_in_order_and_leaves_rows_out(capacity: int) -> None:
     few = PIECE_BYTES // 8
-    spans = _spans((0, 0, 2 * few - 1), (1, 1, 2 * few), (2, 2, 3 * few), (3, 3, 5))
-    parts = split(spans, row_bytes=2 * few)
-    assert parts.rows.to.tolist() == [1, 2]
-    assert parts.pieces.length.tolist() == [few, few - 1, 5]
-    rows, fragments = split(spans, row_bytes=1), split(spans, row_bytes=1 << 40)
-    assert (rows.rows.count, rows.pieces.count) == (4, 0)
-    assert (fragments.rows.count, fragments.pieces.length.sum()) == (0, spans.length.sum())
+    spans = [
+        (0, 5000, 100, 7),
+        (1, 10, 300, few),
+        (0, 20, 70_000, few + 1),
+        (1, 0, 0, 3 * few),
+        (0, 900, 600, 3 * few - 1),
+    ]
+    made = _pieces(_batch(*spans), 3 * few, 1000, capacity)
+    wanted = []
+    for memory, remote, local, length in spans:
+        if length < 3 * few:
+            source = int(BASES[memory]) + remote
+            wanted += [[local + at, source + at, min(few, length - at)] for at in range(0, length, few)]
+    assert made == wanted
+
+
+def test_rows_are_told_by_addresses() -> None:
+    batch = _batch((0, 5, 100, 7), (1, 10, 300, 8), (0, 20, 400, 9))
+    rows = rows_of(batch, BASES, 8)
+    assert (rows.to.tolist(), rows.source.tolist(), rows.length.tolist()) == ([300, 400], [5_000_010, 10_020], [8, 9])
+    assert rows_of(batch, BASES, 1).count == 3
 
 
 def test_much_is_cut_into_longer_pieces_than_little() -> None:
-    many = GpuSpans(*(np.full(FEW_BYTES // (4 * PIECE_BYTES), value, np.int64) for value in (0, 0, 4 * PIECE_BYTES)))
-    assert set(split(many).pieces.length.tolist()) == {PIECE_BYTES}
-    assert set(split(many.part(slice(1, None))).pieces.length.tolist()) == {PIECE_BYTES // 8}
+    batch = _batch((0, 0, 0, 4 * PIECE_BYTES))
+    assert {length for _, _, length in _pieces(batch, 1 << 40, FEW_BYTES, 10)} == {PIECE_BYTES}
+    assert {length for _, _, length in _pieces(batch, 1 << 40, FEW_BYTES - 1, 100)} == {PIECE_BYTES // 8}
+
+
+def test_short_pieces_go_together() -> None:
+    fragments = Fragments(_batch((0, 0, 0, 1)), BASES, 1 << 40, FEW_BYTES)
+
+    def together(*lengths: int) -> int:
+        return fragments.together(np.array([[0, 0, length] for length in lengths]).ravel())
+
+    assert together(PIECE_BYTES) == together(PIECE_BYTES, PIECE_BYTES - 1) == 1
+    assert together(512, PIECE_BYTES // 2) == 3
+    assert together(512, 512) == 8
+
+
+def test_looks_at_batches_of_many_spans_as_the_plain_check_does() -> None:
+    """Over thousands of spans of two memories a side, where one at a time is spoilt: each way that can be."""
+    theirs = tuple(MemoryDescriptor(1, size, b"") for size in (1 << 30, 1 << 20))
+    ours = (LocalMemory(1 << 40, 1 << 30, "cuda:0"), LocalMemory(1 << 41, 1 << 20, "cuda:0"))
+    random = np.random.default_rng(0)
+    memory = (np.arange(5000) // 700 % 2).astype(np.int64)
+    length = random.integers(1, 2000, 5000)
+    room = np.array([1 << 30, 1 << 20])[memory] - length
+    start = np.array([1 << 40, 1 << 41])[memory]
+    batch = ReadBatch(memory, random.integers(0, room + 1), start + random.integers(0, room + 1), length)
+    look = SpanBounds(theirs, ours).look
+    seen = look(batch, 1 << 20)
+    assert (seen.fault, seen.has_rows, seen.has_fragments, seen.num_bytes) == ("", False, True, int(length.sum()))
+    assert look(batch, 1).has_rows
+    assert not look(batch, 1).has_fragments
+    assert look(batch, 1000).has_rows
+    assert look(batch, 1000).has_fragments
+    most, least = (1 << 63) - 1, -(1 << 63)
+    bad = {
+        "memory": (2, -1, most, least),
+        "remote": (-1, 1 << 30, most, least),
+        "local": (0, -1, (1 << 40) - 1, (1 << 41) + (1 << 20), most, least),
+        "length": (0, -1, (1 << 30) + 1, most, least),
+    }
+    for name, values in bad.items():
+        for value in values:
+            spoilt = getattr(batch, name).copy()
+            spoilt[random.integers(0, 5000)] = value
+            changed = msgspec.structs.replace(batch, **{name: spoilt})
+            fault = look(changed, 1 << 20).fault
+            assert fault == fault_of(changed, theirs, ours) != "", (name, value)
 
 
 def test_parts_grow_to_the_most() -> None:
@@ -116,13 +175,24 @@ def test_rows_go_in_batches_that_grow(reader: Reader, target: SpawnedTarget) -> 
     """So that the first are copied while the driver is told of the others."""
     peer = reader.transport.connect(target.address)
     assert reader.read(peer, *[4096] * 1000).status is ReadStatus.OK
-    assert reader.gpu.batches == [32, 256, 712]
+    assert [spans for spans, _ in reader.gpu.copies] == [16, 64, 256, 664]
+
+
+def test_fragments_go_in_kernels_that_grow_on_both_streams(reader: Reader, target: SpawnedTarget) -> None:
+    peer = reader.transport.connect(target.address)
+    assert reader.read(peer, *[64] * 50_000).status is ReadStatus.OK
+    pieces, together, blocks, streams = zip(*reader.gpu.gathers, strict=True)
+    assert pieces == (2048, 8192, 32768, 6992)
+    assert set(together) == {8}
+    assert set(blocks) == {1}, "two kernels at a time have as many blocks as were asked for"
+    assert streams[0] == streams[2] != streams[1] == streams[3]
 
 
 def test_each_part_of_a_batch_goes_its_way(reader: Reader, target: SpawnedTarget) -> None:
     peer = reader.transport.connect(target.address)
     assert reader.read(peer, 5000, 40, 4096, 4095).status is ReadStatus.OK
-    assert (reader.gpu.rows, reader.gpu.pieces) == (2, 2)
+    assert [spans for spans, _ in reader.gpu.copies] == [2]
+    assert [spans for spans, *_ in reader.gpu.gathers] == [2]
     assert reader.transport.path(peer) == "cuda_ipc"
 
 

@@ -1,16 +1,27 @@
 /* Copies scattered spans from anywhere the GPU can read to anywhere it can write, with as few thread blocks as asked.
  *
- * Each warp takes every so-manieth span and copies it by itself: no two threads write the same byte, none waits for
- * another. The host cuts long spans beforehand, so that warps end at about the same time. Built at run time by NVRTC;
- * tests build it as plain C++ and run its threads one after another, so it keeps to what both understand.
+ * Each warp takes `each` neighbouring spans, then those so many further on, and copies them by itself: no two threads
+ * write the same byte, none waits for another. The host cuts long spans beforehand and says how many short ones go
+ * together, so that warps end at about the same time. Built at run time by NVRTC; tests build it as plain C++ and run its
+ * threads one after another, so it keeps to what both understand.
  */
 typedef unsigned long long u64;
 typedef unsigned char u8;
 
 static const unsigned WARP = 32;
 
-/* AHEAD loads are under way before the first is stored: the link's latency is what a warp has to hide. */
-template <typename Word, unsigned AHEAD>
+/* Loads that are under way before the first is stored: the link's latency is what a warp has to hide. */
+static const unsigned AHEAD = 4;
+
+/* What one load of each thread of a warp brings. */
+static const unsigned SHORT_BYTES = WARP * sizeof(uint4);
+
+struct Span {
+    u64 to, from;              /* addresses */
+    unsigned length, not_used; /* bytes: less than 2 GiB, as a little-endian number of 8 bytes */
+};
+
+template <typename Word>
 static __device__ __forceinline__ void copy_words(Word *to, const Word *from, unsigned count, unsigned lane)
 {
     for (unsigned base = lane; base < count; base += AHEAD * WARP) {
@@ -30,46 +41,88 @@ static __device__ __forceinline__ void copy_words(Word *to, const Word *from, un
 
 /* Both ends lie equally far from a multiple of Word's size: bytes up to there, words, and bytes for the rest. */
 template <typename Word>
-static __device__ __forceinline__ void copy_span(u64 to, u64 from, unsigned length, unsigned lane)
+static __device__ __forceinline__ void copy_aligned(Span span, unsigned lane)
 {
-    unsigned head = (0 - (unsigned)to) & (sizeof(Word) - 1);
+    const unsigned length = span.length;
+    unsigned head = (0 - (unsigned)span.to) & (sizeof(Word) - 1);
     if (head > length)
         head = length;
     const unsigned words = (length - head) / sizeof(Word);
     const unsigned tail = head + words * sizeof(Word);
     if (lane < head)
-        ((u8 *)to)[lane] = ((const u8 *)from)[lane];
-    copy_words<Word, 4>((Word *)(to + head), (const Word *)(from + head), words, lane);
+        ((u8 *)span.to)[lane] = ((const u8 *)span.from)[lane];
+    copy_words<Word>((Word *)(span.to + head), (const Word *)(span.from + head), words, lane);
     if (lane < length - tail)
-        ((u8 *)to)[tail + lane] = ((const u8 *)from)[tail + lane];
+        ((u8 *)span.to)[tail + lane] = ((const u8 *)span.from)[tail + lane];
 }
 
-/* spans: [3, count]: where to, where from, how many bytes (less than 2 GiB). */
-extern "C" __global__ void __launch_bounds__(512) gather_spans(const u64 *spans, u64 count)
+static __device__ __forceinline__ void copy_span(Span span, unsigned lane)
+{
+    const u64 apart = span.to ^ span.from;
+    if (apart % 16 == 0)
+        copy_aligned<uint4>(span, lane);
+    else if (apart % 4 == 0)
+        copy_aligned<unsigned>(span, lane);
+    else if (apart % 2 == 0)
+        copy_aligned<unsigned short>(span, lane);
+    else
+        copy_aligned<u8>(span, lane);
+}
+
+/* Whether the spans from here on are AHEAD short ones of whole words: then their loads go out together. Their numbers
+ * are read again afterwards: kept, they would take so many registers that no second block fits beside. */
+static __device__ __forceinline__ bool are_short(const Span *some)
+{
+    u64 all = 0;
+    bool fit = true;
+#pragma unroll
+    for (unsigned i = 0; i < AHEAD; i++) {
+        all |= some[i].to | some[i].from | some[i].length;
+        fit = fit && some[i].length <= SHORT_BYTES;
+    }
+    return fit && all % sizeof(uint4) == 0;
+}
+
+static __device__ __forceinline__ void copy_short(const Span *some, unsigned lane)
+{
+    uint4 held[AHEAD];
+#pragma unroll
+    for (unsigned i = 0; i < AHEAD; i++) {
+        if (lane * sizeof(uint4) < some[i].length)
+            held[i] = ((const uint4 *)some[i].from)[lane];
+    }
+#pragma unroll
+    for (unsigned i = 0; i < AHEAD; i++) {
+        if (lane * sizeof(uint4) < some[i].length)
+            ((uint4 *)some[i].to)[lane] = held[i];
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(512) gather_spans(const Span *spans, unsigned count, unsigned each)
 {
     const unsigned lane = threadIdx.x % WARP;
-    const u64 first = ((u64)blockIdx.x * blockDim.x + threadIdx.x) / WARP;
-    const u64 step = (u64)gridDim.x * blockDim.x / WARP;
+    const unsigned first = (blockIdx.x * blockDim.x + threadIdx.x) / WARP * each;
+    const unsigned step = gridDim.x * blockDim.x / WARP * each;
     if (first >= count)
         return;
-    u64 to = spans[first], from = spans[count + first], length = spans[2 * count + first];
-    for (u64 i = first; i < count; i += step) {
-        /* The next span's numbers are on their way while this one is copied. */
-        const u64 next = i + step < count ? i + step : i;
-        const u64 next_to = spans[next], next_from = spans[count + next], next_length = spans[2 * count + next];
-        const u64 apart = to ^ from;
-        if (apart % 16 == 0)
-            copy_span<uint4>(to, from, (unsigned)length, lane);
-        else if (apart % 8 == 0)
-            copy_span<u64>(to, from, (unsigned)length, lane);
-        else if (apart % 4 == 0)
-            copy_span<unsigned>(to, from, (unsigned)length, lane);
-        else if (apart % 2 == 0)
-            copy_span<unsigned short>(to, from, (unsigned)length, lane);
-        else
-            copy_span<u8>(to, from, (unsigned)length, lane);
-        to = next_to;
-        from = next_from;
-        length = next_length;
+    Span span = spans[first];
+    for (unsigned begin = first; begin < count; begin += step) {
+        const unsigned end = begin + each < count ? begin + each : count;
+        for (unsigned i = begin; i < end;) {
+            const bool together = span.length <= SHORT_BYTES && i + AHEAD <= end && are_short(spans + i);
+            /* The next span's numbers are on their way while this one is copied. */
+            unsigned next = i + (together ? AHEAD : 1);
+            if (next >= end)
+                next = begin + step < count ? begin + step : i;
+            const Span following = spans[next];
+            if (together) {
+                copy_short(spans + i, lane);
+                i += AHEAD;
+            } else {
+                copy_span(span, lane);
+                i++;
+            }
+            span = following;
+        }
     }
 }
