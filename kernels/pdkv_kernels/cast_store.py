@@ -29,7 +29,7 @@ def cast_store(values: Tensor, pages: Tensor, slots: Tensor, scales: Tensor | No
         values, to, slots, scale_to, values.stride(0), values.stride(1), *to.stride()[:3], *strides, num_rows,
         HEADS=heads, DIM=dim, DIM_P=triton.next_power_of_2(dim), FORM=form,
         TYPE=_TRITON_TYPES.get(to.dtype, tl.uint8), MAX=MAX[form], SCALED=scales is not None, BLOCK=BLOCK,
-        VECTORS=_VECTORS, PORTABLE=portable(values.device), num_warps=4,
+        VECTORS=_VECTORS, PORTABLE=portable(), num_warps=4,
     )  # fmt: skip
 
 

@@ -5,12 +5,12 @@ before Ada), the bytes are read as integers, and a few integer operations make f
 of every one of these formats exactly.
 """
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from pdkv_kernels.hardware import hardware
 
 PLAIN = 0
 """Not an 8-bit float, or one that is multiplied as it is."""
@@ -36,19 +36,16 @@ def fp8_code(data: Tensor, beside: torch.dtype | None = None) -> tuple[int, Tens
     """
     if data.dtype not in _BITS:
         return PLAIN, data
-    if not _native(data.dtype, data.device):
+    if not _native(data.dtype):
         return _BITS[data.dtype], data.view(torch.uint8)
     if beside == data.dtype:
         return PLAIN, data
     return CONVERT, data
 
 
-@cache
-def _native(dtype: torch.dtype, device: torch.device) -> bool:
+def _native(dtype: torch.dtype) -> bool:
     """Whether the device's matrix units and conversions know the format."""
-    if device.type != "cuda" or dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
-        return False
-    return not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 9)
+    return dtype in (torch.float8_e4m3fn, torch.float8_e5m2) and hardware().capability >= 89
 
 
 def fp8_pairs(data: Tensor) -> tuple[int, Tensor]:

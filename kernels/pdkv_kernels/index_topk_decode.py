@@ -101,7 +101,7 @@ def index_topk_decode_into(
     plan = plan or scan_plan(batch.num_seqs, index_k.element_size())
     key_code, key_data = fp8_code(index_k, beside=index_q.dtype)
     query_code, query_data = fp8_code(index_q, beside=index_k.dtype)
-    early = chained(index_k.device)
+    early = chained()
     _scan_kernel[(batch.num_seqs, plan.splits)](
         query_data,
         key_data,

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pdkv_kernels.hardware import hardware
 from pdkv_kernels.kv_store_ref import HeadNorms, PackedHeads, Queries, TokenRows
 from pdkv_kernels.paged import BLOCK, LayerPages
 from pdkv_kernels.rms_norm import inverse_root
@@ -75,7 +76,8 @@ def kv_store(
         HALF=rotary_half, HALF_P=triton.next_power_of_2(rotary_half), PARTS=triton.cdiv(dim, rotary_half),
         KV_FORM=kv_form, KV_TYPE=_type(k), KV_MAX=MAX[kv_form], INDEX_FORM=index_form, INDEX_TYPE=_type(index_pages),
         INDEX_Q_FORM=index_q_form, INDEX_Q_TYPE=_type(index_q), Q_FORM=q_form, Q_TYPE=_type(q),
-        BLOCK=BLOCK, VECTORS=vectors, PORTABLE=portable(packed.device), num_warps=_WARPS, enable_fp_fusion=False,
+        BLOCK=BLOCK, VECTORS=vectors, PORTABLE=portable(), FLAT=hardware().amd,
+        num_warps=_WARPS, enable_fp_fusion=False,
     )  # fmt: skip
     return out
 
@@ -122,6 +124,15 @@ def _rotated(
 
 
 @triton.jit
+def _either(choice, one, other, FLAT: tl.constexpr):
+    """Pointers, ``one`` where ``choice``, else ``other``. FLAT: by way of integers; see ``Hardware.amd``."""
+    if FLAT:
+        return tl.where(choice, one.to(tl.int64), other.to(tl.int64)).to(one.dtype)
+    else:
+        return tl.where(choice, one, other)
+
+
+@triton.jit
 def _largest(parts, PARTS: tl.constexpr):
     """Bits of the largest magnitude of each vector."""
     largest = magnitude_bits(parts[0])
@@ -141,7 +152,7 @@ def _kv_store(
     HALF: tl.constexpr, HALF_P: tl.constexpr, PARTS: tl.constexpr,
     KV_FORM: tl.constexpr, KV_TYPE: tl.constexpr, KV_MAX: tl.constexpr, INDEX_FORM: tl.constexpr,
     INDEX_TYPE: tl.constexpr, INDEX_Q_FORM: tl.constexpr, INDEX_Q_TYPE: tl.constexpr, Q_FORM: tl.constexpr,
-    Q_TYPE: tl.constexpr, BLOCK: tl.constexpr, VECTORS: tl.constexpr, PORTABLE: tl.constexpr,
+    Q_TYPE: tl.constexpr, BLOCK: tl.constexpr, VECTORS: tl.constexpr, PORTABLE: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
     """Some vectors: heads of q, or, in the first programs, all other heads of some rows."""
     nth = tl.arange(0, VECTORS)
@@ -170,7 +181,7 @@ def _kv_store(
         plain = _load_parts(
             packed + row * packed_row + (HEADS_Q + head) * packed_head, column, exists, HALF, DIM, PARTS
         )
-        weights = tl.where(kind == 3, index_q_weight, tl.where(kind == 4, index_k_weight, k_weight))
+        weights = _either(kind == 3, index_q_weight, _either(kind == 4, index_k_weight, k_weight, FLAT), FLAT)
         table = row * table_row
         turned = _rotated(plain, weights, column, cos + table, sin + table, exists, DIM, EPS, HALF, PARTS)
         parts = ()
@@ -182,16 +193,16 @@ def _kv_store(
         kv_head = head % HEADS_KV
         is_k = kind == 1
         is_kv = (kind == 1) | (kind == 2)
-        kv_at = tl.where(
+        kv_at = _either(
             is_k, k + page * k_page + kv_head * k_head + offset * k_token,
-            v + page * v_page + kv_head * v_head + offset * v_token,
+            v + page * v_page + kv_head * v_head + offset * v_token, FLAT,
         )  # fmt: skip
         index_at = index_k + page * i_page + offset * i_token
         index_q_at = index_q + row * iq_row + (head - 2 * HEADS_KV) * iq_head
         if SCALED:
             scale = token_scale(_largest(parts, PARTS), is_kv, KV_FORM, KV_MAX)
             s_at = page * s_page + kv_head * s_head + offset * s_token
-            tl.store(tl.where(is_k, k_scale + s_at, v_scale + s_at), scale, mask=is_kv & stores)
+            tl.store(_either(is_k, k_scale + s_at, v_scale + s_at, FLAT), scale, mask=is_kv & stores)
             parts = divided(parts, scale, PARTS, PORTABLE)
         index_same: tl.constexpr = INDEX_FORM == KV_FORM and INDEX_TYPE == KV_TYPE
         same: tl.constexpr = index_same and INDEX_Q_FORM == KV_FORM and INDEX_Q_TYPE == KV_TYPE
@@ -200,7 +211,7 @@ def _kv_store(
             wanted = ((column < HALF) & (part * HALF + column < DIM))[None, :]
             kept = round_once(parts[part], KV_FORM, KV_TYPE, PORTABLE)
             if INDEX and same:  # one store: where to is all that differs
-                at = tl.where(is_kv, kv_at, tl.where(kind == 4, index_at, index_q_at))
+                at = _either(is_kv, kv_at, _either(kind == 4, index_at, index_q_at, FLAT), FLAT)
                 tl.store(at[:, None] + c, kept, mask=(exists & (stores | (kind == 3)))[:, None] & wanted)
             else:
                 tl.store(kv_at[:, None] + c, kept, mask=(is_kv & stores)[:, None] & wanted)

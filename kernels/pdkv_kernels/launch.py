@@ -5,21 +5,16 @@ touches memory. What it waits for has itself waited, so then all that came befor
 its successors start: after its own wait, or at once where nothing is gained by holding them back.
 """
 
-from functools import cache
-
-import torch
+from pdkv_kernels.hardware import hardware
 
 
-@cache
-def chained(device: torch.device) -> bool:
+def chained() -> bool:
     """Whether kernels may be launched before the one in front of them has ended, and wait inside.
 
     On NVIDIA from Hopper on. It hides most of a launch where launches follow each other in a few microseconds; every
     kernel so launched waits for its predecessor before it touches memory.
     """
-    if device.type != "cuda" or torch.version.hip:
-        return False
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+    return hardware().capability >= 90
 
 
 def launch_options(early: bool, num_warps: int, num_stages: int) -> dict[str, int]:

@@ -72,7 +72,7 @@ def paged_attention_decode_into(
     if num_rows == 0:
         return
     plan = plan or dense_plan(batch, q, kv)
-    early = chained(q.device)
+    early = chained()
     parts = workspace.parts(plan.splits)
     _attend_kernel[(batch.num_seqs, kv_heads, plan.splits)](
         q,

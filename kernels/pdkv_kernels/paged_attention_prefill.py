@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pdkv_kernels.fp8_bits import CONVERT, PLAIN, fp8_code
+from pdkv_kernels.hardware import hardware
 from pdkv_kernels.paged import BLOCK, PagedKv, RaggedQueries
 from pdkv_kernels.prefill_tile import attend_keys, split_rows
 from pdkv_kernels.ragged_tiles import most_tiles, tile_sequence
@@ -48,8 +49,7 @@ def paged_attention_prefill(
     v_scale = kv.v_scale if kv.v_scale is not None else out[1]
     scale_strides = k_scale.stride() if kv.k_scale is not None else (0, 0, 0)
     value = q.dtype if code == PLAIN or q.dtype == torch.float32 else torch.float16
-    nvidia = q.is_cuda and torch.version.hip is None
-    bound = {"maxnreg": tuning.tile_registers} if nvidia and tuning.tile_registers else {}
+    bound = {"maxnreg": tuning.tile_registers} if hardware().nvidia and tuning.tile_registers else {}
     num_seqs = queries.context_lens.numel()
     _attend_dense[(most_tiles(num_rows, num_seqs, rows), kv_heads)](
         q, k, v, k_scale, v_scale, *k.stride()[:3], *v.stride()[:3], *scale_strides, *out,

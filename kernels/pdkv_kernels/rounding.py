@@ -5,12 +5,12 @@ but for the sign of NaN. Elsewhere fp8 is made by integer arithmetic, so that no
 the cache.
 """
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from pdkv_kernels.hardware import hardware
 
 FORMATS = {torch.float8_e4m3fn: "e4m3fn", torch.float8_e4m3fnuz: "e4m3fnuz", torch.float8_e5m2: "e5m2"}
 MAX = {"e4m3fn": 448.0, "e4m3fnuz": 240.0, "e5m2": 57344.0, "float": 1.0}
@@ -22,12 +22,9 @@ def store_view(pages: Tensor) -> tuple[Tensor, str]:
     return (pages, "float") if form is None else (pages.view(torch.uint8), form)
 
 
-@cache
-def portable(device: torch.device) -> bool:
-    """Whether kernels must round by integer arithmetic on this device."""
-    if device.type != "cuda" or torch.version.hip:
-        return True
-    return torch.cuda.get_device_capability(device) < (8, 9)
+def portable() -> bool:
+    """Whether kernels must round by integer arithmetic."""
+    return hardware().capability < 89
 
 
 @triton.jit

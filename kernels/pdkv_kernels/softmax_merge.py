@@ -42,7 +42,7 @@ class MergeWorkspace:
 def merge_parts(out: Tensor, lse: Tensor, parts: Parts) -> None:
     """Write the weighted mean of the parts to out [num_rows, num_heads, dim] and lse [num_rows, num_heads], base e."""
     num_rows, num_heads, dim = out.shape
-    early = chained(out.device)
+    early = chained()
     splits = parts.lse.shape[0]
     _merge_kernel[(num_rows, num_heads)](
         parts.out,

@@ -69,7 +69,7 @@ def sparse_attention_decode_into(
     if num_rows == 0:
         return
     plan = plan or attend_plan(num_rows * kv_heads, topk, kv.k)
-    early = chained(q.device)
+    early = chained()
     parts = workspace.parts(plan.splits)
     places = -(-topk // plan.splits)
     _attend_kernel[(num_rows, kv_heads, plan.splits)](

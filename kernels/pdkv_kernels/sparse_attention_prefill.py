@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pdkv_kernels.fp8_bits import CONVERT, PLAIN, fp8_code, half_of_bits
+from pdkv_kernels.hardware import hardware
 from pdkv_kernels.page_readers import PageReaders, TileShape, page_readers
 from pdkv_kernels.paged import BLOCK, PagedKv, RaggedQueries
 from pdkv_kernels.prefill_tile import attend_keys, load_scales, split_rows
@@ -171,8 +172,7 @@ class _Pass:
         tiles = self._shape.window_rows // self._shape.rows
         first_tile = window * tiles
         tiles = min(tiles, triton.cdiv(num_rows, self._shape.rows) - first_tile)
-        nvidia = self._q.is_cuda and torch.version.hip is None
-        bound = {"maxnreg": tuning.tile_registers} if nvidia and tuning.tile_registers else {}
+        bound = {"maxnreg": tuning.tile_registers} if hardware().nvidia and tuning.tile_registers else {}
         _attend_tiles[(tiles, self._kv.k.shape[1])](
             self._q, *self._pages, *self._parts, *out,
             r.shared_count, r.whole_count, r.shared_page, r.shared_limit, r.shared_reach, r.loose_count,

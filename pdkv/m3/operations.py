@@ -144,7 +144,7 @@ def operations_for(config: M3Config, device: torch.device, dtype: torch.dtype) -
         return ReferenceOperations()
     from pdkv.m3.triton_operations import TritonOperations  # noqa: PLC0415  needs Triton, which a CPU goes without
 
-    return TritonOperations(device, dtype)
+    return TritonOperations(dtype)
 
 
 def _fits_tiles(size: int) -> bool:

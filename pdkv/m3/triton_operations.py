@@ -1,6 +1,7 @@
 """Operations on GPUs by our Triton kernels and torch's grouped matrix product."""
 
 import torch
+from pdkv_kernels.hardware import hardware
 from pdkv_kernels.index_topk_decode import IndexWorkspace, SelectionRule, index_topk_decode_into
 from pdkv_kernels.index_topk_prefill import DEFAULT_TUNING, ScoreTuning, index_topk_prefill
 from pdkv_kernels.kv_store import kv_store
@@ -25,16 +26,15 @@ _EXACT_ATTENTION = PrefillTuning(page_rows=16, page_warps=8, tile_rows=16)
 """For float32: no matrix unit takes it exactly, so every product is an instruction, and kernels of large tiles compile
 for minutes."""
 
-_GROUPED_FROM = (9, 0)
-"""Compute capability from which torch's grouped product is one kernel, and no loop that reads group sizes."""
+_GROUPED_FROM = 90
+"""Capability from which torch's grouped product is one kernel, and no loop that reads group sizes."""
 
 
 class TritonOperations:
     """See ``Operations``. Workspaces come from torch's allocator for each call: a CUDA graph keeps its own."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        grouped = torch.version.hip is None and torch.cuda.get_device_capability(device) >= _GROUPED_FROM
-        self.can_capture = grouped and dtype == torch.bfloat16
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.can_capture = hardware().capability >= _GROUPED_FROM and dtype == torch.bfloat16
         self._references = ReferenceOperations()
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

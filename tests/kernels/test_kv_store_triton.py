@@ -6,6 +6,7 @@ import pytest
 import torch
 from pdkv_kernels.cast_store import cast_store
 from pdkv_kernels.cast_store_ref import cast_store_ref
+from pdkv_kernels.hardware import Hardware
 from pdkv_kernels.kv_store import kv_store
 from pdkv_kernels.kv_store_ref import HeadNorms, PackedHeads, Queries, TokenRows, kv_store_ref
 from pdkv_kernels.paged import BLOCK, LayerPages, PagedKv
@@ -135,6 +136,14 @@ def test_a_dense_layer_and_buffers_in_dtypes_of_their_own(device: str, dtype: to
         if index:
             same(out.index_q, expected.index_q)
         same(views.kv.k, pages.kv.k)
+
+
+@pytest.mark.parametrize(("device", "kv", "index", "scaled"), [on("cpu", E4UZ, E4UZ, True), on("cpu", E5, BF16, True)])
+def test_pointers_that_are_chosen_as_integers_reach_the_same_places(
+    device: str, kv: torch.dtype, index: torch.dtype, scaled: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("pdkv_kernels.kv_store.hardware", lambda: Hardware(0, True, 1 << 16))
+    test_fused_store_equals_the_reference_bit_for_bit(device, kv, index, scaled, (2, 1, 1))
 
 
 @pytest.mark.parametrize(("device", "kv", "index", "scaled"), PARAMS)
