@@ -134,11 +134,12 @@ def test_short_pieces_go_together() -> None:
 
 def test_looks_at_batches_of_many_spans_as_the_plain_check_does() -> None:
     """Over thousands of spans of two memories a side, where one at a time is spoilt: each way that can be."""
+    count = 5000
     theirs = tuple(MemoryDescriptor(1, size, b"") for size in (1 << 30, 1 << 20))
     ours = (LocalMemory(1 << 40, 1 << 30, "cuda:0"), LocalMemory(1 << 41, 1 << 20, "cuda:0"))
     random = np.random.default_rng(0)
-    memory = (np.arange(5000) // 700 % 2).astype(np.int64)
-    length = random.integers(1, 2000, 5000)
+    memory = (np.arange(count) // 700 % 2).astype(np.int64)
+    length = random.integers(1, 2000, count)
     room = np.array([1 << 30, 1 << 20])[memory] - length
     start = np.array([1 << 40, 1 << 41])[memory]
     batch = ReadBatch(memory, random.integers(0, room + 1), start + random.integers(0, room + 1), length)
@@ -159,7 +160,7 @@ def test_looks_at_batches_of_many_spans_as_the_plain_check_does() -> None:
     for name, values in bad.items():
         for value in values:
             spoilt = getattr(batch, name).copy()
-            spoilt[random.integers(0, 5000)] = value
+            spoilt[random.integers(0, count)] = value
             changed = msgspec.structs.replace(batch, **{name: spoilt})
             fault = look(changed, 1 << 20).fault
             assert fault == fault_of(changed, theirs, ours) != "", (name, value)
