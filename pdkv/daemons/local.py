@@ -22,6 +22,7 @@ from pdkv.daemons.config import (
     child_environment,
     flag_name,
 )
+from pdkv.daemons.gpu_order import VARIABLE, orders, visible_gpus
 from pdkv.daemons.lifecycle import Lifecycle
 from pdkv.daemons.supervisor import ChildSpec, Supervisor
 
@@ -65,7 +66,7 @@ async def deployed(
         workers = [ports("127.0.0.1", 0) for _ in range(config.num_prefill + config.num_decode)]
         specs = [
             spec._replace(args=(*spec.args, *decode_flags)) if spec.args[0] == "decode" else spec
-            for spec in child_specs(config, router, workers)
+            for spec in child_specs(config, router, workers, visible_gpus() if config.device == "cuda" else ())
         ]
         supervisor = Supervisor(
             specs,
@@ -116,18 +117,21 @@ def print_to_stderr(line: str) -> None:
     sys.stderr.flush()
 
 
-def child_specs(config: UpConfig, router: Ports, workers: Sequence[Ports]) -> list[ChildSpec]:
-    """The command lines of all children; ``workers``: the prefill workers' ports, then the decode workers'."""
+def child_specs(config: UpConfig, router: Ports, workers: Sequence[Ports], gpus: Sequence[str] = ()) -> list[ChildSpec]:
+    """The command lines of all children; ``workers``: the prefill workers' ports, then the decode workers'. With more
+    than one of ``gpus``, as CUDA names them, each worker gets its own as long as there are any."""
     names = [f"prefill-{i}" for i in range(config.num_prefill)] + [f"decode-{i}" for i in range(config.num_decode)]
     assert len(names) == len(workers), "one address a worker"
     cores = len(os.sched_getaffinity(0))
     threads = config.threads or max(1, cores // len(names))
     log = ("--log-level", config.log_level, "--log-format", _log_format(config.log_format))
+    ranks = [config.prefill_tp] * config.num_prefill + [config.decode_tp] * config.num_decode
     specs = []
-    for name, ports in zip(names, workers, strict=True):
+    for name, ports, order in zip(names, workers, orders(gpus, ranks), strict=True):
         role = name.partition("-")[0]
         own = ("--threads", str(threads), *_served_flags(config), *_rank_flags(config, role))
-        specs.append(ChildSpec(name, (role, *_lifecycle_flags(ports, _WORKER_DRAIN_S), *log, *own)))
+        env = ((VARIABLE, ",".join(order)),) if len(order) > 1 else ()
+        specs.append(ChildSpec(name, (role, *_lifecycle_flags(ports, _WORKER_DRAIN_S), *log, *own), env))
     urls = [(names[i].partition("-")[0], f"http://{ports.data}") for i, ports in enumerate(workers)]
     targets = [part for role, url in urls for part in (flag_name(RouterConfig, f"{role}_urls"), url)]
     own = ("--request-timeout", str(config.request_timeout), *targets)

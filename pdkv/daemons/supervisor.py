@@ -36,6 +36,8 @@ class ChildSpec(NamedTuple):
     name: str
     args: tuple[str, ...]
     """Behind ``python -m pdkv``."""
+    env: tuple[tuple[str, str], ...] = ()
+    """Variables of its own, beside those of all children."""
 
 
 class Supervisor:
@@ -121,7 +123,7 @@ class Supervisor:
             stdin=asyncio.subprocess.DEVNULL,
             stdout=PIPE,
             stderr=STDOUT,
-            env=self._env,
+            env={**self._env, **dict(spec.env)},
             start_new_session=True,  # the terminal's Ctrl-C is for us alone, and the group can be killed as one
         )
         self._processes[spec.name] = process

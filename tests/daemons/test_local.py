@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from pdkv.daemons.config import Address, ServedConfig, UpConfig, flag_name, load
+from pdkv.daemons.gpu_order import VARIABLE, visible_gpus
 from pdkv.daemons.local import Ports, child_specs, curl_line
 
 ROUTER = Ports(Address("127.0.0.1:8000"), Address("127.0.0.1:8090"))
@@ -104,3 +105,19 @@ def test_each_role_gets_its_own_number_of_ranks() -> None:
     assert "--max-pull-gbps" not in prefill
     assert "--ep" in prefill
     assert "--ep" in decode
+
+
+def test_workers_get_gpus_of_their_own_and_see_the_others() -> None:
+    """In turns where there are too few; and nothing is said where there is one, or none."""
+    two = [dict(spec.env) for spec in child_specs(_config(device="cuda"), ROUTER, WORKERS, ("4", "GPU-b"))]
+    assert two == [{VARIABLE: "4,GPU-b"}, {VARIABLE: "GPU-b,4"}, {VARIABLE: "4,GPU-b"}, {}]
+    ranks = _config(device="cuda", prefill_tp=2, decode_tp=1)
+    four = [dict(spec.env) for spec in child_specs(ranks, ROUTER, WORKERS, "0123")]
+    assert four == [{VARIABLE: "0,1,2,3"}, {VARIABLE: "2,3,0,1"}, {VARIABLE: "3,0,1,2"}, {}]
+    for gpus in ((), ("0",)):
+        assert all(not spec.env for spec in child_specs(_config(device="cuda"), ROUTER, WORKERS, gpus))
+
+
+def test_gpus_are_those_that_cuda_may_see() -> None:
+    assert visible_gpus({VARIABLE: "3, 1"}) == ("3", "1")
+    assert visible_gpus({VARIABLE: ""}) == ()
