@@ -144,7 +144,9 @@ def _worker_row(model: M3Model, options: argparse.Namespace, batch: int, *, over
     host, *others = [1e6 * statistics.median(column) for column in zip(*hosts, strict=True)]
     worst = 1e6 * sorted(host for host, *_ in hosts)[int(0.9 * len(hosts))]
     told = "".join(f" {part:8.0f}" for part in (host, worst, *others))
-    return f"{batch:5} {'overlapped' if overlap else 'waiting':>10} {1e3 * statistics.median(steps):8.3f} {gpu_ms}{told}"
+    return (
+        f"{batch:5} {'overlapped' if overlap else 'waiting':>10} {1e3 * statistics.median(steps):8.3f} {gpu_ms}{told}"
+    )
 
 
 class _Clock:

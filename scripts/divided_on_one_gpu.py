@@ -73,7 +73,7 @@ def _answer_undivided(options: argparse.Namespace, prompt: tuple[int, ...]) -> i
 
     from pdkv.m3.engine import Engine  # noqa: PLC0415
     from pdkv.m3.model import load_model  # noqa: PLC0415
-    from pdkv.m3.requests import CompleteRequest, EngineSettings, RequestId, TokenGenerated  # noqa: PLC0415
+    from pdkv.m3.requests import CompleteRequest, EngineSettings, RequestId, TokenGenerated, singly  # noqa: PLC0415
     from pdkv.m3.sampling import SamplingParams  # noqa: PLC0415
     from pdkv.verify.undivided import local_worker  # noqa: PLC0415
 
@@ -93,7 +93,7 @@ def _answer_undivided(options: argparse.Namespace, prompt: tuple[int, ...]) -> i
     events = engine.submit(request)
     while engine.has_work:
         events += engine.step()
-    tokens = [event.token for event in events if isinstance(event, TokenGenerated)]
+    tokens = [event.token for event in singly(events) if isinstance(event, TokenGenerated)]
     print(json.dumps({"seconds": time.perf_counter() - started, "tokens": tokens}))
     return 0
 

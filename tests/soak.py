@@ -21,6 +21,7 @@ from pdkv.daemons.link import (
     Sampling,
     Status,
     StatusQuery,
+    StepTokens,
     ToFront,
     TokensOut,
     TransferReport,
@@ -28,7 +29,7 @@ from pdkv.daemons.link import (
 )
 from pdkv.daemons.rank_threads import thread_ranks
 from pdkv.m3.model import M3Model
-from pdkv.m3.requests import CompleteRequest, EngineSettings, RequestId, TokenGenerated
+from pdkv.m3.requests import CompleteRequest, EngineSettings, RequestId, TokenGenerated, singly
 from pdkv.m3.sampling import SamplingParams
 from pdkv.memory.pages import PagePool
 from pdkv.transport.inproc import Faults, InprocTransport
@@ -191,7 +192,9 @@ class Pair:
             side.turn(0.001)
         while self._heard:
             message = self._heard.pop(0)
-            if isinstance(message, Status):
+            if isinstance(message, StepTokens):
+                self._heard[:0] = message.each()
+            elif isinstance(message, Status):
                 self._status.append(message)
             elif isinstance(message, TokensOut | JobFinished | JobFailed) and self._is_current(message.transfer):
                 _take(message, outcomes[int.from_bytes(message.transfer[8:], "big")])
@@ -258,7 +261,7 @@ def undivided(model: M3Model, job: Job) -> list[TokenGenerated]:
     events = engine.submit(request)
     while engine.has_work:
         events += engine.step()
-    return [event for event in events if isinstance(event, TokenGenerated)]
+    return [event for event in singly(events) if isinstance(event, TokenGenerated)]
 
 
 def _settings(role: str, model_dir: Path, num_pages: int, max_model_len: int) -> WorkerSettings:

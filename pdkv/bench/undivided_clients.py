@@ -19,6 +19,7 @@ from pdkv.m3.requests import (
     RequestId,
     RequestRefused,
     TokenGenerated,
+    singly,
 )
 from pdkv.m3.sampling import SamplingParams
 from pdkv.verify.equality import LOGIT_TOLERANCE
@@ -63,7 +64,7 @@ class Undivided:
         engine.submit(_request(0, question, at + 1, num_top=2))
         ours: list[TokenGenerated] = []
         while engine.has_work:
-            ours += [event for event in engine.step() if isinstance(event, TokenGenerated)]
+            ours += [event for event in singly(engine.step()) if isinstance(event, TokenGenerated)]
         first, second = ours[at].top.logprobs[:2]
         before = all(event.token == token for event, token in zip(ours[:at], tokens, strict=False))
         return before and first - second < NEAR_TIE[self._model.dtype] and tokens[at] in ours[at].top.token_ids
@@ -116,7 +117,7 @@ class _Clients:
     def _hear(self, events: Sequence[EngineEvent], at: float) -> int:
         """Returns how many requests ended."""
         ended = 0
-        for event in events:
+        for event in singly(events):
             match event:
                 case TokenGenerated():
                     self._watches[event.id].saw([event.token], at)

@@ -5,9 +5,10 @@ QUEUED --pages--> FETCHING --state arrived--> DECODING --last token--> gone
                   ABANDONED --pages returned--> gone
 """
 
-from collections.abc import Iterator, Sequence
+import heapq
+from collections.abc import Iterable, Sequence
 from enum import Enum
-from itertools import groupby
+from typing import NamedTuple
 
 import msgspec
 
@@ -22,7 +23,16 @@ from pdkv.agent.events import (
     TransferFailed,
 )
 from pdkv.daemons import attachment
-from pdkv.daemons.link import AbortJob, DecodeJob, FinishJob, JobFinished, ToEngine, TokensOut, TransferReport
+from pdkv.daemons.link import (
+    AbortJob,
+    DecodeJob,
+    FinishJob,
+    JobFinished,
+    StepTokens,
+    ToEngine,
+    TokensOut,
+    TransferReport,
+)
 from pdkv.daemons.roles import EngineParts, Role, job_failed, sampling_params
 from pdkv.errors import FailureCode, TransferError
 from pdkv.m3.logprobs import PromptLogprobs
@@ -31,10 +41,12 @@ from pdkv.m3.requests import (
     EngineEvent,
     FinishReason,
     PagesReserved,
+    RequestEvent,
     RequestFinished,
     RequestId,
     RequestRefused,
     TokenGenerated,
+    TokensGenerated,
 )
 from pdkv.metric_table import FIRST_STEP_SECONDS
 from pdkv.schema import Incarnation, TransferId
@@ -49,13 +61,20 @@ class Stage(Enum):
 
 
 class _Job:
-    def __init__(self, job: DecodeJob, at: float) -> None:
+    def __init__(self, job: DecodeJob, at: float, number: int) -> None:
         self.job = job
+        self.number = number
+        """Of all jobs of this worker's life."""
         self.deadline = at + job.deadline_s
         self.stage = Stage.QUEUED
         self.report: TransferReport | None = None
         self.prompt_logprobs: PromptLogprobs | None = None
         """Until they go to the front with the first token."""
+
+    @property
+    def tells_more(self) -> bool:
+        """Something goes to the front with its next token."""
+        return bool(self.job.num_top) or self.prompt_logprobs is not None
 
 
 class DecodeRole(Role):
@@ -68,6 +87,9 @@ class DecodeRole(Role):
         self._resumed: dict[TransferId, float] = {}
         """Requests that no step has decoded yet: when their state was here, by the agent's clock."""
         self._now = 0.0
+        self._num_jobs = 0
+        self._deadlines: list[tuple[float, TransferId, int]] = []
+        """A heap: of every job, also of those that are over; its number last."""
 
     def on_front(self, message: ToEngine, at: float) -> None:
         self._now = at
@@ -96,27 +118,44 @@ class DecodeRole(Role):
                 raise AssertionError(f"a decode agent tells no {type(event).__name__}")
 
     def on_engine(self, events: Sequence[EngineEvent]) -> None:
-        for transfer, tokens, event in _told(events):
-            if tokens:
-                self._send_tokens(transfer, tokens)
-            match event:
-                case None:
-                    pass
-                case PagesReserved():
-                    self._fetch(transfer, event)
-                case RequestFinished(reason=reason):
-                    job = self._jobs.pop(transfer)
-                    self._parts.send(JobFinished(transfer, reason.value, job.report))
-                case RequestRefused(message=message, never=never):
-                    self._refuse(transfer, message, never=never)
-                case _:
-                    raise AssertionError(f"a decode engine tells no {type(event).__name__}")
+        """All tokens go to the front first, in one message but for those that come with more than themselves. None of
+        a job's comes behind its end."""
+        plain, rich, others = _Told([], [], []), dict[TransferId, list[TokenGenerated]](), list[RequestEvent]()
+        for event in events:
+            if isinstance(event, TokensGenerated):  # of requests that ask for nothing besides
+                plain.add(event.ids, event.tokens, event.logprobs)
+            elif not isinstance(event, TokenGenerated):
+                others.append(event)
+            elif self._jobs[TransferId(event.id)].tells_more:
+                rich.setdefault(TransferId(event.id), []).append(event)
+            else:
+                plain.add((event.id,), (event.token,), (event.logprob,))
+        if plain.transfers:
+            self._parts.send(StepTokens(tuple(plain.transfers), plain.tokens, plain.logprobs))
+        for transfer, tokens in rich.items():
+            self._send_tokens(transfer, tokens)
+        for other in others:
+            self._on_event(TransferId(other.id), other)
+
+    def _on_event(self, transfer: TransferId, event: RequestEvent) -> None:
+        match event:
+            case PagesReserved():
+                self._fetch(transfer, event)
+            case RequestFinished(reason=reason):
+                job = self._jobs.pop(transfer)
+                self._parts.send(JobFinished(transfer, reason.value, job.report))
+            case RequestRefused(message=message, never=never):
+                self._refuse(transfer, message, never=never)
+            case _:
+                raise AssertionError(f"a decode engine tells no {type(event).__name__}")
 
     def on_time(self, at: float) -> None:
         self._now = at
-        late = [t for t, job in self._jobs.items() if at >= job.deadline and job.stage is not Stage.ABANDONED]
-        for transfer in late:
-            self._give_up(transfer, FailureCode.DEADLINE, "the request's deadline has passed")
+        while self._deadlines and self._deadlines[0][0] <= at:
+            _, transfer, number = heapq.heappop(self._deadlines)
+            job = self._jobs.get(transfer)
+            if job is not None and job.number == number:  # the id may be another job's by now
+                self._give_up(transfer, FailureCode.DEADLINE, "the request's deadline has passed")
 
     def on_step(self, at: float) -> None:
         for transfer, resident_at in self._resumed.items():
@@ -132,7 +171,9 @@ class DecodeRole(Role):
         if transfer in self._jobs:  # the state of an aborted try may still be on its way out
             self._parts.send(job_failed(transfer, FailureCode.INTERNAL, "this transfer id is in use", 409))
             return
-        self._jobs[transfer] = _Job(message, at)
+        self._num_jobs += 1
+        job = self._jobs[transfer] = _Job(message, at, self._num_jobs)
+        heapq.heappush(self._deadlines, (job.deadline, transfer, job.number))
         request = DecodeRequest(
             id=RequestId(transfer),
             prompt=tuple(message.prompt),
@@ -219,20 +260,17 @@ class DecodeRole(Role):
             self._parts.engine.release(RequestId(transfer))
 
 
-def _told(
-    events: Sequence[EngineEvent],
-) -> Iterator[tuple[TransferId, list[TokenGenerated], EngineEvent | None]]:
-    """Events in order, by request: tokens that follow one another as one entry, each other event as one."""
-    for request, mine in groupby(events, key=lambda event: event.id):
-        transfer, tokens = TransferId(request), list[TokenGenerated]()
-        for event in mine:
-            if isinstance(event, TokenGenerated):
-                tokens.append(event)
-                continue
-            yield transfer, tokens, event
-            tokens = []
-        if tokens:
-            yield transfer, tokens, None
+class _Told(NamedTuple):
+    """What is told of a step's tokens, entry by entry."""
+
+    transfers: list[bytes]
+    tokens: list[int]
+    logprobs: list[float]
+
+    def add(self, transfers: Iterable[bytes], tokens: Iterable[int], logprobs: Iterable[float]) -> None:
+        self.transfers.extend(transfers)
+        self.tokens.extend(tokens)
+        self.logprobs.extend(logprobs)
 
 
 def _report(facts: TransferFacts) -> TransferReport:

@@ -24,6 +24,7 @@ from pdkv.daemons.link import (
     PrefillJob,
     Status,
     StatusQuery,
+    StepTokens,
     ToFront,
     TokensOut,
     WorkerSettings,
@@ -208,10 +209,17 @@ class EngineLink:
                 answer = self._queries.get(message.query)
                 if answer is not None and not answer.done():
                     answer.set_result(message)
-            case _:  # a job that nobody waits for any more was aborted; its last messages may still come
-                self._meter.heard(message)
-                if (queue := self._jobs.get(message.transfer)) is not None:
-                    queue.put_nowait(message)
+            case StepTokens():
+                for told in message.each():
+                    self._tell(told)
+            case _:
+                self._tell(message)
+
+    def _tell(self, event: JobEvent) -> None:
+        """A job that nobody waits for any more was aborted; its last messages may still come."""
+        self._meter.heard(event)
+        if (queue := self._jobs.get(event.transfer)) is not None:
+            queue.put_nowait(event)
 
 
 class JobEvents:

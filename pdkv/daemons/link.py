@@ -8,6 +8,9 @@ import contextlib
 import socket
 import struct
 import threading
+from collections.abc import Iterator
+from itertools import groupby
+from operator import itemgetter
 
 import msgspec
 
@@ -222,6 +225,22 @@ class TokensOut(msgspec.Struct, frozen=True, tag="tokens"):
     """With the first token, where the job asked: of all prompt tokens but the first."""
 
 
+class StepTokens(msgspec.Struct, frozen=True, tag="step"):
+    """``TokensOut`` of several jobs, entry by entry: one message for what a step generated, and no more of any job than
+    that. Entries of one job follow one another."""
+
+    transfers: tuple[bytes, ...]
+    tokens: list[int]
+    logprobs: list[float]
+
+    def each(self) -> Iterator[TokensOut]:
+        """What is told of each job."""
+        entries = zip(self.transfers, self.tokens, self.logprobs, strict=True)
+        for transfer, mine in groupby(entries, key=itemgetter(0)):
+            _, tokens, logprobs = zip(*mine, strict=True)
+            yield TokensOut(transfer, list(tokens), list(logprobs))
+
+
 class JobFinished(msgspec.Struct, frozen=True, tag="finished"):
     """The job's last message. On P: the prompt's state is ready for D. On D: the last token has been sent."""
 
@@ -279,7 +298,7 @@ class Beat(msgspec.Struct, frozen=True, tag="beat"):
     agent_age_s: float
 
 
-ToFront = EngineReady | EngineFatal | TokensOut | JobFinished | JobFailed | Status | Beat
+ToFront = EngineReady | EngineFatal | TokensOut | StepTokens | JobFinished | JobFailed | Status | Beat
 
 
 def encode_frame(message: msgspec.Struct) -> bytes:

@@ -29,6 +29,7 @@ from pdkv.m3.requests import (
     PromptScored,
     RequestId,
     RequestRefused,
+    singly,
 )
 from pdkv.schema import TransferId
 
@@ -69,7 +70,7 @@ class PrefillRole(Role):
 
     def on_engine(self, events: Sequence[EngineEvent]) -> None:
         finished = {event.id for event in events if isinstance(event, PrefillFinished)}
-        for event in events:
+        for event in singly(events):
             transfer = TransferId(event.id)
             match event:
                 case PagesReserved(pages=pages, cached_tokens=cached):

@@ -1,8 +1,9 @@
 """Decode steps in fixed shapes on a GPU: captured once as CUDA graphs, replayed with whatever the buffers hold.
 
-A step takes one copy to the device (numbers of sequences, their new tokens), one for each page table that has changed,
-one replay, and one copy back (tokens, log-probabilities). Everything else a step needs is computed on the device, in
-the graph. The next step may be launched before anybody has read this one's tokens: it takes them from the device.
+A step takes one copy to the device (numbers of sequences, their new tokens), one for each sequence that joins (its page
+table), one replay, and one copy back (tokens, log-probabilities). Everything else a step needs is computed on the
+device, in the graph. The next step may be launched before anybody has read this one's tokens: it takes them from the
+device.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pdkv.m3.attention import KvViews, StepBatch
-from pdkv.m3.decode_rows import BEHIND, END, START, TOKENS, DecodeRows, Numbers
+from pdkv.m3.decode_rows import BEHIND, END, START, TOKENS, DecodeRows, Numbers, Rows
 from pdkv.m3.model import M3Model
 from pdkv.m3.requests import EngineSettings
 from pdkv.m3.run import Onward, Run
@@ -27,7 +28,6 @@ _ROWS_AT_ONCE = 64
 _EMPTY = [0, 0, -1] + [0] * MAX_QUERY_LEN
 """What the row of no sequence says: nothing before it, nothing of it stored."""
 
-_Rows = np.ndarray[tuple[int], np.dtype[np.int64]]
 MaybeDecodes = Sequence[Run] | Onward
 
 
@@ -79,7 +79,7 @@ class _Side:
 class DecodeInFlight:
     """A step that the device may still be at. Owned by the engine thread."""
 
-    def __init__(self, side: _Side, step: _Step, rows: _Rows) -> None:
+    def __init__(self, side: _Side, step: _Step, rows: Rows) -> None:
         """``rows``: of ``step``, one for each token of each run, in order."""
         self._side = side
         self._step = step
@@ -153,21 +153,23 @@ class DecodeGraphs:
         side = self._free_side()
         if isinstance(step, Onward):
             query_len = 1
-            self._rows.go_on(side.rows)
+            changes = self._rows.go_on(step, side.rows)
         else:
             longest = max(len(run.tokens) for run in step)
             query_len = next(n for n in self._shapes.query_lens if n >= longest)
-            self._rows.enter(step, side.rows, query_len)
-        count = len(self._rows.places)
+            changes = self._rows.enter(step, side.rows, query_len)
+        count = len(self._rows.index)
         batch = next(n for n in self._shapes.batch_sizes if n >= count)
         if count < batch:
             side.rows[count:batch] = _EMPTY[: side.rows.shape[1]]
         self._numbers_of[batch].copy_(side.numbers_of[batch], non_blocking=True)
-        for row, pages in self._rows.new_pages(step):
+        for row, source in changes.moved:
+            self._tables[row].copy_(self._tables[source])
+        for row, pages in changes.written:
             side.table_rows[row, : len(pages)] = pages
             self._tables[row, : len(pages)].copy_(side.tables[row, : len(pages)], non_blocking=True)
         lengths = [] if isinstance(step, Onward) else [len(run.tokens) for run in step]
-        rows = self._rows.index if query_len == 1 else _last_rows(self._rows.places, lengths, query_len)
+        rows = self._rows.index if query_len == 1 else _last_rows(self._rows.index.tolist(), lengths, query_len)
         return DecodeInFlight(side, self._replayed(batch, query_len, side), rows)
 
     def _replayed(self, batch: int, query_len: int, side: _Side) -> _Step:
@@ -244,7 +246,7 @@ class DecodeGraphs:
         return torch.stack((token.double(), logprob.double(), finite.double()), dim=1)
 
 
-def _last_rows(places: Sequence[int], lengths: Sequence[int], query_len: int) -> _Rows:
+def _last_rows(places: Sequence[int], lengths: Sequence[int], query_len: int) -> Rows:
     """Of each token of each run, in order: a sequence's tokens are the last of its rows."""
     ends = [(place + 1) * query_len for place in places]
     rows = [row for end, length in zip(ends, lengths, strict=True) for row in range(end - length, end)]

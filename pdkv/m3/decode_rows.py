@@ -1,6 +1,7 @@
 """Which row of a decode step's buffers each sequence has: the same from step to step, so little is written anew."""
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,8 +12,18 @@ END, START, BEHIND, TOKENS = 0, 1, 2, 3
 """Columns of a sequence's row of numbers: where its tokens end, from which position on they are stored, the row of the
 step before whose choice is its last token (-1: it is among its tokens), and its tokens."""
 
+Rows = np.ndarray[tuple[int], np.dtype[np.int64]]
 Numbers = np.ndarray[tuple[int, int], np.dtype[np.int32]]
 Pages = tuple[int, ...]
+
+
+class TableChanges(NamedTuple):
+    """What of the page tables is another than it was."""
+
+    moved: Sequence[tuple[int, int]]
+    """Rows whose content is now that of another one, which is none of these: to, from."""
+    written: Sequence[tuple[int, Pages]]
+    """Rows, and what is in them now."""
 
 
 class DecodeRows:
@@ -24,63 +35,86 @@ class DecodeRows:
     def __init__(self, most: int) -> None:
         """``most``: sequences of a step."""
         self._ids: list[RequestId] = []
-        self.places: list[int] = []
+        self.index: Rows = np.zeros(0, dtype=np.int64)
         """The row of each run of the latest step."""
-        self.index: np.ndarray[tuple[int], np.dtype[np.int64]] = np.zeros(0, dtype=np.int64)
-        """The same."""
         self._lines: Numbers = np.zeros((0, TOKENS), dtype=np.int32)
         """What each run was told, but its tokens."""
         self._pages: list[Pages] = [() for _ in range(most)]
 
-    def enter(self, runs: Sequence[Run], numbers: Numbers, query_len: int) -> None:
+    def enter(self, runs: Sequence[Run], numbers: Numbers, query_len: int) -> TableChanges:
         """Write what a step is told of ``runs`` but their pages.
 
         A run of fewer tokens than ``query_len`` has them last: rows before them repeat what is stored already.
         """
-        before = self.places
+        before = self.index
         self._place(runs)
         lengths = [len(run.tokens) for run in runs]
         begin = TOKENS + query_len
         if min(lengths) == query_len:
             numbers[self.index, TOKENS:begin] = [run.tokens for run in runs]
         else:
-            for row, run in zip(self.places, runs, strict=True):
+            for row, run in zip(self.index.tolist(), runs, strict=True):
                 numbers[row, begin - len(run.tokens) : begin] = run.tokens
-        self._lines = np.empty((len(runs), TOKENS), dtype=np.int32)
-        self._lines[:, START] = [run.start for run in runs]
-        self._lines[:, END] = self._lines[:, START] + lengths
-        self._lines[:, BEHIND] = [-1 if run.behind is None else before[run.behind] for run in runs]
+        self._lines = _lines(runs)
+        for place, run in enumerate(runs):
+            if run.behind is not None:
+                self._lines[place, BEHIND] = before[run.behind]
         numbers[self.index, :TOKENS] = self._lines
+        return TableChanges((), self._written(self.index.tolist(), runs))
 
-    def go_on(self, numbers: Numbers) -> None:
-        """Write what the step behind the latest is told, which takes each one's token from there."""
-        self._lines[:, :BEHIND] += 1
-        self._lines[:, BEHIND] = self.index
+    def go_on(self, step: Onward, numbers: Numbers) -> TableChanges:
+        """Write what the step behind the latest is told, in which whoever stays takes its token from there."""
+        lines = self._lines
+        lines[:, :BEHIND] += 1
+        lines[:, BEHIND] = self.index
+        changes = TableChanges((), ())
+        if step.left or step.joined:
+            changes = self._change(step)
+            if step.joined:
+                numbers[self.index[-len(step.joined) :], TOKENS] = [run.tokens[0] for run in step.joined]
         numbers[self.index, :TOKENS] = self._lines
+        return changes
 
-    def new_pages(self, step: Sequence[Run] | Onward) -> list[tuple[int, Pages]]:
-        """Rows whose page table is another than it was, and what it is now. Asked once a step, after the others."""
-        told: Iterable[tuple[int, Pages]]
-        if isinstance(step, Onward):
-            told = [(self.places[place], pages) for place, pages in step.new_pages]
-        else:
-            told = zip(self.places, [run.pages for run in step], strict=True)
-        known, changed = self._pages, []
-        for row, pages in told:
-            if pages is not known[row] and pages != known[row]:
-                changed.append((row, pages))
-            known[row] = pages
-        return changed
+    def _change(self, step: Onward) -> TableChanges:
+        """Let some leave, and others join behind those that stay."""
+        leaves = set(step.left)
+        stay = [place for place in range(len(self._ids)) if place not in leaves]
+        count = len(stay) + len(step.joined)
+        before = self.index[stay]
+        free = np.setdiff1d(np.arange(count), before)
+        beyond = (before >= count).nonzero()[0]
+        rows, new = before.copy(), free[len(beyond) :]
+        rows[beyond] = free[: len(beyond)]
+        moved = list(zip(rows[beyond].tolist(), before[beyond].tolist(), strict=True))
+        for to, source in moved:
+            self._pages[to] = self._pages[source]
+        self._ids = [*(self._ids[place] for place in stay), *(run.id for run in step.joined)]
+        self.index = np.concatenate((rows, new))
+        self._lines = np.concatenate((self._lines[stay], _lines(step.joined)))
+        return TableChanges(moved, self._written(new.tolist(), step.joined))
+
+    def _written(self, rows: Sequence[int], runs: Sequence[Run]) -> list[tuple[int, Pages]]:
+        known, written = self._pages, []
+        for row, run in zip(rows, runs, strict=True):
+            if run.pages is not known[row] and run.pages != known[row]:
+                written.append((row, run.pages))
+            known[row] = run.pages
+        return written
 
     def _place(self, runs: Sequence[Run]) -> None:
         ids = [run.id for run in runs]
         if ids == self._ids:
             return
         count = len(ids)
-        known = dict(zip(self._ids, self.places, strict=True))
+        known = dict(zip(self._ids, self.index.tolist(), strict=True))
         places = [known.get(request, count) for request in ids]
         taken = {row for row in places if row < count}
         free = iter([row for row in range(count) if row not in taken])
         self._ids = ids
-        self.places = [row if row < count else next(free) for row in places]
-        self.index = np.array(self.places, dtype=np.int64)
+        self.index = np.array([row if row < count else next(free) for row in places], dtype=np.int64)
+
+
+def _lines(runs: Iterable[Run]) -> Numbers:
+    """Of runs whose tokens are known."""
+    lines = [(run.end, run.start, -1) for run in runs]
+    return np.array(lines, dtype=np.int32).reshape(-1, TOKENS)

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+import msgspec
+
 from pdkv.m3.logprobs import NO_TOP, TopLogprobs
 from pdkv.m3.requests import (
     EngineEvent,
@@ -11,6 +13,7 @@ from pdkv.m3.requests import (
     PromptScored,
     RequestId,
     RequestRefused,
+    singly,
 )
 from pdkv.m3.run import Step, TokenBounds
 from pdkv.m3.scheduler import Scheduler
@@ -45,7 +48,7 @@ class Engine:
         config = runner.config
         self._scheduler = Scheduler(
             pool,
-            settings,
+            msgspec.structs.replace(settings, overlap=self._overlaps),
             TokenBounds(
                 block_size=config.block_size,
                 vocab_size=config.vocab_size,
@@ -116,4 +119,4 @@ class Engine:
         for request_id in refused:
             self._scheduler.release(request_id)
             self._scheduler.empty_cache()
-        return [event for event in events if event.id not in refused or event is scored[event.id]]
+        return [event for event in singly(events) if event.id not in refused or event is scored[event.id]]

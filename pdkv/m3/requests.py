@@ -1,5 +1,6 @@
 """What goes into the engine and what comes out of it: requests, events and settings, values only."""
 
+from collections.abc import Iterable, Iterator
 from enum import StrEnum
 from typing import NewType
 
@@ -145,9 +146,28 @@ class RequestRefused(msgspec.Struct, frozen=True):
     never: bool
 
 
-EngineEvent = (
+class TokensGenerated(msgspec.Struct, frozen=True, gc=False):
+    """``TokenGenerated`` of several requests, entry by entry: what one step chose for all that go on, and no object for
+    each."""
+
+    ids: tuple[RequestId, ...]
+    tokens: list[int]
+    logprobs: list[float]
+
+
+RequestEvent = (
     PagesReserved | PrefillProgress | PromptScored | PrefillFinished | TokenGenerated | RequestFinished | RequestRefused
 )
+EngineEvent = RequestEvent | TokensGenerated
+
+
+def singly(events: Iterable[EngineEvent]) -> Iterator[RequestEvent]:
+    """In the same order, each of one request."""
+    for event in events:
+        if isinstance(event, TokensGenerated):
+            yield from map(TokenGenerated, event.ids, event.tokens, event.logprobs)
+        else:
+            yield event
 
 
 class EngineStatistics(msgspec.Struct, frozen=True):

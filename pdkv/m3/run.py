@@ -27,7 +27,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     tokens: tuple[int, ...]
     start: int
     pages: tuple[int, ...]
-    """Pages of the blocks up to and with the last of ``tokens``."""
+    """Pages of the blocks up to and with the last of ``tokens``, at least; those behind hold nothing of it yet."""
     sampling: SamplingParams | None
     """How to choose the token after the last one; ``None`` when none is wanted yet."""
     num_drafts: int = 0
@@ -63,8 +63,10 @@ class Onward(msgspec.Struct, frozen=True):
     What a step of many sequences costs the host is work for each of them, so the commonest step says nothing of most.
     """
 
-    new_pages: tuple[tuple[int, tuple[int, ...]], ...] = ()
-    """Of runs that begin a block with it: place, and their pages now."""
+    left: tuple[int, ...] = ()
+    """Places in that step, ascending, of those that have come to their end: they have no run any more."""
+    joined: tuple[Run, ...] = ()
+    """Behind all that stay. Their tokens are known, one each."""
 
 
 Step = list[Run] | Onward

@@ -2,9 +2,7 @@
 
 from collections import deque
 from collections.abc import Sequence as SequenceOf
-from typing import NamedTuple
-
-import numpy as np
+from itertools import compress, islice
 
 from pdkv.errors import RequestError
 from pdkv.m3.chunks import share_chunk
@@ -24,29 +22,15 @@ from pdkv.m3.requests import (
     RequestId,
     RequestRefused,
     TokenGenerated,
+    TokensGenerated,
 )
 from pdkv.m3.run import NOT_FINITE, Onward, Run, Step, TokenBounds
 from pdkv.m3.sampling import GreedyChoices, Sample
 from pdkv.m3.sequence import Sequence, Stage
+from pdkv.m3.under_way import UnderWay, first_starts
 from pdkv.memory.pages import PagePool
 
 __all__ = ["NOT_FINITE", "Run", "Scheduler", "TokenBounds"]
-
-
-class _UnderWay(NamedTuple):
-    """A step from ``schedule`` to ``complete``."""
-
-    sequences: list[Sequence]
-    """One for each of its runs, in order; an id may be another request's by then."""
-    is_plain: bool
-    """It only decodes, one token of each, greedily, and tells no more than the token: the device can go on alone."""
-    num_changes: int
-    """``Scheduler._num_changes`` when it was scheduled."""
-    ids: list[RequestId]
-    starts: np.ndarray[tuple[int], np.dtype[np.int64]]
-    """Positions of the runs' first tokens."""
-    num_left: int
-    """So many more steps no sequence of a plain one ends by its length."""
 
 
 class Scheduler:
@@ -74,7 +58,7 @@ class Scheduler:
         self._queue: deque[RequestId] = deque()
         self._prefilling: dict[RequestId, Sequence] = {}
         self._decoding: dict[RequestId, Sequence] = {}
-        self._under_way: deque[_UnderWay] = deque()
+        self._under_way: deque[UnderWay] = deque()
         self._num_changes = 0
         """How often a request began or ended to decode."""
         self._num_blocks_found = self._num_blocks_missed = 0
@@ -160,13 +144,15 @@ class Scheduler:
             first = self._under_way[0]
             if len(self._under_way) > 1 or not first.is_plain or self._prefilling:
                 return []
-            if first.num_left and first.num_changes == self._num_changes:
-                return self._schedule_onward(first)
+            onward = self._schedule_onward(first)
+            if onward is not None:
+                return onward
             places = {id(sequence): place for place, sequence in enumerate(first.sequences)}
         # What ends by its length is known to end, whatever its last token will be.
         going = [s for s in self._decoding.values() if len(s.tokens) + (id(s) in places) < s.most_tokens]
         sequences = going[: self._settings.max_batch]
-        runs = [s.decode_run(self._settings.speculative_tokens, places.get(id(s))) for s in sequences]
+        most_drafts, overlaps = self._settings.speculative_tokens, self._settings.overlap
+        runs = [s.decode_run(most_drafts, places.get(id(s)), tells_all_pages=overlaps) for s in sequences]
         prompts = list(self._prefilling.values())
         shares = share_chunk([prompt.num_prompt_left for prompt in prompts], self._settings.prefill_chunk)
         for prompt, share in zip(prompts, shares, strict=True):
@@ -174,35 +160,44 @@ class Scheduler:
                 sequences.append(prompt)
                 runs.append(prompt.prompt_run(share))
         for run in runs:
-            self._check_writable(run.pages[run.start // self._bounds.block_size :])
+            self._check_writable(run)
         if runs:
             self._begin(sequences, runs, only_decodes=not prompts)
         return runs
 
-    def _schedule_onward(self, first: _UnderWay) -> Onward:
-        """Nobody has come or gone, and nobody will before the step has ended."""
-        starts = first.starts + 1
-        new_pages = []
-        for place in (starts % self._bounds.block_size == 0).nonzero()[0].tolist():
-            pages = first.sequences[place].pages_up_to(int(starts[place]) + 1)
-            self._check_writable(pages[-1:])
-            new_pages.append((place, pages))
-        self._under_way.append(first._replace(starts=starts, num_left=first.num_left - 1))
-        return Onward(tuple(new_pages))
+    def _schedule_onward(self, first: UnderWay) -> Step | None:
+        """Who stays goes on, who can joins. None: among those is somebody for whom the device cannot go on alone."""
+        left = first.places_ending(self._num_changes)
+        if not left and first.num_changes == self._num_changes:
+            behind, joined = first.once_more(), list[Sequence]()
+        else:
+            joined = self._joining(first, len(left))
+            if not all(sequence.decodes_plainly for sequence in joined):
+                return None
+            if len(left) == len(first.sequences) and not joined:
+                return []
+            behind = first.without(left, joined, self._num_changes)
+        runs = [sequence.decode_run(0, tells_all_pages=True) for sequence in joined]
+        for run in runs:
+            self._check_writable(run)
+        for place in behind.places_at(0, self._bounds.block_size):
+            self._check_page(behind.sequences[place].pages[int(behind.starts[place]) // self._bounds.block_size])
+        self._under_way.append(behind)
+        return Onward(tuple(left), tuple(runs))
+
+    def _joining(self, first: UnderWay, num_left: int) -> list[Sequence]:
+        """Who decodes and is not in that step, in order, as many as there are slots."""
+        present = set(map(id, first.sequences))
+        others = (sequence for sequence in self._decoding.values() if id(sequence) not in present)
+        return list(islice(others, self._settings.max_batch - len(present) + num_left))
 
     def _begin(self, sequences: list[Sequence], runs: list[Run], *, only_decodes: bool) -> None:
         """A step is under way. What is proposed hangs on tokens: with proposals no step is launched behind another."""
-        is_plain = (
-            only_decodes
-            and not self._settings.speculative_tokens
-            and all(sequence.decodes_plainly for sequence in sequences)
-        )
-        starts, num_left = np.array([run.start for run in runs], dtype=np.int64), 0
-        if is_plain:  # a run's token is the last of start + 1, and it chooses one more
-            ends = np.array([sequence.most_tokens for sequence in sequences], dtype=np.int64)
-            num_left = int((ends - starts).min()) - 2
-        ids = [run.id for run in runs]
-        self._under_way.append(_UnderWay(sequences, is_plain, self._num_changes, ids, starts, num_left))
+        can_go_on = only_decodes and not self._settings.speculative_tokens
+        if can_go_on and all(sequence.decodes_plainly for sequence in sequences):
+            self._under_way.append(UnderWay.plain(sequences, first_starts(runs), self._num_changes))
+        else:
+            self._under_way.append(UnderWay(sequences, False, self._num_changes))
 
     def complete(self, step: Step, samples: SequenceOf[Sample | None] | GreedyChoices) -> list[EngineEvent]:
         """Account for the oldest step under way: ``samples`` are ``num_choices`` of each run, in order; ``None`` is
@@ -211,14 +206,11 @@ class Scheduler:
             return self.admit()
         under_way = self._under_way.popleft()
         if isinstance(samples, GreedyChoices):
-            if under_way.num_left and under_way.num_changes == self._num_changes and self._ends_nothing(samples):
-                return [*self._go_on(under_way, samples), *self.admit()]
+            if under_way.is_plain:
+                return [*self._complete_plainly(under_way, samples), *self.admit()]
             samples = samples.samples()
+        assert not isinstance(step, Onward), "whoever goes on alone chooses alone"
         events: list[EngineEvent] = []
-        if isinstance(step, Onward):
-            for sequence, sample in zip(under_way.sequences, samples, strict=True):
-                self._accept_if_held(sequence, sample, events)
-            return events + self.admit()
         num_seen = 0
         for run, sequence in zip(step, under_way.sequences, strict=True):
             assert run.id == sequence.request.id, "steps end in the order in which they were scheduled"
@@ -236,16 +228,32 @@ class Scheduler:
         assert num_seen == len(samples), "more samples than runs that wanted one"
         return events + self.admit()
 
-    def _ends_nothing(self, choices: GreedyChoices) -> bool:
-        return not choices.damaged and self._bounds.eos_tokens.isdisjoint(choices.tokens)
-
-    def _go_on(self, step: _UnderWay, choices: GreedyChoices) -> list[EngineEvent]:
-        """What ``_accept`` does, for tokens none of which is a request's last: with next to nothing for each."""
-        for place in ((step.starts + 1) % self._bounds.block_size == 0).nonzero()[0].tolist():
+    def _complete_plainly(self, step: UnderWay, choices: GreedyChoices) -> list[EngineEvent]:
+        """What ``_accept_if_held`` does, with next to nothing for each of those that just go on. They come first."""
+        noted = step.places_of_note(choices, self._bounds.eos_tokens, self._num_changes)
+        full = step.places_at(1, self._bounds.block_size)
+        sequences, told = step.sequences, TokensGenerated(step.ids, choices.tokens, choices.logprobs)
+        if noted:
+            goes_on = [True] * len(sequences)
+            for place in noted:
+                goes_on[place] = False
+            full = [place for place in full if goes_on[place]]
+            sequences = list(compress(sequences, goes_on))
+            told = TokensGenerated(
+                tuple(compress(told.ids, goes_on)),
+                list(compress(told.tokens, goes_on)),
+                list(compress(told.logprobs, goes_on)),
+            )
+        for place in full:
             self._keep(step.sequences[place])
-        for sequence, token in zip(step.sequences, choices.tokens, strict=True):
+        for sequence, token in zip(sequences, told.tokens, strict=True):
             sequence.tokens.append(token)
-        return list(map(TokenGenerated, step.ids, choices.tokens, choices.logprobs))
+        events: list[EngineEvent] = [told] if sequences else []
+        for place in noted:
+            is_damaged = place in choices.damaged
+            sample = None if is_damaged else Sample(choices.tokens[place], choices.logprobs[place])
+            self._accept_if_held(step.sequences[place], sample, events)
+        return events
 
     @property
     def can_admit(self) -> bool:
@@ -358,9 +366,13 @@ class Scheduler:
         if not any(sequence in step.sequences for step in self._under_way):
             self._pool.free(sequence.held)
 
-    def _check_writable(self, pages: SequenceOf[int]) -> None:
-        for page in pages:
-            assert self._pool.is_writable(page), f"page {page} is shared, or kept"
+    def _check_writable(self, run: Run) -> None:
+        size = self._bounds.block_size
+        for page in run.pages[run.start // size : -(-run.end // size)]:
+            self._check_page(page)
+
+    def _check_page(self, page: int) -> None:
+        assert self._pool.is_writable(page), f"page {page} is shared, or kept"
 
 
 def _refusal(request: EngineRequest, max_model_len: int, vocab_size: int) -> str:

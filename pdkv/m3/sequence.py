@@ -42,7 +42,7 @@ class Sequence:
         """Greedily, and nothing is told but the token and its log-probability: all of it is known on the device."""
         self.most_tokens = len(request.prompt) + (1 if isinstance(request, PrefillRequest) else request.max_tokens)
         """It ends, at the latest, with so many."""
-        self._ignores_eos = isinstance(request, PrefillRequest) or request.ignore_eos
+        self.ignores_eos = isinstance(request, PrefillRequest) or request.ignore_eos
         self._run_pages: tuple[int, ...] = ()
         self._names = names
         self._lookup = PromptLookup()
@@ -102,15 +102,17 @@ class Sequence:
             id=request.id,
             tokens=tokens,
             start=start,
-            pages=self.pages_up_to(end),
+            pages=self._pages_up_to(end),
             sampling=request.sampling if is_last else None,
             num_top=request.num_top if is_last else 0,
             targets=request.prompt[start + 1 : end + 1] if scores else (),
             prompt_top=request.prompt_top or 0,
         )
 
-    def decode_run(self, most_drafts: int, behind: int | None = None) -> Run:
+    def decode_run(self, most_drafts: int, behind: int | None = None, *, tells_all_pages: bool) -> Run:
         """The last generated token, and what may follow it: never more than may still be generated.
+
+        ``tells_all_pages``: those too that it will come to, so that runs behind need not tell of any.
 
         ``behind``: the place of its run in the step in flight, which chooses the token. What is not known can be
         followed by no proposal.
@@ -126,7 +128,7 @@ class Sequence:
             id=request.id,
             tokens=tokens + drafts,
             start=start,
-            pages=self.pages_up_to(start + 1 + len(drafts)),
+            pages=self.pages if tells_all_pages else self._pages_up_to(start + 1 + len(drafts)),
             sampling=request.sampling,
             num_drafts=len(drafts),
             num_top=request.num_top,
@@ -136,11 +138,11 @@ class Sequence:
     def take(self, token: int, eos_tokens: frozenset[int]) -> FinishReason | None:
         """Append a generated token; why it is the last, if it is."""
         self.tokens.append(token)
-        if token in eos_tokens and not self._ignores_eos:
+        if token in eos_tokens and not self.ignores_eos:
             return FinishReason.STOP
         return FinishReason.LENGTH if len(self.tokens) >= self.most_tokens else None
 
-    def pages_up_to(self, end: int) -> tuple[int, ...]:
+    def _pages_up_to(self, end: int) -> tuple[int, ...]:
         """Pages of the blocks before ``end``. The same object while there is no new one: whoever compares sees that."""
         num_blocks = -(-end // self._block_size)
         if len(self._run_pages) != num_blocks:

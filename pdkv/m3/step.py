@@ -119,7 +119,8 @@ class StepRunner:
     def _compute(self, runs: Sequence[Run]) -> StepOutput:
         device = self._model.device
         on_stored = self._progress.of(runs) if self._progress is not None else None
-        hidden = self._model.hidden(step_batch(runs, device), self._cache, on_stored)  # [num_rows, hidden]
+        batch = step_batch(runs, self.config.block_size, device)
+        hidden = self._model.hidden(batch, self._cache, on_stored)  # [num_rows, hidden]
         rows = torch.split(hidden, [len(run.wanted_rows) for run in runs])
         choices = [choice for run in runs for choice in _choices(run)]
         behind = [mine[len(mine) - run.num_choices :] for run, mine in zip(runs, rows, strict=True)]
@@ -171,12 +172,13 @@ class _Decoding(NamedTuple):
         return StepOutput(samples, {})
 
 
-def step_batch(runs: Sequence[Run], device: torch.device) -> StepBatch:
+def step_batch(runs: Sequence[Run], block_size: int, device: torch.device) -> StepBatch:
     """Lay the runs of one step end to end."""
     starts = [0]
     for run in runs:
         starts.append(starts[-1] + len(run.tokens))
-    width = max(len(run.pages) for run in runs)
+    pages = [run.pages[: -(-run.end // block_size)] for run in runs]
+    width = max(map(len, pages))
     lengths = {len(run.tokens) for run in runs}
     return StepBatch(
         token_ids=torch.tensor([token for run in runs for token in run.tokens], dtype=torch.int64, device=device),
@@ -184,7 +186,7 @@ def step_batch(runs: Sequence[Run], device: torch.device) -> StepBatch:
         query_starts=torch.tensor(starts, dtype=torch.int32, device=device),
         context_lens=torch.tensor([run.start for run in runs], dtype=torch.int32, device=device),
         page_table=torch.tensor(
-            [run.pages + (-1,) * (width - len(run.pages)) for run in runs], dtype=torch.int32, device=device
+            [mine + (-1,) * (width - len(mine)) for mine in pages], dtype=torch.int32, device=device
         ),
         logits_rows=torch.tensor(
             [start + row for run, start in zip(runs, starts, strict=False) for row in run.wanted_rows],

@@ -19,6 +19,7 @@ from pdkv.daemons.link import (
     JobFinished,
     PrefillJob,
     Sampling,
+    StepTokens,
     ToFront,
     TokensOut,
     WorkerSettings,
@@ -120,6 +121,10 @@ class ProcessPair:
         tokens: list[int] = []
         while True:
             match self._decode.receive():
+                case StepTokens() as step:
+                    tokens += [
+                        token for mine, token in zip(step.transfers, step.tokens, strict=True) if mine == transfer
+                    ]
                 case TokensOut(transfer=mine, tokens=some) if mine == transfer:
                     tokens += some
                 case JobFailed(transfer=mine) as failed if mine == transfer:

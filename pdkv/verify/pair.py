@@ -14,6 +14,7 @@ from pdkv.daemons.link import (
     JobFinished,
     PrefillJob,
     Sampling,
+    StepTokens,
     ToFront,
     TokensOut,
     TransferReport,
@@ -111,7 +112,9 @@ class DividedPair:
         while (end := self._end()) is None:
             self._prefill.turn(_TURN_S)
             self._decode.turn(_TURN_S)
-        tokens = [token for message in self._heard if isinstance(message, TokensOut) for token in message.tokens]
+        tokens = [
+            token for message in self._heard if isinstance(message, TokensOut | StepTokens) for token in message.tokens
+        ]
         assert end.report is not None, "a decode worker reports its transfer"
         return DividedAnswer(tuple(tokens), end.report, time.perf_counter() - started)
 

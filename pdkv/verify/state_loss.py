@@ -13,6 +13,7 @@ from pdkv.m3.requests import (
     PrefillRequest,
     RequestId,
     TokenGenerated,
+    singly,
 )
 from pdkv.m3.sampling import SamplingParams
 from pdkv.memory.arena import Arena
@@ -94,7 +95,7 @@ def first_wrong_steps(
     events = [event for request_id in loss_of for event in engine.submit(_decode(request_id, source, len(expected)))]
     while events or engine.has_work:
         if not events:
-            events = engine.step()
+            events = list(singly(engine.step()))
             continue
         event = events.pop(0)
         if isinstance(event, PagesReserved):

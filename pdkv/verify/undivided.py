@@ -11,7 +11,7 @@ from pdkv.m3.config import IndexScheduleOverride, kv_layout
 from pdkv.m3.decode_graphs import DecodeShapes
 from pdkv.m3.engine import Engine
 from pdkv.m3.model import M3Model, load_model
-from pdkv.m3.requests import CompleteRequest, EngineSettings, RequestId, RequestRefused, TokenGenerated
+from pdkv.m3.requests import CompleteRequest, EngineSettings, RequestId, RequestRefused, TokenGenerated, singly
 from pdkv.m3.sampling import SamplingParams
 from pdkv.m3.step import StepRunner
 from pdkv.memory.arena import Arena
@@ -104,7 +104,7 @@ def complete_with(
     for event in events:
         if isinstance(event, RequestRefused):
             raise RequestError(event.message)
-    generated = [event for event in events if isinstance(event, TokenGenerated)]
+    generated = [event for event in singly(events) if isinstance(event, TokenGenerated)]
     return Answer(
         token_ids=tuple(event.token for event in generated),
         logprobs=tuple(event.logprob for event in generated),

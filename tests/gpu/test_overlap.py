@@ -9,7 +9,7 @@ from pdkv.m3.config import kv_layout
 from pdkv.m3.decode_graphs import DecodeShapes
 from pdkv.m3.engine import Engine
 from pdkv.m3.model import M3Model
-from pdkv.m3.requests import CompleteRequest, EngineSettings, RequestFinished, RequestId, TokenGenerated
+from pdkv.m3.requests import CompleteRequest, EngineSettings, RequestFinished, RequestId, TokenGenerated, singly
 from pdkv.m3.sampling import SamplingParams
 from pdkv.m3.step import StepRunner
 from pdkv.memory.arena import Arena
@@ -42,7 +42,7 @@ def answers(engine: Engine) -> dict[bytes, list[tuple[int, float]]]:
     told: dict[bytes, list[tuple[int, float]]] = {}
     ended = set()
     while engine.has_work:
-        for event in engine.step():
+        for event in singly(engine.step()):
             if isinstance(event, TokenGenerated):
                 told.setdefault(event.id, []).append((event.token, event.logprob))
             elif isinstance(event, RequestFinished):

@@ -221,10 +221,10 @@ def test_the_end_of_sequence_tokens_are_those_of_the_checkpoint(checkpoint: Path
 def test_a_step_batch_lays_runs_end_to_end() -> None:
     runs = [
         Run(id=rid(1), tokens=(7,), start=130, pages=(4, 9), sampling=HOT),
-        Run(id=rid(2), tokens=(5, 6, 7), start=0, pages=(2,), sampling=None),
+        Run(id=rid(2), tokens=(5, 6, 7), start=0, pages=(2, 8, 5), sampling=None),  # those that it will come to as well
         Run(id=rid(3), tokens=(8, 9), start=254, pages=(3, 1), sampling=HOT),
     ]
-    batch = step_batch(runs, torch.device("cpu"))
+    batch = step_batch(runs, 128, torch.device("cpu"))
     assert batch.token_ids.tolist() == [7, 5, 6, 7, 8, 9]
     assert batch.positions.tolist() == [130, 0, 1, 2, 254, 255]
     assert batch.query_starts.tolist() == [0, 1, 4, 6]

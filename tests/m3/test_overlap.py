@@ -21,8 +21,9 @@ from pdkv.m3.requests import (
     RequestId,
     RequestRefused,
     TokenGenerated,
+    singly,
 )
-from pdkv.m3.run import PENDING, Onward, Step
+from pdkv.m3.run import Onward, Step
 from pdkv.m3.sampling import SamplingParams
 from pdkv.m3.step import StepInFlight, StepOutput, StepRunner
 from pdkv.memory.arena import Arena
@@ -113,7 +114,7 @@ class Worker:
         self.take(self.engine.submit(request))
 
     def take(self, events: list[EngineEvent]) -> None:
-        for event in events:
+        for event in singly(events):
             assert event.id not in self.reasons, f"{event} after the end"
             match event:
                 case PagesReserved(id=id_, pages=pages, cached_tokens=cached):
@@ -237,18 +238,18 @@ def test_a_step_is_launched_before_the_last_one_is_waited_for(model: M3Model, so
     worker.submit(request(2, sources[1], 4, ignore_eos=True), sources[1])
     worker.take(worker.engine.step())
     assert [run.behind for run in launched[0]] == [None, None]
-    new_page = worker.pages[rid(1)][:2]
-    assert launched[1] == Onward(((0, new_page),)), "the same two again, one of them at position 128"
+    assert [run.pages for run in launched[0]] == [worker.pages[rid(n)] for n in (1, 2)], "those they will come to too"
+    assert launched[1] == Onward(), "the same two again, one of them at position 128"
     assert [len(worker.tokens[rid(n)]) for n in (1, 2)] == [2, 2]
     worker.take(worker.engine.step())
     assert launched[2] == Onward()
     worker.take(worker.engine.step())
-    (alone,) = launched[3]
-    assert (alone.id, alone.behind, alone.tokens, alone.start) == (rid(1), 0, (PENDING,), 130), "the other one ends"
+    assert launched[3] == Onward(left=(1,)), "the other one ends"
     assert worker.reasons == {rid(2): FinishReason.LENGTH}
     worker.submit(request(3, sources[2], 2, ignore_eos=True), sources[2])
     worker.take(worker.engine.step())
-    assert [(run.id, run.behind, run.start) for run in launched[4]] == [(rid(1), 0, 131), (rid(3), None, 120)]
+    (joined,) = launched[4].joined
+    assert (joined.id, joined.behind, joined.start, launched[4].left) == (rid(3), None, 120, ())
     worker.run()
     assert len(launched) == 5
     assert not worker.engine.has_work
@@ -314,7 +315,7 @@ def test_damage_that_is_found_late_ends_only_the_request_that_has_it(
     assert isinstance(reserved, PagesReserved)
     worker.tokens[rid(2)] = []
     worker.engine.resume(rid(2), 64, 0.0)  # nobody filled its pages
-    (refused,) = (event for event in worker.engine.step() if isinstance(event, RequestRefused))
+    (refused,) = (event for event in singly(worker.engine.step()) if isinstance(event, RequestRefused))
     assert refused.id == rid(2)
     worker.run()
     assert worker.tokens[rid(1)][-7:] == answers[1][2:9]

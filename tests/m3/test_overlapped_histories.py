@@ -75,13 +75,13 @@ class OverlappedHistories(SchedulerHistories):
         """What it stands for."""
         assert before is not None
         assert all(run.behind is not None or len(run.tokens) == 1 for run in before.runs)
-        pages = dict(step.new_pages)
-        return [
-            msgspec.structs.replace(
-                run, tokens=(PENDING,), start=run.start + 1, behind=place, pages=pages.get(place, run.pages)
-            )
+        stay = [
+            msgspec.structs.replace(run, tokens=(PENDING,), start=run.start + 1, behind=place)
             for place, run in enumerate(before.runs)
+            if place not in step.left
         ]
+        assert len(stay) == len(before.runs) - len(step.left)
+        return [*stay, *step.joined]
 
     def store(self, run: Run, tokens: tuple[int, ...]) -> None:
         """By page number, whoever has the pages now."""

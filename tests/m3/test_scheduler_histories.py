@@ -22,6 +22,7 @@ from pdkv.m3.requests import (
     RequestId,
     RequestRefused,
     TokenGenerated,
+    singly,
 )
 from pdkv.m3.run import Run, TokenBounds
 from pdkv.m3.sampling import Sample, SamplingParams
@@ -153,7 +154,9 @@ class SchedulerHistories(RuleBasedStateMachine):
         self.write(run.id, known[: run.start] + list(run.tokens), run.start)
         seen = [token for page in run.pages for token in self.memory[page]][: run.end]
         assert seen[: run.start] == known[: run.start], "state that is not this request's"
-        assert run.pages == self.reserved[run.id].pages[: -(-run.end // BLOCK)]
+        own = self.reserved[run.id].pages
+        assert run.pages == own[: len(run.pages)]
+        assert len(run.pages) >= -(-run.end // BLOCK)
         samples: list[Sample | None] = []
         for row in range(len(run.tokens) - run.num_choices, len(run.tokens)):
             samples.append(None if damaged else Sample(next_token(seen[: run.start + row + 1]), 0.0))
@@ -189,7 +192,7 @@ class SchedulerHistories(RuleBasedStateMachine):
     # ---- what is told
 
     def take(self, events: list[EngineEvent]) -> None:
-        for event in events:
+        for event in singly(events):
             assert event.id not in self.ended, f"{event} after the end"
             request, generated = self.requests[event.id], self.generated[event.id]
             match event:
