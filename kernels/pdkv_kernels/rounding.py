@@ -57,13 +57,14 @@ def divided(parts, scale, PARTS: tl.constexpr, PORTABLE: tl.constexpr):
         inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), divisor)
         divisor, inverse, lift = -divisor[:, None], inverse[:, None], lift[:, None]
         whole = (scale == 1.0)[:, None]
+        zero = tl.where(scale == scale, 0.0, float("nan"))[:, None]  # nothing is zero over NaN
         for nth in tl.static_range(PARTS):
             x = parts[nth] * lift
             quotient = x * inverse
             quotient = tl.fma(tl.fma(quotient, divisor, x), inverse, quotient)
             quotient = tl.fma(tl.fma(quotient, divisor, x), inverse, quotient)
             # Corrections would lose the sign of zero, and infinity.
-            quotients = quotients + (tl.where(whole | (x == 0.0), x, quotient),)
+            quotients = quotients + (tl.where(whole | (x == zero), x, quotient),)
     return quotients
 
 

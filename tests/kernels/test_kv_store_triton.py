@@ -78,7 +78,7 @@ def make_rows(device: str, heads: PackedHeads, dim: int, dtype: torch.dtype) -> 
     packed = (torch.randn(num_rows, heads.total, dim) * spread).to(dtype)
     packed[2, heads.q :] = 0.0
     packed[3, heads.q, 1] = torch.nan
-    packed[4, heads.q + heads.kv, 2] = torch.inf
+    packed[4, heads.q + heads.kv, 2:5] = torch.tensor([torch.inf, 0.0, -0.0])
     packed[5] = torch.linspace(-470, 470, dim)
     weights = (
         [torch.randn(dim) for _ in range(4)] if heads.index_q else [torch.randn(dim), torch.randn(dim), None, None]
