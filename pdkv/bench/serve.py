@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import msgspec
 
 from pdkv.bench import http_clients
+from pdkv.bench.memories import gpu_names
 from pdkv.bench.serve_load import Load, Question, Served, Side, Spread, Tell, chains, noise
 from pdkv.daemons.config import UpConfig
 from pdkv.daemons.local import deployed
@@ -48,6 +49,10 @@ class ServeReport(msgspec.Struct, frozen=True):
     """The machine's, of one minute, before and after: what shared it."""
     sides: tuple[Side, ...]
     answers: Answers
+    gpus: tuple[str, ...] = ()
+    """That the divided side had; none on a CPU."""
+    replicas: int = 1
+    """Undivided engines among which the same load was dealt out: one a GPU."""
 
     @property
     def failed(self) -> bool:
@@ -62,8 +67,10 @@ def run(plan: ServePlan, tell: Tell) -> ServeReport:
     served, seconds = asyncio.run(_divided(plan, questions, tell))
     sides = [Side.of("divided", served, seconds)]
     answers = _known(questions, served) if plan.chains else Answers(0, 0)
+    gpus = _gpus(plan)
+    replicas = max(1, len(gpus))
     if plan.undivided and plan.up is not None:
-        undivided, compared = _undivided(plan.up, plan.load, questions, served, tell)
+        undivided, compared = _undivided(plan.up, plan.load, questions, served, replicas, tell)
         sides.append(undivided)
         answers = msgspec.structs.replace(compared, wrong=answers.wrong + compared.wrong)
     up = plan.up
@@ -77,7 +84,17 @@ def run(plan: ServePlan, tell: Tell) -> ServeReport:
         load_average=(round(began, 2), round(os.getloadavg()[0], 2)),
         sides=tuple(sides),
         answers=answers,
+        gpus=gpus,
+        replicas=replicas,
     )
+
+
+def _gpus(plan: ServePlan) -> tuple[str, ...]:
+    """By name, as many as the deployment that is started takes."""
+    up = plan.up
+    if up is None or plan.url or up.device != "cuda":
+        return ()
+    return gpu_names()[: up.num_prefill * up.prefill_tp + up.num_decode * up.decode_tp]
 
 
 def _noise(plan: ServePlan) -> list[Question]:
@@ -103,13 +120,18 @@ async def _asked(url: str, plan: ServePlan, questions: Sequence[Question], tell:
 
 
 def _undivided(
-    up: UpConfig, load: Load, questions: Sequence[Question], divided: Sequence[Served], tell: Tell
+    up: UpConfig,
+    load: Load,
+    questions: Sequence[Question],
+    divided: Sequence[Served],
+    replicas: int,
+    tell: Tell,
 ) -> tuple[Side, Answers]:
     from pdkv.bench.undivided_clients import Undivided  # noqa: PLC0415  torch, once the workers have ended
 
     tell("undivided: the engine starts")
     engine = Undivided(up)
-    served, seconds = engine.run(load, questions, lambda step: tell(f"undivided: {step}"))
+    served, seconds = engine.run(load, questions, lambda step: tell(f"undivided: {step}"), replicas)
     wrong: list[str] = []
     near_ties: list[str] = []
     pairs = [(n, a, b) for n, (a, b) in enumerate(zip(divided, served, strict=True)) if not a.error]
@@ -141,7 +163,8 @@ def table(report: ServeReport) -> str:
     ]
     for side in report.sides:
         for name, unit, spread in _spreads(side):
-            values = " ".join(f"{value:>10.2f}" for value in (spread.p50, spread.p90, spread.p99, spread.max))
+            digits = 3 if unit == "share" else 2
+            values = " ".join(f"{value:>10.{digits}f}" for value in (spread.p50, spread.p90, spread.p99, spread.max))
             lines.append(f"{side.name:<10} {f'{name}, {unit}':<26} {values}")
     lines.append("")
     for side in report.sides:
@@ -152,8 +175,11 @@ def table(report: ServeReport) -> str:
         )
         lines += [f"{side.name}: {count} failed: {error}" for error, count in side.errors.items()]
     lines += _verdict(report.answers)
+    if report.replicas > 1:
+        lines.append(f"undivided: {report.replicas} engines, one a GPU, each with its share of the clients")
     before, after = report.load_average
-    return "\n".join([*lines, f"{report.cores} cores, load average {before} before, {after} after"])
+    machine = "".join(f"{name}, " for name in report.gpus)
+    return "\n".join([*lines, f"{machine}{report.cores} cores, load average {before} before, {after} after"])
 
 
 def _spreads(side: Side) -> list[tuple[str, str, Spread]]:
@@ -162,6 +188,7 @@ def _spreads(side: Side) -> list[tuple[str, str, Spread]]:
         ("between tokens", "ms", side.itl_ms),
         ("whole answer", "ms", side.total_ms),
         ("transfer left exposed", "ms", side.exposed_ms),
+        ("exposed / prefill", "share", side.exposed_share),
         ("transfer hidden", "share", side.hidden),
     ]
     return [(name, unit, spread) for name, unit, spread in named if spread is not None]

@@ -78,6 +78,8 @@ class Side(msgspec.Struct, frozen=True):
     total_ms: Spread | None
     exposed_ms: Spread | None = None
     """From the end of prefill to the last byte of its state."""
+    exposed_share: Spread | None = None
+    """The same, as a share of the time that prefill took."""
     hidden: Spread | None = None
     """Share of a transfer's bytes that landed while prefill computed."""
     paths: dict[str, int] = {}
@@ -98,9 +100,16 @@ class Side(msgspec.Struct, frozen=True):
             itl_ms=Spread.of([gap for one in good for gap in one.itl_s], 1e3),
             total_ms=Spread.of([one.total_s for one in good], 1e3),
             exposed_ms=Spread.of([facts.exposed_s for facts in moved], 1e3),
+            exposed_share=Spread.of([exposed_share(facts) for facts in moved]),
             hidden=Spread.of([facts.hidden_fraction for facts in moved]),
             paths=dict(Counter(facts.path for facts in moved)),
         )
+
+
+def exposed_share(facts: TransferReport) -> float:
+    """What prefill did not hide of a transfer, as a share of prefill: all between Granted and P's Done."""
+    prefill_s = facts.total_s - facts.granted_s - facts.exposed_s
+    return facts.exposed_s / prefill_s if prefill_s > 0 else 0.0
 
 
 class Stopwatch:

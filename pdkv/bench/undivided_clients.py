@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 
+import msgspec
 import torch
 
 from pdkv.bench.serve_load import Load, Question, Served, Stopwatch, Tell
@@ -47,13 +48,26 @@ class Undivided:
     def vocab_size(self) -> int:
         return self._model.config.vocab_size
 
-    def run(self, load: Load, questions: Sequence[Question], tell: Tell) -> tuple[list[Served], float]:
-        """As ``http_clients.run`` does: the last question first, to warm up, and not counted."""
-        engine = self._engine(load, load.concurrency)
-        _Clients(engine, load).ask_all(questions[-1:], lambda _: None)
-        began = time.perf_counter()
-        served = _Clients(engine, load).ask_all(questions[: load.requests], tell)
-        return served, time.perf_counter() - began
+    def run(
+        self, load: Load, questions: Sequence[Question], tell: Tell, replicas: int = 1
+    ) -> tuple[list[Served], float]:
+        """As ``http_clients.run`` does: the last question first, to warm up, and not counted.
+
+        ``replicas`` equal engines, among which clients and questions are dealt out, are one engine here that is asked
+        the share of each in turn; the seconds are those of the slowest.
+        """
+        share = msgspec.structs.replace(load, concurrency=max(1, load.concurrency // replicas))
+        engine = self._engine(load, share.concurrency)
+        _Clients(engine, share).ask_all(questions[-1:], lambda _: None)
+        served: dict[int, Served] = {}
+        slowest = 0.0
+        for replica in range(replicas):
+            numbers = range(replica, load.requests, replicas)
+            began = time.perf_counter()
+            answers = _Clients(engine, share).ask_all([questions[number] for number in numbers], tell)
+            slowest = max(slowest, time.perf_counter() - began)
+            served.update(zip(numbers, answers, strict=True))
+        return [served[number] for number in range(load.requests)], slowest
 
     def is_near_tie(self, question: Question, tokens: Sequence[int], at: int) -> bool:
         """Whether answering ``tokens[at]`` is excused: it is this engine's second choice there by next to nothing.

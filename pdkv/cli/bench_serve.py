@@ -23,9 +23,11 @@ Examples:
   pdkv bench serve
   pdkv bench serve --model ./checkpoint --concurrency 8 --requests 64 --input-tokens 4096 --output-tokens 64
   pdkv bench serve --url http://127.0.0.1:8000 --model ./checkpoint --no-undivided --json
+  pdkv bench serve --device cuda --m3-layers 4 --concurrency 8 --input-tokens 32768 --kv-dtype fp8 --index-dtype fp8
 
 Without --url it starts 1 prefill and 1 decode worker; --config may ask for more, as for pdkv up. Without --model it
-serves the demo's checkpoint. Exit code 4 when an answer is wrong, 1 when a request failed.
+serves the demo's checkpoint. With several GPUs each worker has its own, and as many undivided engines share the load.
+Exit code 4 when an answer is wrong, 1 when a request failed.
 """
 
 
@@ -49,6 +51,10 @@ def serve(  # noqa: PLR0913  a command's parameters are its flags
     device: Annotated[str, typer.Option(metavar="KIND", help="cpu or cuda.")] = "cpu",
     transport: Annotated[str, typer.Option(metavar="NAME", help="What moves pages, as for pdkv up.")] = "auto",
     kv_dtype: Annotated[str, typer.Option(metavar="NAME", help="Storage of K/V.")] = "auto",
+    index_dtype: Annotated[str, typer.Option(metavar="NAME", help="Storage of index keys.")] = "auto",
+    m3_layers: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Random weights of M3's dimensions, so many layers, one dense.")
+    ] = 0,
     timeout: Annotated[float, typer.Option(metavar="SECONDS", help="That one request may take.")] = 600.0,
     undivided: Annotated[
         bool, typer.Option("--undivided/--no-undivided", help="Ask one whole engine the same afterwards.")
@@ -75,12 +81,14 @@ def serve(  # noqa: PLR0913  a command's parameters are its flags
             "request_timeout": timeout,
             "log_level": "info" if verbose else "error",
         }
-        given = {"device": device, "transport": transport, "kv_dtype": kv_dtype}
+        given = {"device": device, "transport": transport, "kv_dtype": kv_dtype, "index_dtype": index_dtype}
         flags |= {name: value for name, value in given.items() if value not in ("auto", "cpu")}
-        with _model(model, url) as folder:
+        if m3_layers:
+            flags["load_format"] = "dummy"
+        with _model(model, url, m3_layers) as folder:
             up = load(UpConfig, {**flags, "model": folder}, config) if folder is not None else None
             configure_logging("info" if verbose else "error", "bench")
-            plan = bench.ServePlan(asked, up, url, undivided, model is None and not url, timeout)
+            plan = bench.ServePlan(asked, up, url, undivided, _is_demo(model, url, m3_layers), timeout)
             report = bench.run(plan, _telling(verbose))
         _clear()
         sys.stdout.write((msgspec.json.encode(report).decode() if as_json else bench.table(report)) + "\n")
@@ -89,17 +97,29 @@ def serve(  # noqa: PLR0913  a command's parameters are its flags
     ending(run)
 
 
+def _is_demo(given: Path | None, url: str, m3_layers: int) -> bool:
+    return given is None and not url and not m3_layers
+
+
 @contextlib.contextmanager
-def _model(given: Path | None, url: str) -> Iterator[Path | None]:
-    """The checkpoint: the one that is given, none where only a URL is, else the demo's, for as long as it takes."""
+def _model(given: Path | None, url: str, m3_layers: int) -> Iterator[Path | None]:
+    """The checkpoint: the one that is given, none where only a URL is, else one made for as long as it takes: of M3's
+    dimensions, or the demo's."""
+    if m3_layers and (given is not None or url):
+        raise ConfigError("--m3-layers makes a model of its own; leave out --model and --url")
     if given is not None or url:
         if given is not None and not (given / "config.json").is_file():
             raise ConfigError(f"--model {given} holds no config.json; it must be a checkpoint's folder")
         yield given
         return
     from pdkv.verify.link_chasing_checkpoint import write_checkpoint  # noqa: PLC0415
+    from pdkv.verify.m3_shapes import write_config  # noqa: PLC0415
 
     with tempfile.TemporaryDirectory(prefix="pdkv-bench-") as folder:
+        if m3_layers:
+            write_config(Path(folder) / "m3", m3_layers, 1)
+            yield Path(folder) / "m3"
+            return
         write_checkpoint(Path(folder) / "link-chasing")
         yield Path(folder) / "link-chasing"
 

@@ -31,6 +31,7 @@ FACTS = {
     "peer": "p",
     "exposed_s": 0.025,
     "hidden_fraction": 0.75,
+    "granted_s": 0.05,
 }
 
 
@@ -89,6 +90,7 @@ def test_every_answer_is_streamed_and_counted():
     (side,) = report.sides
     assert (side.answered, side.errors, side.paths) == (5, {}, {"shm": 5})
     assert side.exposed_ms == Spread(25.0, 25.0, 25.0, 25.0)
+    assert side.exposed_share == Spread(0.2, 0.2, 0.2, 0.2), "25 ms of 0.2 s, less as much and 50 ms until Granted"
     assert side.hidden == Spread(0.75, 0.75, 0.75, 0.75)
     assert len(bodies) == 6, "one warms up"
     assert all(body["stream"] and body["ignore_eos"] and body["max_tokens"] == 4 for body in bodies)
@@ -183,5 +185,7 @@ def test_the_undivided_engine_answers_as_it_does_alone_and_sees_what_differs(che
     assert (report.answers.compared, report.answers.equal) == (5, 4)
     assert report.answers.near_ties == ()
     assert report.answers.wrong[0].startswith("request 3, token 2: ")
+    both, _ = engine.run(SMALL, questions, quiet, replicas=2)
+    assert [one.tokens for one in both] == alone[:5], "two engines' shares are put together in the questions' order"
     best = engine.is_near_tie(questions[0], alone[0], 2)
     assert not best, "the first choice by far is no near tie"

@@ -59,6 +59,8 @@ def test_a_server_that_is_not_there_and_a_checkpoint_that_is_none(tmp_path: Path
     done = pdkv("serve", "--model", str(tmp_path))
     assert done.returncode == 2
     assert "holds no config.json" in done.stderr
+    done = pdkv("serve", "--model", str(tmp_path), "--m3-layers", "2")
+    assert "--m3-layers makes a model of its own" in done.stderr
     done = pdkv("serve", "--transport", "pigeon")
     assert done.returncode == 2
     assert "--transport" in done.stderr
