@@ -117,6 +117,8 @@ class Pair:
         self._heard: list[ToFront] = []
         self._status: list[Status] = []
         self._round = 0
+        self.most_jobs_told = 0
+        """Of how many jobs a message told tokens."""
         self._outcomes: list[Outcome] = []
         self.sides = []
         for role, num_pages, tp_size in zip(("prefill", "decode"), pages, tp, strict=True):
@@ -193,6 +195,7 @@ class Pair:
         while self._heard:
             message = self._heard.pop(0)
             if isinstance(message, StepTokens):
+                self.most_jobs_told = max(self.most_jobs_told, len(set(message.transfers)))
                 self._heard[:0] = message.each()
             elif isinstance(message, Status):
                 self._status.append(message)

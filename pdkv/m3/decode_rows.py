@@ -1,6 +1,7 @@
 """Which row of a decode step's buffers each sequence has: the same from step to step, so little is written anew."""
 
 from collections.abc import Iterable, Sequence
+from itertools import compress
 from typing import NamedTuple
 
 import numpy as np
@@ -77,20 +78,22 @@ class DecodeRows:
 
     def _change(self, step: Onward) -> TableChanges:
         """Let some leave, and others join behind those that stay."""
-        leaves = set(step.left)
-        stay = [place for place in range(len(self._ids)) if place not in leaves]
-        count = len(stay) + len(step.joined)
-        before = self.index[stay]
-        free = np.setdiff1d(np.arange(count), before)
-        beyond = (before >= count).nonzero()[0]
-        rows, new = before.copy(), free[len(beyond) :]
+        stays = np.ones(len(self._ids), dtype=bool)
+        stays[list(step.left)] = False
+        rows, ids = self.index[stays], list(compress(self._ids, stays))
+        count = len(ids) + len(step.joined)
+        is_free = np.ones(max(count, len(self._ids)), dtype=bool)
+        is_free[rows] = False
+        free = is_free[:count].nonzero()[0]
+        beyond = (rows >= count).nonzero()[0]
+        new = free[len(beyond) :]
+        moved = list(zip(free.tolist(), rows[beyond].tolist(), strict=False))
         rows[beyond] = free[: len(beyond)]
-        moved = list(zip(rows[beyond].tolist(), before[beyond].tolist(), strict=True))
         for to, source in moved:
             self._pages[to] = self._pages[source]
-        self._ids = [*(self._ids[place] for place in stay), *(run.id for run in step.joined)]
+        self._ids = ids + [run.id for run in step.joined]
         self.index = np.concatenate((rows, new))
-        self._lines = np.concatenate((self._lines[stay], _lines(step.joined)))
+        self._lines = np.concatenate((self._lines[stays], _lines(step.joined)))
         return TableChanges(moved, self._written(new.tolist(), step.joined))
 
     def _written(self, rows: Sequence[int], runs: Sequence[Run]) -> list[tuple[int, Pages]]:

@@ -135,7 +135,11 @@ class ScriptedEngine:
             logprob, token = -0.5 * (i + 1), FIRST_NODE + i
             top = [TopLogprobs((0, token)[: job.num_top], (-0.25, logprob)[: job.num_top])] if job.num_top else []
             prompt = None if i or job.prompt_top is None else _scored(job.num_prompt_tokens - 1, job.prompt_top)
-            self._wire.send(link.TokensOut(job.transfer, [token], [logprob], top, prompt))
+            if top or prompt is not None:
+                self._wire.send(link.TokensOut(job.transfer, [token], [logprob], top, prompt))
+            else:  # as of a step that others have tokens of too, whom nobody waits for any more
+                told = (bytes(16), job.transfer, bytes(15) + b"1")
+                self._wire.send(link.StepTokens(told, [1, token, 2], [0.0, logprob, 0.0]))
 
     def _finish(self, transfer: bytes, reason: str) -> None:
         self._open.discard(transfer)

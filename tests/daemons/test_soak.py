@@ -45,6 +45,7 @@ def test_many_requests_with_few_pages(checkpoint: Path, model: M3Model, speculat
         accepted = pair.counted("pdkv_draft_tokens_total", "accepted")
         assert (accepted > 0) == (speculative_tokens > 0)
         assert max(outcome.largest_piece for outcome in outcomes) <= 1 + speculative_tokens
+        assert pair.most_jobs_told > 1, "tokens of a step were told one by one"
         for pool in pair.pools():
             assert pool.statistics().num_evictions > 0, "the pool was never too small"
             pool.keep_nothing()

@@ -1,0 +1,135 @@
+"""What a decode worker's role tells its front, and when it gives a job up. The engine is real, no agent is asked."""
+
+import msgspec
+import pytest
+
+from pdkv.agent.events import PagesReturned, StartTransfer, TransferArrived, TransferFacts
+from pdkv.daemons.decode_role import DecodeRole
+from pdkv.daemons.link import (
+    AbortJob,
+    DecodeJob,
+    JobFailed,
+    JobFinished,
+    Sampling,
+    StepTokens,
+    ToFront,
+    TokensOut,
+)
+from pdkv.daemons.roles import EngineParts
+from pdkv.m3.config import kv_layout
+from pdkv.m3.decode_graphs import DecodeShapes
+from pdkv.m3.engine import Engine
+from pdkv.m3.model import M3Model
+from pdkv.m3.requests import EngineSettings
+from pdkv.m3.step import StepRunner
+from pdkv.memory.arena import Arena
+from pdkv.memory.pages import PagePool
+from pdkv.memory.row import RowLayout
+from pdkv.metrics import Meter
+from pdkv.schema import TransferId
+from tests.gpu.models import cpu_model, small_config
+
+NUM_PAGES = 8
+FACTS = TransferFacts(1, 1, 1, 0, {}, 0, 0.0, 0.0, "", "")
+
+
+@pytest.fixture(scope="module")
+def model() -> M3Model:
+    return cpu_model(small_config("float32"))
+
+
+class Worker:
+    """A role and its engine; a transfer has moved nothing when it has arrived, so all prompts are of zeros."""
+
+    def __init__(self, model: M3Model) -> None:
+        self.said: list[ToFront] = []
+        self.asked: list[object] = []
+        limits = EngineSettings(max_model_len=400, max_batch=4)
+        arena = Arena.allocate(RowLayout.of(kv_layout(model.config)), NUM_PAGES)
+        arena.rows().zero_()
+        shapes = DecodeShapes.of(limits, 128, NUM_PAGES)
+        self.engine = Engine(StepRunner(model, arena, shapes, always_shaped=True), PagePool(NUM_PAGES), limits)
+        self.role = DecodeRole(EngineParts(self.engine, self.asked.append, self.said.append, Meter()), 128)
+
+    def ask(self, name: bytes, at: float = 0.0, **changes: object) -> None:
+        job = DecodeJob(name, [5, 6, 7], 5, Sampling(), True, "tcp://p", 1, 10.0)
+        self.role.on_front(msgspec.structs.replace(job, **changes), at)
+
+    def arrive(self, name: bytes) -> None:
+        self.role.on_agent(TransferArrived(TransferId(name), 9, -0.5, FACTS))
+
+    def step(self) -> list[ToFront]:
+        """What it leads to being said."""
+        self.said.clear()
+        self.role.on_engine(self.engine.step())
+        return list(self.said)
+
+
+def test_a_step_is_told_in_one_message(model: M3Model) -> None:
+    worker = Worker(model)
+    for name in (b"a", b"b", b"c"):
+        worker.ask(name)
+        worker.arrive(name)
+    assert [type(said) for said in worker.said] == [StepTokens] * 3, "first tokens, as they arrive"
+    (told,) = worker.step()
+    assert isinstance(told, StepTokens)
+    assert told.transfers == (b"a", b"b", b"c")
+    assert [type(out) for out in told.each()] == [TokensOut] * 3
+
+
+def test_whoever_ends_or_asks_for_more_is_told_besides(model: M3Model) -> None:
+    worker = Worker(model)
+    worker.ask(b"a")
+    worker.ask(b"b", max_tokens=2)
+    worker.ask(b"c", num_top=2)
+    for name in (b"a", b"b", b"c"):
+        worker.arrive(name)
+    tokens, more, finished = worker.step()
+    assert isinstance(tokens, StepTokens)
+    assert isinstance(more, TokensOut)
+    assert isinstance(finished, JobFinished)
+    assert tokens.transfers == (b"a", b"b")
+    assert (more.transfer, len(more.tokens), len(more.top)) == (b"c", 1, 1)
+    assert (finished.transfer, finished.reason) == (b"b", "length")
+    while worker.engine.has_work:
+        worker.step()
+    assert worker.engine.statistics().num_pages_free == NUM_PAGES
+
+
+def test_tokens_of_one_job_come_as_one_event() -> None:
+    told = StepTokens((b"a", b"a", b"b"), [1, 2, 3], [-0.1, -0.2, -0.3])
+    assert list(told.each()) == [TokensOut(b"a", [1, 2], [-0.1, -0.2]), TokensOut(b"b", [3], [-0.3])]
+
+
+def test_every_job_has_its_own_deadline(model: M3Model) -> None:
+    worker = Worker(model)
+    worker.ask(b"late", deadline_s=20.0)
+    worker.ask(b"early", deadline_s=5.0)
+    worker.arrive(b"early")
+    worker.said.clear()
+    worker.role.on_time(4.9)
+    assert not worker.said
+    worker.role.on_time(5.0)
+    assert [(said.transfer, said.code) for said in worker.said if isinstance(said, JobFailed)] == [
+        (b"early", "deadline")
+    ]
+    worker.role.on_time(19.9)
+    assert len(worker.said) == 1
+    worker.role.on_time(20.0)
+    assert len(worker.said) == 2
+    worker.role.on_time(21.0)
+    assert len(worker.said) == 2
+
+
+def test_the_deadline_of_a_job_that_is_over_is_nobody_elses(model: M3Model) -> None:
+    worker = Worker(model)
+    worker.ask(b"a", deadline_s=5.0)
+    worker.role.on_front(AbortJob(b"a"), 1.0)
+    worker.role.on_agent(PagesReturned(TransferId(b"a")))
+    worker.ask(b"a", at=2.0, deadline_s=10.0)
+    assert isinstance(worker.asked[-1], StartTransfer)
+    worker.said.clear()
+    worker.role.on_time(6.0)
+    assert not worker.said
+    worker.role.on_time(12.0)
+    assert [said.code for said in worker.said if isinstance(said, JobFailed)] == ["deadline"]
