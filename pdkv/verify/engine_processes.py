@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -34,10 +35,11 @@ _END_S = 20.0
 class EngineProcess:
     """One worker's engine process, started and spoken to as its front does it. Owned by one thread."""
 
-    def __init__(self, settings: WorkerSettings) -> None:
+    def __init__(self, settings: WorkerSettings, variables: Mapping[str, str] | None = None) -> None:
+        """``variables``: of its environment, beside ours."""
         ours, theirs = socket.socketpair()
         command = [sys.executable, "-m", _MODULE, "--fd", str(theirs.fileno())]
-        environment = {**os.environ, "PYTHONPATH": ":".join(filter(None, sys.path))}
+        environment = {**os.environ, "PYTHONPATH": ":".join(filter(None, sys.path)), **(variables or {})}
         self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment)
         theirs.close()
         self._link = BlockingLink(ours)
@@ -78,17 +80,21 @@ class EngineProcess:
 class ProcessPair:
     """One P and one D. Use as a context; one request at a time."""
 
-    def __init__(self, prefill: WorkerSettings, decode: WorkerSettings) -> None:
-        """Raises ``PdkvError`` when one cannot start. They start at once where both are told how many pages to make,
-        else one after the other: each sizes itself by what the other has left of a device that they share."""
+    def __init__(
+        self, prefill: WorkerSettings, decode: WorkerSettings, variables: Sequence[Mapping[str, str]] = ({}, {})
+    ) -> None:
+        """``variables``: of P's environment and of D's.
+
+        Raises ``PdkvError`` when one cannot start. They start at once where both are told how many pages to make, else
+        one after the other: each sizes itself by what the other has left of a device that they share."""
         self._number = 0
-        self._prefill = EngineProcess(prefill)
+        self._prefill = EngineProcess(prefill, variables[0])
         self._decode: EngineProcess | None = None
         try:
             if prefill.num_pages and decode.num_pages:
-                self._decode = EngineProcess(decode)
+                self._decode = EngineProcess(decode, variables[1])
             self._prefill_ready = self._prefill.ready()
-            self._decode = self._decode or EngineProcess(decode)
+            self._decode = self._decode or EngineProcess(decode, variables[1])
             self.decode_ready = self._decode.ready()
         except BaseException:
             self._end()
