@@ -1,6 +1,7 @@
 """Names for the content of full pages: equal names mean equal tokens from the sequence's start, in equal state."""
 
 import hashlib
+from array import array
 from collections.abc import Sequence
 
 import msgspec
@@ -43,10 +44,12 @@ class BlockNames:
 
     def first(self, count: int, tokens: Sequence[int]) -> list[bytes]:
         """Of the first ``count`` blocks of ``tokens``, which may have grown at their end since the last call."""
-        size = self._block_size
-        for block in range(len(self._names), count):
-            own = np.array(tokens[block * size : (block + 1) * size], dtype=_TOKEN)
-            assert own.size == size, f"block {block} is not full"
-            before = self._names[-1] if self._names else self._seed
-            self._names.append(hashlib.blake2b(before + own.tobytes(), digest_size=_NAME_BYTES).digest())
+        size, known = self._block_size, len(self._names)
+        if known < count:
+            # At once, and through an array: of a long prompt's tokens one by one takes longer than all the digests.
+            new = np.frombuffer(array("I", tokens[known * size : count * size]), np.uintc).astype(_TOKEN)
+            assert new.size == (count - known) * size, f"block {count - 1} is not full"
+            for own in new.reshape(-1, size):
+                before = self._names[-1] if self._names else self._seed
+                self._names.append(hashlib.blake2b(before + own.tobytes(), digest_size=_NAME_BYTES).digest())
         return self._names[:count]

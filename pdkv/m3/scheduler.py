@@ -1,8 +1,11 @@
 """The scheduler: who holds pages and who runs in the next step; numbers only, never a tensor."""
 
+from array import array
 from collections import deque
 from collections.abc import Sequence as SequenceOf
 from itertools import compress, islice
+
+import numpy as np
 
 from pdkv.errors import RequestError
 from pdkv.m3.chunks import share_chunk
@@ -377,8 +380,8 @@ class Scheduler:
 
 def _refusal(request: EngineRequest, max_model_len: int, vocab_size: int) -> str:
     """Why the request can never be served whatever the pool, or the empty string."""
-    bad = next((token for token in request.prompt if not 0 <= token < vocab_size), None)
-    if bad is not None:
+    if not _all_below(vocab_size, request.prompt):
+        bad = next(token for token in request.prompt if not 0 <= token < vocab_size)
         return f"prompt token {bad} is outside the vocabulary of {vocab_size}"
     num_prompt = len(request.prompt)
     num_generated = 1 if isinstance(request, PrefillRequest) else request.max_tokens
@@ -389,3 +392,11 @@ def _refusal(request: EngineRequest, max_model_len: int, vocab_size: int) -> str
     if num_prompt + num_generated > max_model_len:
         return f"{num_prompt} prompt tokens and {num_generated} to generate exceed the context of {max_model_len}"
     return ""
+
+
+def _all_below(bound: int, tokens: SequenceOf[int]) -> bool:
+    """Whether all are from 0 to ``bound - 1``: by an array, since steps wait while somebody looks at a long prompt."""
+    try:
+        return bool(np.frombuffer(array("I", tokens), np.uintc).max(initial=0) < bound)
+    except OverflowError:  # negative, or more than such an array holds
+        return False

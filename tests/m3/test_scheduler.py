@@ -181,6 +181,15 @@ def test_what_can_never_be_served_is_refused(request_: EngineRequest, says: str)
     assert not scheduler.can_admit
 
 
+@pytest.mark.parametrize("bad", [-1, VOCAB, 1 << 33])
+def test_a_prompt_outside_the_vocabulary_is_refused(bad: int) -> None:
+    scheduler, _ = make()
+    request = DecodeRequest(id=rid(1), prompt=(VOCAB - 1, bad, 0), max_tokens=2, sampling=GREEDY)
+    assert scheduler.submit(request) == [
+        RequestRefused(rid(1), f"prompt token {bad} is outside the vocabulary of {VOCAB}", never=True)
+    ]
+
+
 def test_what_just_fits_is_served() -> None:
     scheduler, pool = make(num_pages=8, max_model_len=32)
     assert scheduler.submit(decode(1, 30, max_tokens=2)) == [PagesReserved(rid(1), tuple(range(1, 9)))]
