@@ -1,5 +1,6 @@
 """What of a GPU's memory a worker takes for pages, and how many prompt tokens it computes at a time."""
 
+import msgspec
 import torch
 
 from pdkv.daemons.link import WorkerSettings
@@ -15,26 +16,50 @@ _FIXED_RESERVE = 2 << 30
 """Bytes: the context and the kernels' code, CUDA graphs, workspaces that do not grow with a chunk."""
 
 
+class GpuMemory(msgspec.Struct, frozen=True):
+    """Bytes of one GPU."""
+
+    total: int
+    free: int
+    """For anybody."""
+    ours: int
+    """Held by this process for weights."""
+
+
 def room_on(settings: WorkerSettings, model: M3Model) -> GpuRoom | None:
     """Room on the model's GPU, once its weights are there; None for a CPU. What other processes hold is theirs."""
     if model.device.type != "cuda":
         return None
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(model.device)
-    reserve = _FIXED_RESERVE + chunk_on(settings, model) * activation_bytes(model.config, model.dtype.itemsize)
-    if model.dtype == torch.float32:
-        reserve += settings.max_model_len * gathered_bytes(model.config, model.dtype.itemsize)
-    ours = int(total * settings.gpu_memory_utilization) - torch.cuda.memory_reserved(model.device)
-    return GpuRoom(min(ours, free) - reserve, reserve, total, free, settings.gpu_memory_utilization)
+    memory = GpuMemory(total, free, torch.cuda.memory_reserved(model.device))
+    return room_in(memory, settings, model.config, model.dtype.itemsize)
+
+
+def room_in(memory: GpuMemory, settings: WorkerSettings, config: M3Config, itemsize: int) -> GpuRoom:
+    """What is left for pages of the worker's share, or of what is free where that is less, beside the reserve."""
+    reserve = _FIXED_RESERVE + chunk_in(memory.total, settings, config, itemsize) * activation_bytes(config, itemsize)
+    if config.dtype == "float32":
+        reserve += settings.max_model_len * gathered_bytes(config, itemsize)
+    share = int(memory.total * settings.gpu_memory_utilization) - memory.ours
+    room = min(share, memory.free) - reserve
+    return GpuRoom(room, reserve, memory.total, memory.free, settings.gpu_memory_utilization)
 
 
 def chunk_on(settings: WorkerSettings, model: M3Model) -> int:
     """What ``prefill_chunk`` says, else the most that takes no more than a small share of the model's GPU."""
-    if settings.prefill_chunk or model.device.type != "cuda":
+    if model.device.type != "cuda":
         return settings.prefill_chunk or _CHUNKS[-1]
-    room = torch.cuda.get_device_properties(model.device).total_memory * _SHARE_OF_CHUNK
-    a_token = activation_bytes(model.config, model.dtype.itemsize)
-    return next((chunk for chunk in _CHUNKS if chunk * a_token <= room), _CHUNKS[-1])
+    total = torch.cuda.mem_get_info(model.device)[1]
+    return chunk_in(total, settings, model.config, model.dtype.itemsize)
+
+
+def chunk_in(total: int, settings: WorkerSettings, config: M3Config, itemsize: int) -> int:
+    """The same on a GPU of ``total`` bytes."""
+    if settings.prefill_chunk:
+        return settings.prefill_chunk
+    a_token = activation_bytes(config, itemsize)
+    return next((chunk for chunk in _CHUNKS if chunk * a_token <= total * _SHARE_OF_CHUNK), _CHUNKS[-1])
 
 
 def activation_bytes(config: M3Config, itemsize: int) -> int:

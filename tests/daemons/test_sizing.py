@@ -5,10 +5,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from pdkv.daemons.gpu_sizing import activation_bytes, gathered_bytes
+from pdkv.daemons.gpu_sizing import GpuMemory, activation_bytes, chunk_in, gathered_bytes, room_in
+from pdkv.daemons.link import WorkerSettings
 from pdkv.daemons.sizing import GpuRoom, choose_num_pages, memory_available_bytes
 from pdkv.errors import CapacityError
-from pdkv.m3.config import load_config
+from pdkv.m3.config import M3Config, load_config
 from pdkv.memory.row import RowLayout
 from pdkv.verify.m3_shapes import write_config
 from pdkv.verify.pair import worker_settings
@@ -84,9 +85,60 @@ def test_a_gpu_gives_what_it_has_room_for_or_says_what_it_lacks() -> None:
     assert choose_num_pages(msgspec.structs.replace(settings, num_pages=11), rows, crowded) == 11
 
 
-def test_chunks_of_the_released_model_fit_their_share_of_a_gpu(tmp_path: Path) -> None:
-    write_config(tmp_path, 60, 3)
-    config = load_config(tmp_path)
-    a_token = activation_bytes(config, 2)
-    assert 4 * 3072 * 2 * 2 < a_token < 1 << 20, "four experts' gates and ups at least, and below a megabyte"
-    assert gathered_bytes(config, 2) == 4 * 128 * 12
+GIB = 1 << 30
+H200, H100 = 141 * GIB, 80 * GIB
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory: pytest.TempPathFactory) -> M3Config:
+    folder = tmp_path_factory.mktemp("released")
+    write_config(folder, 60, 3)
+    return load_config(folder)
+
+
+def _asks(**changes: object) -> WorkerSettings:
+    plain = worker_settings("prefill", Path("m"), 1000, 0, 0)
+    return msgspec.structs.replace(plain, device="cuda", gpu_memory_utilization=0.9, **changes)
+
+
+def test_what_one_token_takes_counts_its_experts(released: M3Config) -> None:
+    a_token = activation_bytes(released, 2)
+    assert a_token == 4 * (2 * 3072 + 6144) * (2 + 12) + 24 * 6144
+    assert gathered_bytes(released, 2) == 4 * 128 * 12
+
+
+@pytest.mark.parametrize(("total", "chunk"), [(H200, 8192), (H100, 4096), (24 * GIB, 1024), (6 * GIB, 512), (GIB, 512)])
+def test_a_chunk_takes_a_small_share_of_a_gpu(released: M3Config, total: int, chunk: int) -> None:
+    """The largest that does; the smallest in any case."""
+    assert chunk_in(total, _asks(), released, 2) == chunk
+    a_token = activation_bytes(released, 2)
+    assert chunk == 512 or chunk * a_token <= 0.06 * total < 0.1 * total
+    assert chunk == 8192 or 2 * chunk * a_token > 0.06 * total
+    assert chunk_in(total, _asks(prefill_chunk=777), released, 2) == 777
+
+
+def test_pages_get_what_is_left_beside_weights_and_reserve(released: M3Config) -> None:
+    weights = 40 * GIB
+    room = room_in(GpuMemory(H200, H200 - weights - GIB, weights), _asks(), released, 2)
+    assert room.reserve == 2 * GIB + 8192 * activation_bytes(released, 2)
+    assert room.for_pages == int(0.9 * H200) - weights - room.reserve
+    smaller = room_in(GpuMemory(H200, H200 - weights - GIB, weights), _asks(prefill_chunk=512), released, 2)
+    assert smaller.for_pages - room.for_pages == (8192 - 512) * activation_bytes(released, 2)
+
+
+def test_pages_get_no_more_than_others_have_left(released: M3Config) -> None:
+    crowded = GpuMemory(H200, 20 * GIB, 40 * GIB)
+    room = room_in(crowded, _asks(), released, 2)
+    assert room.for_pages == 20 * GIB - room.reserve
+    assert f"{20 * GIB:,} of them free" in room.told
+    full = room_in(GpuMemory(H200, GIB, 40 * GIB), _asks(), released, 2)
+    assert full.for_pages < 0
+    with pytest.raises(CapacityError, match="leaves 0 for pages"):
+        choose_num_pages(_asks(), RowLayout.of(make_layout(num_layers=3, num_dense=1)), full)
+
+
+def test_float32_keeps_room_for_the_longest_request(released: M3Config) -> None:
+    exact = msgspec.structs.replace(released, dtype="float32")
+    memory = GpuMemory(H200, H200, 0)
+    short, long = (room_in(memory, _asks(max_model_len=length), exact, 4) for length in (1000, 101_000))
+    assert long.reserve - short.reserve == 100_000 * gathered_bytes(exact, 4)
