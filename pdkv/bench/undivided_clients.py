@@ -9,6 +9,7 @@ import torch
 
 from pdkv.bench.serve_load import Load, Question, Served, Stopwatch, Tell
 from pdkv.daemons.config import UpConfig
+from pdkv.daemons.rank_share import use_device
 from pdkv.errors import RequestError
 from pdkv.m3.engine import Engine
 from pdkv.m3.model import M3Model, load_model
@@ -40,9 +41,12 @@ class Undivided:
         torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
         self._config = config
         self._device = "cuda:0" if config.device == "cuda" else "cpu"
+        use_device(self._device)
         self._model: M3Model = load_model(
             config.model, device=self._device, dtype=config.dtype, load_format=config.load_format
         )
+        self._judge: tuple[tuple[int, int], Engine] | None = None
+        """For one request at a time; and for which length of prompt and answer."""
 
     @property
     def vocab_size(self) -> int:
@@ -74,7 +78,10 @@ class Undivided:
 
         Asked alone this engine may answer otherwise even before; then it was a near tie in an earlier place.
         """
-        engine = self._engine(Load(input_tokens=len(question.prompt), output_tokens=at + 1), 1)
+        length = len(question.prompt), len(tokens)
+        if self._judge is None or self._judge[0] != length:
+            self._judge = length, self._engine(Load(input_tokens=length[0], output_tokens=length[1]), 1)
+        engine = self._judge[1]
         engine.submit(_request(0, question, at + 1, num_top=2))
         ours: list[TokenGenerated] = []
         while engine.has_work:
