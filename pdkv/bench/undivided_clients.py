@@ -25,7 +25,7 @@ from pdkv.m3.requests import (
 )
 from pdkv.m3.sampling import SamplingParams
 from pdkv.verify.equality import LOGIT_TOLERANCE
-from pdkv.verify.undivided import local_worker
+from pdkv.verify.undivided import LocalWorker, local_worker
 
 NEAR_TIE = {torch.float32: LOGIT_TOLERANCE, torch.float16: 0.02, torch.bfloat16: 0.1}
 """By how much a token's log-probability may be ahead of the next one's where another batch may choose that one."""
@@ -61,7 +61,9 @@ class Undivided:
         the share of each in turn; the seconds are those of the slowest.
         """
         share = msgspec.structs.replace(load, concurrency=max(1, load.concurrency // replicas))
-        engine = self._engine(load, share.concurrency)
+        worker = self._worker(load, share.concurrency)
+        worker.runner.prepare()  # as the divided workers have when they say that they are ready
+        engine = worker.engine
         _Clients(engine, share).ask_all(questions[-1:], lambda _: None)
         served: dict[int, Served] = {}
         slowest = 0.0
@@ -80,7 +82,7 @@ class Undivided:
         """
         length = len(question.prompt), len(tokens)
         if self._judge is None or self._judge[0] != length:
-            self._judge = length, self._engine(Load(input_tokens=length[0], output_tokens=length[1]), 1)
+            self._judge = length, self._worker(Load(input_tokens=length[0], output_tokens=length[1]), 1).engine
         engine = self._judge[1]
         engine.submit(_request(0, question, at + 1, num_top=2))
         ours: list[TokenGenerated] = []
@@ -90,13 +92,13 @@ class Undivided:
         before = all(event.token == token for event, token in zip(ours[:at], tokens, strict=False))
         return before and first - second < NEAR_TIE[self._model.dtype] and tokens[at] in ours[at].top.token_ids
 
-    def _engine(self, load: Load, concurrency: int) -> Engine:
+    def _worker(self, load: Load, concurrency: int) -> LocalWorker:
         length = load.input_tokens + load.output_tokens
         chunk = self._config.prefill_chunk or (_CHUNK_CPU if self._device == "cpu" else _CHUNK_GPU)
         settings = EngineSettings(max_model_len=length, max_batch=concurrency, prefill_chunk=chunk)
         num_pages = concurrency * -(-length // self._model.config.block_size)
         stored = (self._config.kv_dtype, self._config.index_dtype)
-        return local_worker(self._model, num_pages, settings, *stored).engine
+        return local_worker(self._model, num_pages, settings, *stored)
 
 
 def _request(number: int, question: Question, max_tokens: int, num_top: int = 0) -> CompleteRequest:

@@ -40,6 +40,7 @@ class LocalWorker(msgspec.Struct, frozen=True):
 
     engine: Engine
     arena: Arena
+    runner: StepRunner
 
 
 def local_worker(
@@ -49,7 +50,7 @@ def local_worker(
     layout = RowLayout.of(kv_layout(model.config, kv_dtype, index_dtype))
     arena = Arena.allocate(layout, num_pages, model.device)
     runner = StepRunner(model, arena, DecodeShapes.of(settings, model.config.block_size, num_pages))
-    return LocalWorker(Engine(runner, PagePool(num_pages), settings), arena)
+    return LocalWorker(Engine(runner, PagePool(num_pages), settings), arena, runner)
 
 
 def complete(
