@@ -1,18 +1,18 @@
 """Replayed decode steps against the same steps launched one by one: bit for bit, in tokens and in the arena."""
 
-import msgspec
 import torch
 
 from pdkv.m3.config import kv_layout
 from pdkv.m3.decode_graphs import DecodeGraphs, DecodeShapes
 from pdkv.m3.model import M3Model
 from pdkv.m3.requests import EngineSettings, RequestId
-from pdkv.m3.run import PENDING, Onward, Run
+from pdkv.m3.run import Run
 from pdkv.m3.sampling import Sample, SamplingParams
 from pdkv.m3.step import StepRunner
 from pdkv.memory.arena import Arena
 from pdkv.memory.row import RowLayout
 from tests.gpu.models import GPU, gpu_model, small_config
+from tests.m3.going_on import check_going_on
 
 NUM_PAGES = 40
 GREEDY = SamplingParams()
@@ -94,29 +94,7 @@ def test_a_transfer_that_lands_between_replays_is_seen_by_the_next() -> None:
 
 
 def test_a_graph_takes_its_tokens_from_the_one_before() -> None:
-    """The second step is launched before the first is waited for, in another shape, its sequences in another order; the
-    third says no more than that all go on, over a block's end."""
     model = gpu_model(small_config("bfloat16"))
     ahead, waiting = Side(model, replays=True), Side(model, replays=True)
-    first = [run(0, (6,), 700), run(1, (7,), 130), run(2, (8,), 1278)]
-    chosen = waiting.samples(first)
-    third = tokens_of(chosen)
-    second = waiting.samples([run(2, (third[2],), 1279), run(0, (third[0],), 701)])
-    last = tokens_of(second)
-    wanted = waiting.samples([run(2, (last[0],), 1280), run(0, (last[1],), 702)])
-    one = ahead.graphs.launch(first)
-    two = ahead.graphs.launch([follow(run(2, (PENDING,), 1279), 2), follow(run(0, (PENDING,), 701), 0)])
-    assert one.wait().samples() == chosen
-    three = ahead.graphs.launch(Onward(((0, run(2, (PENDING,), 1280).pages),)))
-    assert two.wait().samples() == second
-    assert three.wait().samples() == wanted
+    check_going_on(ahead.graphs, waiting.graphs, run, (700, 130, 1278))
     assert torch.equal(ahead.arena.rows(), waiting.arena.rows())
-
-
-def tokens_of(samples: list[Sample | None]) -> list[int]:
-    assert None not in samples
-    return [sample.token for sample in samples if sample is not None]
-
-
-def follow(pending: Run, behind: int) -> Run:
-    return msgspec.structs.replace(pending, behind=behind)

@@ -13,6 +13,7 @@ from pdkv.m3.step import StepRunner
 from pdkv.memory.arena import Arena
 from pdkv.memory.row import RowLayout
 from tests.gpu.models import cpu_model, small_config
+from tests.m3.going_on import check_going_on
 
 NUM_PAGES = 24
 GREEDY = SamplingParams()
@@ -69,6 +70,13 @@ def test_equal_steps_that_are_not_filled_up(model: M3Model, kv_dtype: str) -> No
             for region in plain.arena.regions():
                 mine, its = (side.arena.view(region.name, region.layer) for side in (shaped, plain))
                 torch.testing.assert_close(mine, its, atol=1e-4, rtol=1e-4, equal_nan=True)
+
+
+def test_steps_that_say_as_little_as_can_be(model: M3Model) -> None:
+    ahead, waiting = Side(model, "float32"), Side(model, "float32")
+    graphs = [DecodeGraphs(model, side.arena, SHAPES, replays=False) for side in (ahead, waiting)]
+    check_going_on(graphs[0], graphs[1], run, (650, 2, 126))
+    assert torch.equal(ahead.arena.rows(), waiting.arena.rows())
 
 
 def test_steps_that_do_not_fit_are_left_to_others(model: M3Model) -> None:
