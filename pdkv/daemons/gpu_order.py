@@ -22,8 +22,10 @@ def visible_gpus(environment: Mapping[str, str] = os.environ) -> tuple[str, ...]
 
 
 def orders(gpus: Sequence[str], ranks: Sequence[int]) -> list[tuple[str, ...]]:
-    """For workers with so many ranks each, all GPUs, beginning with the worker's own: rank r takes the r-th, and every
-    other has to be seen, too, for CUDA maps memory of no GPU that a process does not see. Workers take turns where
-    there are fewer GPUs than ranks."""
+    """For workers with so many ranks each, all GPUs, beginning with the worker's own: rank r takes the r-th.
+
+    It sees the others, too, because peer access is asked for by GPUs that a process sees. Workers take turns where
+    there are fewer GPUs than ranks.
+    """
     begins = [sum(ranks[:number]) % max(1, len(gpus)) for number in range(len(ranks))]
     return [(*gpus[begin:], *gpus[:begin]) for begin in begins]
