@@ -1,15 +1,14 @@
 """``pdkv bench``: its help, its forms of output, its exit codes."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
+
+from tests import commands
 
 
-def pdkv(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "pdkv", "bench", *arguments], capture_output=True, text=True, timeout=120, check=False
-    )
+def pdkv(*arguments: str) -> CompletedProcess[str]:
+    return commands.pdkv("bench", *arguments)
 
 
 def test_help_names_them_and_gives_examples() -> None:

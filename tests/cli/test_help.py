@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import pdkv
+from tests import commands
 
 COMMANDS = ["up", "prefill", "decode", "router", "generate", "demo", "demo-model", "version"]
 
@@ -17,7 +18,7 @@ from pdkv.__main__ import main
 try:
     main()
 finally:
-    heavy = {"torch", "fastapi", "uvicorn", "transformers"} & set(sys.modules)
+    heavy = {"torch", "starlette", "uvicorn", "transformers"} & set(sys.modules)
     assert not heavy, heavy
 """
 
@@ -94,9 +95,9 @@ def test_demo_model_writes_a_checkpoint(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ids", ["[1, 2, 64]", "1 2\n64"])
 def test_generate_undivided_takes_ids_from_a_file(tmp_path: Path, ids: str) -> None:
-    _pdkv("demo-model", str(tmp_path / "model"), "--index-topk-freq", "2")
+    commands.pdkv("demo-model", str(tmp_path / "model"), "--index-topk-freq", "2")
     (tmp_path / "ids").write_text(ids)
     flags = ["--model", str(tmp_path / "model"), "--max-tokens", "2", "--undivided", "--json", "--kv-dtype", "fp8"]
-    answer = json.loads(_pdkv("generate", "--prompt-ids", str(tmp_path / "ids"), *flags).stdout)
+    answer = json.loads(commands.pdkv("generate", "--prompt-ids", str(tmp_path / "ids"), *flags).stdout)
     assert answer["prompt_tokens"] == 3
     assert answer["text"].startswith("<lost>") or answer["token_ids"]

@@ -1,28 +1,20 @@
 """``pdkv doctor`` and ``pdkv describe`` against this machine and against running workers."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
 
 from tests.checkpoints import write_random_checkpoint
+from tests.commands import pdkv
 from tests.e2e.deployment import Trio, free_port
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and nothing wrong")
 
 
-def pdkv(*flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pdkv", *flags]
-    return subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=120, env={**os.environ, **environment}
-    )
-
-
-def checks(done: subprocess.CompletedProcess[str]) -> dict[str, dict[str, str]]:
+def checks(done: CompletedProcess[str]) -> dict[str, dict[str, str]]:
     report = json.loads(done.stdout)
     assert report["schema"] == "pdkv.doctor/v1"
     return {check["id"]: check for check in report["checks"]}

@@ -1,9 +1,7 @@
 """``pdkv verify``: right as it is, wrong with a region lost, undecided without a long prompt, and its report."""
 
 import json
-import os
-import subprocess
-import sys
+from subprocess import CompletedProcess
 
 import numpy as np
 import pytest
@@ -12,15 +10,14 @@ from pdkv.errors import ConfigError
 from pdkv.memory.row import RowLayout
 from pdkv.schema import ReadBatch
 from pdkv.verify.tampering import Mutation, rows_of, without_region
+from tests.commands import pdkv
 from tests.layouts import make_layout
 
 REGIONS = ("index_k", "k", "v")
 
 
-def verify(*flags: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    command = [sys.executable, "-m", "pdkv", "verify", *flags]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=250, env=environment)
+def verify(*flags: str) -> CompletedProcess[str]:
+    return pdkv("verify", *flags, OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
 
 
 @pytest.mark.parametrize("mutation", ["drop:index_k"])
