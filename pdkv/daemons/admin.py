@@ -5,7 +5,6 @@ import platform
 from collections.abc import Awaitable, Callable, Iterable
 
 import msgspec
-from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -49,14 +48,14 @@ class AdminDesk(msgspec.Struct, frozen=True):
     """All that the daemon's processes have counted."""
 
 
-def create_admin_app(desk: AdminDesk) -> FastAPI:
+def create_admin_app(desk: AdminDesk) -> http_server.App:
     """The HTTP surface for probes, scrapes and operators."""
     routes = _Routes(desk)
-    app = http_server.create_app()
-    app.add_api_route(LIVE_PATH, routes.live, methods=["GET"])
-    app.add_api_route(READY_PATH, routes.ready, methods=["GET"])
-    app.add_api_route(METRICS_PATH, routes.metrics, methods=["GET"])
-    app.add_api_route(DRAIN_PATH, routes.drain, methods=["POST"])
+    app = http_server.App()
+    app.add_route(LIVE_PATH, routes.live)
+    app.add_route(READY_PATH, routes.ready)
+    app.add_route(METRICS_PATH, routes.metrics)
+    app.add_route(DRAIN_PATH, routes.drain, "POST")
     return app
 
 

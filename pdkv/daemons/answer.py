@@ -1,7 +1,7 @@
 """Turns what the engine process says of a request's jobs into an answer, whole or as a stream, in some API's form."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Protocol
 
 import msgspec
@@ -60,7 +60,7 @@ class Answer:
             return await asyncio.to_thread(self._write_whole, choices)
         return self._write_whole(choices)
 
-    async def stream(self, first: Numbered, jobs: JobGroup) -> AsyncIterator[bytes]:
+    async def stream(self, first: Numbered, jobs: JobGroup) -> AsyncGenerator[bytes, None]:
         """Server-sent events; a failure on the way is an error event, and no [DONE] follows it."""
         try:
             async for piece in self._pieces(first, jobs):

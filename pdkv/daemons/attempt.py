@@ -18,6 +18,7 @@ from pdkv.daemons.worker_api import (
     PREFILL_PATHS,
     TRANSFER,
 )
+from pdkv.daemons.worker_client import WorkerAnswer, WorkerClient
 from pdkv.daemons.worker_pool import Pair
 
 _DECODE_REFUSAL_S = 0.5
@@ -45,18 +46,18 @@ class AttemptFailedError(Exception):
 class Upstream:
     """D's answer, its headers here and its body still to be read, with P's request beside it. Close it."""
 
-    def __init__(self, decode: httpx.Response, prefill: asyncio.Task[httpx.Response]) -> None:
+    def __init__(self, decode: WorkerAnswer, prefill: asyncio.Task[WorkerAnswer]) -> None:
         self.decode = decode
         self._prefill = prefill
 
     @property
     def is_stream(self) -> bool:
-        return str(self.decode.headers.get("content-type", "")).startswith("text/event-stream")
+        return self.decode.header("content-type").startswith("text/event-stream")
 
     async def read(self) -> bytes:
         """The whole body. Raises AttemptFailedError when D's connection breaks on the way."""
         try:
-            return await self.decode.aread()
+            return await self.decode.read()
         except httpx.HTTPError as exc:
             raise _lost("decode", exc) from exc
 
@@ -64,11 +65,11 @@ class Upstream:
         """Drop both connections; a worker that is still at the request hears of it and ends the job."""
         self._prefill.cancel()
         await asyncio.gather(self._prefill, return_exceptions=True)
-        await self.decode.aclose()
+        await self.decode.close()
 
 
 async def attempt(
-    client: httpx.AsyncClient,
+    client: WorkerClient,
     metrics: RouterMetrics,
     pair: Pair,
     asked: Asked,
@@ -103,15 +104,15 @@ async def attempt(
     return Upstream(answer, prefill)
 
 
-async def _drop(*requests: asyncio.Task[httpx.Response]) -> None:
+async def _drop(*requests: asyncio.Task[WorkerAnswer]) -> None:
     for request in requests:
         request.cancel()
     for result in await asyncio.gather(*requests, return_exceptions=True):
-        if isinstance(result, httpx.Response):
-            await result.aclose()
+        if not isinstance(result, BaseException):
+            await result.close()
 
 
-async def _judge(decode: asyncio.Task[httpx.Response], prefill: asyncio.Task[httpx.Response]) -> httpx.Response:
+async def _judge(decode: asyncio.Task[WorkerAnswer], prefill: asyncio.Task[WorkerAnswer]) -> WorkerAnswer:
     """The answer to give. Once D has begun to answer, what becomes of P's own answer does not matter."""
     await asyncio.wait((decode, prefill), return_when=asyncio.FIRST_COMPLETED)
     if not decode.done():
@@ -124,60 +125,57 @@ async def _judge(decode: asyncio.Task[httpx.Response], prefill: asyncio.Task[htt
     return await _checked(decode, "decode")
 
 
-async def _checked(pending: "asyncio.Future[httpx.Response]", side: str) -> httpx.Response:
+async def _checked(pending: "asyncio.Future[WorkerAnswer]", side: str) -> WorkerAnswer:
     return await _pass_or_fail(await pending, side)
 
 
-async def _prefill(upstream: "_Workers", url: str) -> httpx.Response:
+async def _prefill(upstream: "_Workers", url: str) -> WorkerAnswer:
     response = await _pass_or_fail(await upstream.post("prefill", url), "prefill")
     try:
-        await response.aread()
+        await response.read()
     except httpx.HTTPError as exc:
         raise _lost("prefill", exc) from exc
     finally:
-        await response.aclose()
+        await response.close()
     return response
 
 
 class _Workers:
     """Puts one request to both workers."""
 
-    def __init__(
-        self, client: httpx.AsyncClient, metrics: RouterMetrics, body: bytes, headers: Mapping[str, str]
-    ) -> None:
+    def __init__(self, client: WorkerClient, metrics: RouterMetrics, body: bytes, headers: Mapping[str, str]) -> None:
         self._client = client
         self._metrics = metrics
         self._body = body
-        self._headers = dict(headers)
+        self._headers = headers
 
-    async def post(self, side: str, url: str) -> httpx.Response:
+    async def post(self, side: str, url: str) -> WorkerAnswer:
         """The answer, its body still to be read. Raises AttemptFailedError when there is none."""
-        request = self._client.build_request("POST", url, content=self._body, headers=self._headers)
         try:
-            response = await self._client.send(request, stream=True)
+            response = await self._client.post(url, self._body, self._headers)
         except httpx.HTTPError as exc:
             self._metrics.lost(side)
             raise _lost(side, exc) from exc
-        self._metrics.answered(side, response.status_code)
+        self._metrics.answered(side, response.status)
         return response
 
 
-async def _pass_or_fail(response: httpx.Response, side: str) -> httpx.Response:
+async def _pass_or_fail(response: WorkerAnswer, side: str) -> WorkerAnswer:
     """The response, unless another try may do better: every 5xx but a deadline that has passed, and 429."""
-    status = response.status_code
+    status = response.status
     if status in {200, 504} or (400 <= status < 500 and status != 429):
         return response
     try:
-        body = await response.aread()
+        body = await response.read()
     except httpx.HTTPError as exc:
         raise _lost(side, exc) from exc
     finally:
-        await response.aclose()
-    raise AttemptFailedError(ApiError.decode(status, body, response.headers.get("retry-after")))
+        await response.close()
+    raise AttemptFailedError(ApiError.decode(status, body, response.header("retry-after")))
 
 
-def _refusal(prefill: httpx.Response) -> httpx.Response | None:
-    return prefill if prefill.status_code != 200 else None
+def _refusal(prefill: WorkerAnswer) -> WorkerAnswer | None:
+    return prefill if prefill.status != 200 else None
 
 
 def _lost(side: str, exc: httpx.HTTPError) -> AttemptFailedError:

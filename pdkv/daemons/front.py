@@ -4,7 +4,6 @@ from pathlib import Path
 
 import msgspec
 import structlog
-from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -122,22 +121,24 @@ async def _holds_nothing(link: EngineLink) -> bool:
     return status.pages_free == status.pages_usable and status.leases_active == 0
 
 
-def create_app(role: str, served: ServedModel, link: EngineLink, health: WorkerHealth, traffic: Traffic) -> FastAPI:
+def create_app(
+    role: str, served: ServedModel, link: EngineLink, health: WorkerHealth, traffic: Traffic
+) -> http_server.App:
     """The HTTP surface of a worker. ``role``: "prefill" or "decode"."""
     front = _Front(role, served, link, health)
-    app = http_server.create_app(traffic)
-    app.add_api_route("/health", front.health, methods=["GET"])
-    app.add_api_route("/v1/models", front.models, methods=["GET"])
-    app.add_api_route(worker_api.INFO_PATH, front.info, methods=["GET"])
-    app.add_api_route(worker_api.STATUS_PATH, front.status, methods=["GET"])
-    app.add_api_route(worker_api.TOKENIZE_PATH, front.texts.tokenize, methods=["POST"])
-    app.add_api_route(worker_api.DETOKENIZE_PATH, front.texts.detokenize, methods=["POST"])
-    app.add_api_route(worker_api.TOKENIZER_INFO_PATH, front.texts.tokenizer_info, methods=["GET"])
+    app = http_server.App(traffic)
+    app.add_route("/health", front.health)
+    app.add_route("/v1/models", front.models)
+    app.add_route(worker_api.INFO_PATH, front.info)
+    app.add_route(worker_api.STATUS_PATH, front.status)
+    app.add_route(worker_api.TOKENIZE_PATH, front.texts.tokenize, "POST")
+    app.add_route(worker_api.DETOKENIZE_PATH, front.texts.detokenize, "POST")
+    app.add_route(worker_api.TOKENIZER_INFO_PATH, front.texts.tokenizer_info)
     for path, prefill_path in worker_api.PREFILL_PATHS.items():
         if role == "prefill":
-            app.add_api_route(prefill_path, front.jobs.prefill, methods=["POST"])
+            app.add_route(prefill_path, front.jobs.prefill, "POST")
         else:
-            app.add_api_route(path, front.jobs.answer, methods=["POST"])
+            app.add_route(path, front.jobs.answer, "POST")
     return app
 
 

@@ -5,14 +5,11 @@ import contextlib
 import secrets
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 
 import structlog
 import uvicorn
-from fastapi import FastAPI
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.exceptions import HTTPException
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -31,7 +28,9 @@ _KEEP_ALIVE_S = 75
 """Longer than any client of ours keeps an idle connection, so that no request meets a closing one."""
 CLIENT_KEEP_ALIVE_S = 30
 
-T = TypeVar("T")
+_REQUEST_ID = REQUEST_ID.encode()
+_CLIENT = "pdkv.client"
+"""Key of a request's ``Client`` in its scope."""
 _log = structlog.get_logger(__name__)
 
 
@@ -39,20 +38,60 @@ class ClientGoneError(Exception):
     """The client closed its connection before it had its answer."""
 
 
-def create_app(traffic: Traffic | None = None) -> FastAPI:
-    """An app that answers every error, unknown routes included, as ``{"error": {...}}`` and echoes X-Request-Id.
+class App:
+    """An ASGI app of fixed paths. Answers every error, unknown routes included, as ``{"error": {...}}`` and echoes
+    X-Request-Id. Belongs to the event loop's thread.
 
-    With ``traffic``, its POSTs are counted, and refused while the daemon drains.
+    Made by hand because every request of a deployment passes through three of these: a web framework's layers took more
+    processor time than all that is done here.
     """
-    app = FastAPI(openapi_url=None, redirect_slashes=False)
-    app.add_exception_handler(ApiError, _answer_api_error)
-    app.add_exception_handler(RequestError, _answer_request_error)
-    app.add_exception_handler(ClientGoneError, _answer_nobody)
-    app.add_exception_handler(HTTPException, _answer_http_exception)
-    if traffic is not None:
-        app.add_middleware(Gate, traffic=traffic, refusal=_draining)
-    app.add_middleware(_Outermost)
-    return app
+
+    def __init__(self, traffic: Traffic | None = None) -> None:
+        """With ``traffic``, its POSTs are counted, and refused while the daemon drains."""
+        self._handlers: dict[str, dict[str, Handler]] = {}
+        inner: ASGIApp = self._answer if traffic is None else Gate(self._answer, traffic, _draining)
+        self._outermost = _Outermost(inner)
+
+    def add_route(self, path: str, handler: "Handler", method: str = "GET") -> None:
+        self._handlers.setdefault(path, {})[method] = handler
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        assert scope["type"] == "http", "neither lifespan nor websockets are switched on"
+        await self._outermost(scope, receive, send)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        has_begun = False
+
+        async def noticing(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        client = scope[_CLIENT] = Client(receive)
+        try:
+            response = await self._respond(scope, receive)
+            await response(scope, receive, noticing)
+        except (ApiError, RequestError, ClientGoneError) as exc:
+            if has_begun:
+                raise
+            await _response_to(exc)(scope, receive, send)
+        finally:
+            client.forget()
+
+    async def _respond(self, scope: Scope, receive: Receive) -> Response:
+        path, method = scope["path"], scope["method"]
+        by_method = self._handlers.get(path)
+        if by_method is None:
+            raise ApiError.of(404, f"no such route: {method} {path}")
+        handler = by_method.get(method)
+        if handler is None:
+            refused = error_response(ApiError.of(405, f"{path} does not take {method}"))
+            refused.headers["Allow"] = ", ".join(by_method)
+            return refused
+        return await handler(Request(scope, receive))
+
+
+Handler = Callable[[Request], Awaitable[Response]]
 
 
 def json_response(body: bytes, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -90,27 +129,78 @@ async def read_body(request: Request) -> bytes:
             return b"".join(chunks)
 
 
-async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of ``work``, which is cancelled (and awaited) when the client goes; then ClientGoneError is raised.
+class Client:
+    """Whether a request's client is still there. Owned by the request's task."""
 
-    The body must have been read before.
-    """
-    task = asyncio.create_task(work)
-    gone = asyncio.create_task(_wait_until_gone(request))
-    try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ClientGoneError
-    finally:
-        for other in (task, gone):
-            other.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._watching: asyncio.Task[None] | None = None
+
+    def watch(self) -> asyncio.Task[None]:
+        """Ends when the client has gone. The body must have been read before."""
+        if self._watching is None:
+            self._watching = asyncio.create_task(self._wait_until_gone())
+        return self._watching
+
+    def forget(self) -> None:
+        """It has been answered."""
+        if self._watching is not None:
+            self._watching.cancel()
+
+    async def _wait_until_gone(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
 
 
-async def _wait_until_gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+class _UnlessGone:
+    """Cancels the block that it stands around when the client goes, as ``asyncio.timeout`` does when time is up."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._is_over = False
+        self._has_fired = False
+
+    async def __aenter__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None, "a request runs in a task"
+        self._task = task
+        self._num_cancelling = task.cancelling()
+        self._watching = self._client.watch()
+        self._watching.add_done_callback(self._fire)
+
+    async def __aexit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: object) -> None:
+        self._is_over = True
+        self._watching.remove_done_callback(self._fire)
+        if self._has_fired and self._task.uncancel() <= self._num_cancelling and kind is asyncio.CancelledError:
+            raise ClientGoneError from exc
+
+    def _fire(self, watching: "asyncio.Task[None]") -> None:
+        if not self._is_over and not watching.cancelled():
+            self._has_fired = True
+            self._task.cancel()
+
+
+def unless_gone(request: Request) -> _UnlessGone:
+    """A block that is cancelled when the client goes; then ClientGoneError is raised. The body must have been read."""
+    client: Client = request.scope[_CLIENT]
+    return _UnlessGone(client)
+
+
+class EventStream(Response):
+    """Server-sent events, each sent as it comes; ends them when the client goes."""
+
+    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+        super().__init__()
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+        with contextlib.suppress(ClientGoneError):  # nobody is left to be told
+            async with _UnlessGone(scope[_CLIENT]), contextlib.aclosing(self._events) as events:
+                await send({"type": "http.response.start", "status": 200, "headers": headers})
+                async for event in events:
+                    await send({"type": "http.response.body", "body": event, "more_body": True})
+                await send({"type": "http.response.body", "body": b""})
 
 
 def listen(address: Address, *, reuse_port: bool = False) -> socket.socket:
@@ -173,6 +263,7 @@ def _server_config(app: ASGIApp, grace_s: int) -> uvicorn.Config:
         lifespan="off",
         ws="none",
         server_header=False,
+        proxy_headers=False,  # whose request it is matters to nobody here
         timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=grace_s,
     )
@@ -192,9 +283,6 @@ class _Outermost:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
         given = Headers(scope=scope).get(REQUEST_ID, "")
         chosen = given if given and len(given) <= 128 and given.isprintable() else secrets.token_hex(16)
         scope["pdkv.request_id"] = chosen
@@ -204,7 +292,7 @@ class _Outermost:
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)[REQUEST_ID] = chosen
+                message["headers"] = [*message["headers"], (_REQUEST_ID, chosen.encode("latin-1"))]
                 status = message["status"]
             await send(message)
 
@@ -225,29 +313,9 @@ def _draining() -> Response:
     return error_response(ApiError.of(503, told, code="draining", retry_after_s=1))
 
 
-def _answer_api_error(_request: Request, exc: Exception) -> Response:
-    assert isinstance(exc, ApiError), "registered for nothing else"
-    note_failure(exc.body.code)
-    return error_response(exc)
-
-
-def _answer_request_error(_request: Request, exc: Exception) -> Response:
-    assert isinstance(exc, RequestError), "registered for nothing else"
-    note_failure(exc.code)
-    return error_response(ApiError.from_request_error(exc))
-
-
-def _answer_nobody(_request: Request, _exc: Exception) -> Response:
-    _log.info("client gone")
-    return Response(status_code=499)
-
-
-def _answer_http_exception(request: Request, exc: Exception) -> Response:
-    assert isinstance(exc, HTTPException), "registered for nothing else"
-    message = {
-        404: f"no such route: {request.method} {request.url.path}",
-        405: f"{request.url.path} does not take {request.method}",
-    }.get(exc.status_code, str(exc.detail))
-    response = error_response(ApiError.of(exc.status_code, message))
-    response.headers.update(exc.headers or {})
-    return response
+def _response_to(exc: ApiError | RequestError | ClientGoneError) -> Response:
+    if isinstance(exc, ClientGoneError):
+        _log.info("client gone")
+        return Response(status_code=499)
+    note_failure(exc.body.code if isinstance(exc, ApiError) else exc.code)
+    return error_response(exc if isinstance(exc, ApiError) else ApiError.from_request_error(exc))

@@ -5,14 +5,14 @@ Which API the client spoke matters at the edges alone: its endpoint reads the bo
 
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from hashlib import blake2b
 from typing import Protocol
 
 import msgspec
 import structlog
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from pdkv.daemons import http_server, worker_api
@@ -91,10 +91,11 @@ class JobRoutes:
             for index in range(asked.num_choices)
         ]
         with open_jobs(self._link, jobs) as group:
-            for _ in jobs:
-                _, event = await http_server.unless_gone(request, group.next())
-                if isinstance(event, JobFailed):
-                    raise failure(event)
+            async with http_server.unless_gone(request):
+                for _ in jobs:
+                    _, event = await group.next()
+                    if isinstance(event, JobFailed):
+                        raise failure(event)
         num_tokens = sum(len(prompt.token_ids) for prompt in asked.prompts)
         return http_server.json_response(msgspec.json.encode(worker_api.Prefilled(num_tokens)))
 
@@ -127,24 +128,25 @@ class JobRoutes:
         answer = Answer(asked, endpoint.form(asked), self._codec, debug)
         with contextlib.ExitStack() as stack:
             group = stack.enter_context(open_jobs(self._link, jobs))
-            first = await http_server.unless_gone(request, group.next())
-            if isinstance(first[1], JobFailed):
-                raise failure(first[1])
-            if options.stream:
-                return _JobStream(answer.stream(first, group), stack.pop_all())
-            return http_server.json_response(await http_server.unless_gone(request, answer.whole(first, group)))
+            async with http_server.unless_gone(request):
+                first = await group.next()
+                if isinstance(first[1], JobFailed):
+                    raise failure(first[1])
+                if not options.stream:
+                    return http_server.json_response(await answer.whole(first, group))
+            return _JobStream(answer.stream(first, group), stack.pop_all())
 
     async def _read(self, request: Request, ready: EngineReady) -> tuple[Endpoint, Generation]:
-        endpoint = self._endpoints[request.url.path]
+        endpoint = self._endpoints[request.scope["path"]]
         body = await http_server.read_body(request)
         return endpoint, await endpoint.read(body, ready.max_model_len, _asked_at(request))
 
 
-class _JobStream(StreamingResponse):
+class _JobStream(http_server.EventStream):
     """A stream that ends its jobs even when the client goes before the first event was asked for."""
 
-    def __init__(self, content: AsyncIterator[bytes], jobs: contextlib.ExitStack) -> None:
-        super().__init__(content, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+    def __init__(self, events: AsyncGenerator[bytes, None], jobs: contextlib.ExitStack) -> None:
+        super().__init__(events)
         self._jobs = jobs
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

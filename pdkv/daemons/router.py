@@ -6,14 +6,13 @@ It never looks into a body: workers validate, and it tells a stream by the answe
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 
 import httpx
 import msgspec
 import structlog
-from fastapi import FastAPI
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from pdkv.daemons import http_server, openai_api, worker_api
@@ -26,6 +25,7 @@ from pdkv.daemons.openai_api import ApiError, ErrorBody
 from pdkv.daemons.router_metrics import RouterMetrics
 from pdkv.daemons.text_proxy import TextProxy
 from pdkv.daemons.traffic import Traffic, note_failure
+from pdkv.daemons.worker_client import WorkerClient
 from pdkv.daemons.worker_pool import WorkerPool, WorkerView
 from pdkv.daemons.worker_transport import WorkerTransport
 from pdkv.errors import FailureCode
@@ -53,10 +53,13 @@ async def run_router(config: RouterConfig) -> int:
         http_server.listen(Address(config.admin_listen), reuse_port=config.reuse_port) as admin_sock,
         life.on_signals(),
     ):
-        async with open_client() as client:
+        transport = WorkerTransport(_CONNECT_TIMEOUT_S, http_server.CLIENT_KEEP_ALIVE_S)
+        async with open_client(transport) as client:
             pool = WorkerPool(client, config.prefill_urls, config.decode_urls, config.poll_interval)
             metrics = RouterMetrics(pool, meter)
-            router = Router(client, pool, metrics, config.request_timeout, config.retries)
+            texts = TextProxy(client, pool)
+            workers = WorkerClient(client, transport)
+            router = Router(workers, pool, metrics, config.request_timeout, config.retries)
             traffic = Traffic(ROUTER, life, meter)
             health = RouterHealth(pool, life)
 
@@ -72,23 +75,26 @@ async def run_router(config: RouterConfig) -> int:
             ):
                 url, admin = http_server.bound_address(sock), http_server.bound_address(admin_sock)
                 _log.info("listening", url=f"http://{url}", admin=admin)
-                await http_server.serve(create_app(router, health, traffic), sock, life, router.cancel_all)
+                await http_server.serve(create_app(router, texts, health, traffic), sock, life, router.cancel_all)
     return life.exit_code
 
 
-def open_client() -> httpx.AsyncClient:
-    """The client for workers: no proxy, no limit on connections, no time limit but the request's own."""
+def open_client(transport: WorkerTransport) -> httpx.AsyncClient:
+    """The client for workers, over ``transport`` where they speak plain HTTP.
+
+    No proxy, no limit on connections, no time limit but the request's own.
+    """
     return httpx.AsyncClient(
         timeout=httpx.Timeout(None, connect=_CONNECT_TIMEOUT_S),
         limits=httpx.Limits(
             max_connections=None, max_keepalive_connections=64, keepalive_expiry=http_server.CLIENT_KEEP_ALIVE_S
         ),
-        mounts={"http://": WorkerTransport(_CONNECT_TIMEOUT_S, http_server.CLIENT_KEEP_ALIVE_S)},
+        mounts={"http://": transport},
         trust_env=False,
     )
 
 
-def create_app(router: "Router", health: RouterHealth, traffic: Traffic) -> FastAPI:
+def create_app(router: "Router", texts: TextProxy, health: RouterHealth, traffic: Traffic) -> http_server.App:
     """The HTTP surface for clients."""
 
     async def show_health(_request: Request) -> Response:
@@ -96,13 +102,13 @@ def create_app(router: "Router", health: RouterHealth, traffic: Traffic) -> Fast
         body = Health("not ready" if missing else "ready", missing, router.workers())
         return http_server.json_response(msgspec.json.encode(body), 503 if missing else 200)
 
-    app = http_server.create_app(traffic)
-    app.add_api_route("/health", show_health, methods=["GET"])
-    app.add_api_route("/v1/models", router.models, methods=["GET"])
+    app = http_server.App(traffic)
+    app.add_route("/health", show_health)
+    app.add_route("/v1/models", router.models)
     for path in worker_api.PREFILL_PATHS:
-        app.add_api_route(path, router.generate, methods=["POST"])
+        app.add_route(path, router.generate, "POST")
     for path, method in worker_api.TEXT_PATHS.items():
-        app.add_api_route(path, router.texts.pass_on, methods=[method])
+        app.add_route(path, texts.pass_on, method)
     return app
 
 
@@ -111,7 +117,7 @@ class Router:
 
     def __init__(
         self,
-        client: httpx.AsyncClient,
+        client: WorkerClient,
         pool: WorkerPool,
         metrics: RouterMetrics,
         request_timeout_s: float,
@@ -120,7 +126,6 @@ class Router:
         self._metrics = metrics
         self._client = client
         self._pool = pool
-        self.texts = TextProxy(client, pool)
         self._request_timeout_s = request_timeout_s
         self._retries = retries
         self._waits: set[asyncio.Timeout] = set()
@@ -152,7 +157,8 @@ class Router:
         }
         if worker_api.DEBUG in request.headers:
             headers[worker_api.DEBUG] = request.headers[worker_api.DEBUG]
-        answer = await http_server.unless_gone(request, self._route(Asked(request.url.path, body, headers), deadline))
+        async with http_server.unless_gone(request):
+            answer = await self._route(Asked(request.scope["path"], body, headers), deadline)
         return _Passed(self._pass_on(answer, deadline), answer) if isinstance(answer, Upstream) else answer
 
     async def _route(self, asked: Asked, deadline: float) -> "Upstream | Response":
@@ -183,21 +189,20 @@ class Router:
             body = await upstream.read()
         finally:
             await upstream.close()
-        retry_after = upstream.decode.headers.get("retry-after")
+        retry_after = upstream.decode.header("retry-after")
         headers = {"Retry-After": retry_after} if retry_after else None
-        return http_server.json_response(body, upstream.decode.status_code, headers)
+        return http_server.json_response(body, upstream.decode.status, headers)
 
-    async def _pass_on(self, upstream: Upstream, deadline: float) -> AsyncIterator[bytes]:
+    async def _pass_on(self, upstream: Upstream, deadline: float) -> AsyncGenerator[bytes, None]:
         """D's events as they come, whole events only; one that ends too soon ends in an error event of ours."""
-        chunks = upstream.decode.aiter_raw()
         partial = b""
         last = b""
         error: ErrorBody | None = None
         try:
             while True:
                 async with self._until(deadline):
-                    chunk = await anext(chunks, None)
-                if chunk is None:
+                    chunk = await upstream.decode.piece()
+                if not chunk:
                     break
                 events, end, partial = (partial + chunk).rpartition(b"\n\n")
                 if end:
@@ -236,11 +241,11 @@ class Router:
         )
 
 
-class _Passed(StreamingResponse):
+class _Passed(http_server.EventStream):
     """A stream that is passed on; closes both upstream requests however it ends."""
 
-    def __init__(self, content: AsyncIterator[bytes], upstream: Upstream) -> None:
-        super().__init__(content, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+    def __init__(self, events: AsyncGenerator[bytes, None], upstream: Upstream) -> None:
+        super().__init__(events)
         self._upstream = upstream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

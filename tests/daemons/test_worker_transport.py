@@ -98,6 +98,44 @@ def test_every_form_of_answer(pieces: tuple[bytes, ...], close: bool, status: in
     asyncio.run(go())
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 7])
+def test_an_answer_may_come_in_pieces_of_any_size(size: int) -> None:
+    whole = CHUNKED + b"5\r\nhello\r\nA;x=1\r\n0123456789\r\n0\r\nx: y\r\n\r\n"
+    pieces = [whole[i : i + size] for i in range(0, len(whole), size)]
+
+    async def go() -> None:
+        async with asking(saying(*pieces)) as (worker, client):
+            for _ in range(2):
+                assert (await client.post(worker.url, content=b"x")).content == b"hello0123456789"
+            assert worker.num_connections == 1
+
+    asyncio.run(go())
+
+
+def test_a_worker_waits_while_nobody_takes_its_answer() -> None:
+    told = asyncio.Event()
+
+    async def serve(_: bytes, __: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % (64 << 20) + bytes(64 << 20))
+        told.set()
+        await writer.drain()
+
+    async def go() -> None:
+        async with asking(serve) as (worker, client), client.stream("POST", worker.url, content=b"") as answer:
+            await told.wait()
+            for _ in range(100):
+                await asyncio.sleep(0)
+            stream = answer.stream
+            received = stream._stream._answer._connection._received
+            assert len(received) < 1 << 20
+            num_bytes = 0
+            async for piece in answer.aiter_raw():
+                num_bytes += len(piece)
+            assert num_bytes == 64 << 20
+
+    asyncio.run(go())
+
+
 def test_large_bodies_both_ways() -> None:
     async def serve(body: bytes, _: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
@@ -213,6 +251,8 @@ def test_a_connection_that_the_worker_closed_meanwhile_is_not_used_again() -> No
         ((b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhello",), httpx.RemoteProtocolError),
         ((CHUNKED + b"5\r\nhel",), httpx.RemoteProtocolError),
         ((CHUNKED + b"five\r\nhello\r\n",), httpx.RemoteProtocolError),
+        ((CHUNKED + b"5\r\nhello!!0\r\n\r\n",), httpx.RemoteProtocolError),
+        ((CHUNKED + b"5" * 9_000,), httpx.RemoteProtocolError),
         ((b"HTTP/1.1 200 OK\r\nx: " + b"y" * 300_000,), httpx.RemoteProtocolError),
     ],
 )
