@@ -7,6 +7,7 @@ import msgspec
 import pytest
 import torch
 
+from pdkv.daemons.gpu_order import VARIABLE
 from pdkv.daemons.link import WorkerSettings
 from pdkv.errors import CapacityError, PdkvError
 from pdkv.m3.model import load_model
@@ -56,6 +57,21 @@ def test_divided_finds_every_link_over_the_memory_of_one_gpu(
     assert answer.token_ids == prompt.expected(NUM_TOKENS)
     assert answer.report.path == "cuda_ipc"
     assert answer.report.num_pages == -(-LENGTH // 128)
+
+
+@pytest.mark.multi_gpu(2)
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+@pytest.mark.parametrize("gpus", ["0,1", "1,0"])
+def test_divided_finds_every_link_across_two_gpus(checkpoint: Path, gpus: str) -> None:
+    """P and D see both GPUs, each its own first, as `pdkv up` has it."""
+    prompt = make_prompt(2, LENGTH)
+    order = gpus.split(",")
+    prefill, decode = (_settings(role, checkpoint, num_pages=40) for role in ("prefill", "decode"))
+    variables = [{VARIABLE: ",".join(places)} for places in (order, reversed(order))]
+    with ProcessPair(prefill, decode, variables) as pair:
+        answer = pair.ask(prompt.token_ids, NUM_TOKENS)
+    assert answer.token_ids == prompt.expected(NUM_TOKENS)
+    assert answer.report.path == "cuda_ipc"
 
 
 def test_weights_that_do_not_fit_are_refused_by_how_much(checkpoint: Path, tmp_path: Path) -> None:
