@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from pdkv_kernels.fp8_bits import fp8_code, fp8_pairs
+from pdkv_kernels.launch import stages_that_fit
 from pdkv_kernels.paged import PagedKv
 from pdkv_kernels.softmax_merge import Parts
 
@@ -42,6 +43,12 @@ def page_arguments(kv: PagedKv, unused: Tensor) -> Arguments:
         "PAIRS": pairs,
         "SCALED": k_scale is not None,
     }
+
+
+def tile_stages(most: int, rows: int, tile: int, q: Tensor, kv: PagedKv) -> int:
+    """Stages, up to ``most``, whose tiles of K and V fit into shared memory beside q's rows and their weights."""
+    dim = q.shape[2]
+    return stages_that_fit(most, 2 * tile * dim * kv.k.element_size(), rows * (tile + dim) * q.element_size())
 
 
 def result_arguments(out: Tensor, lse: Tensor, parts: Parts) -> Arguments:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pdkv_kernels.decode_batch import DecodeBatch, uniform_batch
 from pdkv_kernels.fp8_bits import fp8_code, half_of_bits
-from pdkv_kernels.launch import chained, launch_options
+from pdkv_kernels.launch import chained, launch_options, stages_that_fit
 from pdkv_kernels.paged import BLOCK, RaggedQueries
 
 _HIDDEN = tl.constexpr(-0x80000000)
@@ -102,6 +102,8 @@ def index_topk_decode_into(
     key_code, key_data = fp8_code(index_k, beside=index_q.dtype)
     query_code, query_data = fp8_code(index_q, beside=index_k.dtype)
     early = chained()
+    columns = triton.next_power_of_2(heads) * triton.next_power_of_2(batch.query_len)
+    stages = stages_that_fit(plan.num_stages, BLOCK * dim * index_k.element_size(), columns * dim * 4)
     _scan_kernel[(batch.num_seqs, plan.splits)](
         query_data,
         key_data,
@@ -128,7 +130,7 @@ def index_topk_decode_into(
         QUERY_CODE=query_code,
         AHEAD=plan.ahead,
         EARLY=early,
-        **launch_options(early, plan.num_warps, plan.num_stages),
+        **launch_options(early, plan.num_warps, stages),
     )
     chunk = min(max(triton.next_power_of_2(keys.shape[1]), 64), MOST_BLOCKS_AT_ONCE)
     places = max(triton.next_power_of_2(rule.topk), 2)

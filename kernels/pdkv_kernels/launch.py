@@ -17,6 +17,11 @@ def chained() -> bool:
     return hardware().capability >= 90
 
 
+def stages_that_fit(most: int, stage_bytes: int, beside: int) -> int:
+    """Stages of a loop, up to ``most``: all but one of them hold tiles in shared memory, ``beside`` other bytes."""
+    return max(1, min(most, 1 + (hardware().shared_bytes - beside) // stage_bytes))
+
+
 def launch_options(early: bool, num_warps: int, num_stages: int) -> dict[str, int]:
     """Keyword arguments of a Triton launch. Other back ends refuse ``launch_pdl``, even when it is false."""
     options = {"num_warps": num_warps, "num_stages": num_stages}

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pdkv_kernels.decode_arguments import page_arguments, result_arguments
+from pdkv_kernels.decode_arguments import page_arguments, result_arguments, tile_stages
 from pdkv_kernels.decode_batch import DecodeBatch, uniform_batch
 from pdkv_kernels.decode_tile import attend_tile, finish, prepare_q
 from pdkv_kernels.fp8_bits import fp8_pairs
@@ -73,6 +73,9 @@ def paged_attention_decode_into(
         return
     plan = plan or dense_plan(batch, q, kv)
     early = chained()
+    query_tile = triton.next_power_of_2(batch.query_len)
+    share_tile = max(triton.next_power_of_2(share), -(-16 // query_tile))
+    stages = tile_stages(plan.num_stages, query_tile * share_tile, plan.tile, q, kv)
     parts = workspace.parts(plan.splits)
     _attend_kernel[(batch.num_seqs, kv_heads, plan.splits)](
         q,
@@ -88,14 +91,14 @@ def paged_attention_decode_into(
         **page_arguments(kv, lse),
         **result_arguments(out, lse, parts),
         SHARE=share,
-        SHARE_TILE=max(triton.next_power_of_2(share), -(-16 // triton.next_power_of_2(batch.query_len))),
-        QUERY_TILE=triton.next_power_of_2(batch.query_len),
+        SHARE_TILE=share_tile,
+        QUERY_TILE=query_tile,
         DIM=dim,
         TOKENS=BLOCK,
         TILE=plan.tile,
         PAGES=_PAGES,
         EARLY=early,
-        **launch_options(early, plan.num_warps, plan.num_stages),
+        **launch_options(early, plan.num_warps, stages),
     )
     if plan.splits > 1:
         merge_parts(out, lse, parts)

@@ -17,6 +17,8 @@ _LOG2_E = 1.4426950408889634
 _WIDE = PrefillTuning(tile_keys=128, tile_registers=None)
 _WIDE_FP8 = PrefillTuning(tile_rows=64, tile_warps=4, tile_keys=128, tile_registers=None)
 """Best on an H200 where every page is shared by all rows; float32 tiles would not fit."""
+_WIDE_BYTES = 162 << 10
+"""Shared memory that ``_WIDE`` takes; fp8 tiles are a quarter of it."""
 
 
 def paged_attention_prefill(
@@ -31,9 +33,7 @@ def paged_attention_prefill(
 
     Rows behind the last sequence's are not written.
     """
-    if tuning is None and q.dtype != torch.float32:
-        tuning = _WIDE if kv.k.dtype.itemsize > 1 else _WIDE_FP8
-    tuning = tuning or measured_tuning(kv)
+    tuning = tuning or _tuning(q, kv)
     num_rows, num_heads, dim = q.shape
     kv_heads = kv.k.shape[1]
     share = num_heads // kv_heads
@@ -62,6 +62,14 @@ def paged_attention_prefill(
         num_warps=tuning.tile_warps, num_stages=tuning.tile_stages, **bound,
     )  # fmt: skip
     return out
+
+
+def _tuning(q: Tensor, kv: PagedKv) -> PrefillTuning:
+    if q.dtype == torch.float32:
+        return measured_tuning(kv)
+    if kv.k.dtype.itemsize == 1:
+        return _WIDE_FP8
+    return _WIDE if hardware().shared_bytes >= _WIDE_BYTES else measured_tuning(kv)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_seqs"])

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pdkv_kernels.decode_arguments import page_arguments, result_arguments
+from pdkv_kernels.decode_arguments import page_arguments, result_arguments, tile_stages
 from pdkv_kernels.decode_batch import DecodeBatch, uniform_batch
 from pdkv_kernels.decode_tile import attend_tile, finish, prepare_q
 from pdkv_kernels.fp8_bits import fp8_pairs
@@ -72,6 +72,7 @@ def sparse_attention_decode_into(
     early = chained()
     parts = workspace.parts(plan.splits)
     places = -(-topk // plan.splits)
+    share_tile = max(triton.next_power_of_2(share), 16)
     _attend_kernel[(num_rows, kv_heads, plan.splits)](
         q,
         blocks,
@@ -86,7 +87,7 @@ def sparse_attention_decode_into(
         **page_arguments(kv, lse),
         **result_arguments(out, lse, parts),
         SHARE=share,
-        SHARE_TILE=max(triton.next_power_of_2(share), 16),
+        SHARE_TILE=share_tile,
         DIM=dim,
         TOPK=topk,
         PLACES=places,
@@ -94,7 +95,7 @@ def sparse_attention_decode_into(
         TOKENS=BLOCK,
         TILE=plan.tile,
         EARLY=early,
-        **launch_options(early, plan.num_warps, plan.num_stages),
+        **launch_options(early, plan.num_warps, tile_stages(plan.num_stages, share_tile, plan.tile, q, kv)),
     )
     if plan.splits > 1:
         merge_parts(out, lse, parts)

@@ -26,6 +26,8 @@ _EXACT_ATTENTION = PrefillTuning(page_rows=16, page_warps=8, tile_rows=16)
 """For float32: no matrix unit takes it exactly, so every product is an instruction, and kernels of large tiles compile
 for minutes."""
 
+_EXACT_BYTES = 72 << 10
+"""Shared memory that these tiles take in a prefill; with less the references compute."""
 _GROUPED_FROM = 90
 """Capability from which torch's grouped product is one kernel, and no loop that reads group sizes."""
 
@@ -55,6 +57,8 @@ class TritonOperations:
         return kv_store(packed, heads, norms, rows, pages)
 
     def select(self, index_q: Tensor, index_k: Tensor, queries: StepQueries, forced: tuple[int, int, int]) -> Tensor:
+        if queries.decode is None and lacks_room(index_q):
+            return self._references.select(index_q, index_k, queries, forced)
         if queries.decode is None:
             tuning = _EXACT_SCORES if index_q.dtype == torch.float32 else DEFAULT_TUNING
             return index_topk_prefill(index_q, index_k, queries.ragged, *forced, tuning=tuning)
@@ -77,6 +81,8 @@ class TritonOperations:
         return out
 
     def attend_to_chosen(self, q: Tensor, kv: PagedKv, blocks: Tensor, queries: StepQueries, scale: float) -> Tensor:
+        if queries.decode is None and lacks_room(q):
+            return self._references.attend_to_chosen(q, kv, blocks, queries, scale)
         if queries.decode is None:
             tuning = _EXACT_ATTENTION if q.dtype == torch.float32 else None
             return sparse_attention_prefill(q, kv, blocks, queries.ragged, scale, tuning=tuning)[0]
@@ -91,3 +97,8 @@ class TritonOperations:
         if not can_group(x, experts.gate_up, experts.down):
             return self._references.mix(x, ids, weights, experts)
         return moe_grouped(x, ids, weights, experts.gate_up, experts.down, experts.activation, experts.first)
+
+
+def lacks_room(q: Tensor) -> bool:
+    """Whether the device has no room for the tiles that rows of a prefill in q's dtype would take."""
+    return q.dtype == torch.float32 and hardware().shared_bytes < _EXACT_BYTES

@@ -1,0 +1,21 @@
+"""Every kernel compiles for a Hopper as it is launched there; the interpreter would not know. No GPU is needed.
+
+Other devices and all of production's shapes: tests/long/test_compiles.py.
+"""
+
+from tests.kernels.compiled import TARGETS, compiled, launched_kernels
+
+
+def test_every_kernel_compiles_fits_and_waits_its_turn() -> None:
+    found = compiled("sm_90", "--brief")
+    assert [one for one in found if one.error] == []
+    assert {one.kernel for one in found} == launched_kernels(), "a kernel without a case in launch_cases.BRIEF"
+    assert [one for one in found if one.shared > TARGETS["sm_90"][1]] == []
+    assert [one for one in found if one.early] == [], "memory is touched before the kernel in front has ended"
+    assert {one.kernel for one in found if one.chained} >= {
+        "index_topk_decode._scan_kernel",
+        "index_topk_decode._select_kernel",
+        "sparse_attention_decode._attend_kernel",
+        "paged_attention_decode._attend_kernel",
+        "softmax_merge._merge_kernel",
+    }
