@@ -1,6 +1,7 @@
 """Torch's own threads, before anything imports torch: several test processes share the cores."""
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -61,3 +62,11 @@ class ByFixture(LoadScopeScheduling):
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadScopeScheduling:
     return ByFixture(config, log)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Why tests were skipped, a line a reason: hundreds need a GPU, and what failed should not lie below them."""
+    skipped = [report.longrepr for report in terminalreporter.stats.get("skipped", ())]
+    reasons = Counter(str(told[2] if isinstance(told, tuple) else told).removeprefix("Skipped: ") for told in skipped)
+    for reason, count in sorted(reasons.items()):
+        terminalreporter.write_line(f"{count} skipped: {reason}")
