@@ -1,13 +1,13 @@
 """Time the kernels against the ceilings of this GPU, and against vLLM's: ``python kernels/bench.py --help``.
 
-An operation's parity test runs first; where it is red, or where nothing ran, no speed is printed.
+An operation's parity test runs first; where it is red, or where nothing ran, no speed is printed. ``--check FILE`` runs
+only those tests, all operations' at the same time, and ``--checked FILE`` believes what they said of the same sources
+on the same kind of GPU: so the part that needs the GPU for itself is short.
 """
 
 import argparse
 import datetime
-import importlib.util
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,10 +16,12 @@ from pathlib import Path
 
 import torch
 import triton
-from benchmarks import registry, rival
-from benchmarks.timing import Rates, Result, measure, measure_rates
+from benchmarks import parity, registry, report, rival
+from benchmarks.timing import REPLAY_S, Rates, Result, measure, measure_rates
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = parity.ROOT
+_QUICK_S = 0.015
+"""Replays of a graph that count, with --quick: times within some 2 %."""
 
 
 @dataclass(frozen=True)
@@ -40,24 +42,32 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("bench: no CUDA device; the parity tests run without one: pytest tests/kernels", file=sys.stderr)
         return 2
+    names = options.op or list(registry.OPERATIONS)
+    tests = sorted({registry.find(name).TESTS for name in names})
+    if options.check:
+        outcome = _parity(tests)
+        parity.write(outcome, options.check)
+        return 0 if all(outcome.green.values()) else 1
+    known = parity.read(options.checked) if options.checked else {}
     if options.vllm:
         rival.load(options.vllm)
     setting, rates = _setting(), measure_rates()
-    _print_head(setting, rates)
+    print(report.head(asdict(setting), rates), flush=True)
     question = registry.Question(options.shape, options.vllm is not None)
     results: list[Result] = []
     red = []
-    for name in options.op or registry.OPERATIONS:
+    for name in names:
         benchmark = registry.find(name)
-        if not _parity(benchmark.TESTS):
+        if benchmark.TESTS not in known:
+            known |= _parity([benchmark.TESTS]).green
+        if not known[benchmark.TESTS]:
             red.append(name)
             continue
-        _print_columns(name)
+        print(report.columns(name))
         for work in benchmark.works(question, rates):
-            results.append(measure(name, work, rates))
-            _print_line(results[-1])
-    if options.json:
-        _write(options.json, setting, rates, results)
+            results.append(measure(name, work, rates, _QUICK_S if options.quick else REPLAY_S))
+            print(report.line(results[-1]), flush=True)
+            _write(options, setting, rates, results)
     for name in red:
         print(f"bench: {name} is not measured, because its parity test failed", file=sys.stderr)
     return 1 if red else 0
@@ -67,72 +77,57 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time the kernels; parity first, no speed on red.")
     parser.add_argument("--op", action="append", choices=list(registry.OPERATIONS), help="only this one; repeatable")
     parser.add_argument("--shape", action="append", default=[], help="only shapes so named, in part; repeatable")
-    parser.add_argument("--json", type=Path, help="also write everything to this file")
+    parser.add_argument("--quick", action="store_true", help="fewer replays: times within some 2 %%")
+    parser.add_argument("--json", type=Path, help="also write everything to this file, line by line as it comes")
+    parser.add_argument("--markdown", type=Path, help="also write tables to this file")
     parser.add_argument("--vllm", type=Path, help="an unpacked vLLM 0.33 wheel, whose kernels run beside ours")
+    parity_of = parser.add_mutually_exclusive_group()
+    parity_of.add_argument(
+        "--check", type=Path, help="run the parity tests alone, and write what they said to this file"
+    )
+    parity_of.add_argument(
+        "--checked", type=Path, help="such a file: tests that passed on these sources do not run again"
+    )
     return parser.parse_args()
 
 
-def _parity(tests: str) -> bool:
-    """Run the test file in a process of its own, on this GPU; at least one test must have run."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--confcutdir", "tests/kernels"]
-    if importlib.util.find_spec("xdist"):  # most of the time goes into compiling
-        command += ["-n", str(min(8, os.cpu_count() or 1)), "-p", "no:benchmark"]
-    done = subprocess.run(
-        [*command, "-m", "gpu", tests],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path},
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    last = done.stdout.strip().splitlines()[-1:] or [done.stderr.strip()]
-    print(f"\nparity {tests}: {last[0]}", flush=True)
-    if done.returncode == 0 and " passed" in last[0]:
-        return True
-    print(done.stdout[-4000:], done.stderr[-2000:], sep="\n", file=sys.stderr)
-    return False
+def _parity(tests: Sequence[str]) -> parity.Outcome:
+    outcome = parity.run(tests)
+    for test, green in outcome.green.items():
+        print(f"parity {test}: {'passed' if green else 'FAILED'}")
+    print(outcome.summary, flush=True)
+    if outcome.details:
+        print(outcome.details, file=sys.stderr)
+    return outcome
 
 
 def _setting() -> Setting:
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, check=False, capture_output=True, text=True
-    )
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
-    driver = subprocess.run(query, check=False, capture_output=True, text=True)
     return Setting(
         device=torch.cuda.get_device_name(),
-        driver=driver.stdout.strip() or "unknown",
+        driver=_said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0") or "unknown",
         torch=torch.__version__,
         triton=triton.__version__,
-        revision=git.stdout.strip() or "unknown",
+        revision=_said("git", "describe", "--always", "--dirty") or f"of sources {parity.sources()}",
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
         command=" ".join(["python", *sys.argv]),
     )
 
 
-def _print_head(setting: Setting, rates: Rates) -> None:
-    print(f"{setting.device}, driver {setting.driver}, torch {setting.torch}, triton {setting.triton}")
-    print(f"revision {setting.revision}, {setting.date}: {setting.command}")
-    print(f"ceilings: read {rates.read / 1e9:.0f} GB/s, copy {rates.copy / 1e9:.0f} GB/s (read + written), ", end="")
-    print(f"bf16 {rates.bf16 / 1e12:.0f} TFLOP/s, fp8 {rates.fp8 / 1e12:.0f} TFLOP/s", flush=True)
+def _said(*command: str) -> str:
+    """What a program prints, nothing where there is no such program."""
+    try:
+        return subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
 
 
-def _print_columns(name: str) -> None:
-    print(f"{name:<44} {'us':>9} {'GB/s':>7} {'TFLOP/s':>8} {'ceiling':>8} {'vLLM us':>9} {'vLLM/ours':>10}")
-
-
-def _print_line(result: Result) -> None:
-    rival_us = f"{result.rival_s * 1e6:9.1f}" if result.rival_s else f"{'-':>9}"
-    ratio = f"{result.ratio:9.2f}x" if result.ratio else f"{'-':>10}"
-    line = f"{result.shape:<44} {result.time_s * 1e6:9.1f} {result.bytes_per_s / 1e9:7.0f} "
-    line += f"{result.flops_per_s / 1e12:8.1f} {result.share:8.0%} {rival_us} {ratio} {result.note}"
-    print(line.rstrip(), flush=True)
-
-
-def _write(path: Path, setting: Setting, rates: Rates, results: Sequence[Result]) -> None:
-    everything = {"setting": asdict(setting), "rates": asdict(rates), "results": [asdict(r) for r in results]}
-    path.write_text(json.dumps(everything, indent=1) + "\n")
+def _write(options: argparse.Namespace, setting: Setting, rates: Rates, results: Sequence[Result]) -> None:
+    """All there is so far, so that a run that is cut off leaves what it has measured."""
+    if options.json:
+        everything = {"setting": asdict(setting), "rates": asdict(rates), "results": [asdict(r) for r in results]}
+        options.json.write_text(json.dumps(everything, indent=1) + "\n")
+    if options.markdown:
+        options.markdown.write_text(report.markdown(asdict(setting), rates, results))
 
 
 if __name__ == "__main__":

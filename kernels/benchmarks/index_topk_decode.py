@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks import rival
 from benchmarks.arena_case import Rows, Shape, shuffled_table
 from benchmarks.registry import Question, wanted
-from benchmarks.timing import Call, Rates, Work, rotations
+from benchmarks.timing import Call, Goal, Rates, Work, rotations
 
 TESTS = "tests/kernels/test_index_topk_decode_triton.py"
 
@@ -26,6 +26,7 @@ SHAPES = [
 ]
 RULE = SelectionRule(topk=16, init_blocks=0, local_blocks=1)
 DIM = 128
+GOAL = Goal(ratio=1.3, share=0.9)
 
 
 def works(question: Question, rates: Rates) -> Iterator[Work]:
@@ -90,4 +91,5 @@ def _work(shape: Shape, with_rival: bool) -> Work:
         num_flops=2 * case.q.shape[0] * shape.kv_heads * shape.context * DIM,
         rival=theirs(case) if with_rival else (),
         note=f"row {case.pitch} B",
+        goal=GOAL,
     )

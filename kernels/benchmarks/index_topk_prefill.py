@@ -10,7 +10,7 @@ from benchmarks import rival
 from benchmarks.arena_case import PITCH_TP4, Rows
 from benchmarks.prefill_case import DIM, TOPK, Chunk
 from benchmarks.registry import Question, wanted
-from benchmarks.timing import Rates, Work
+from benchmarks.timing import Goal, Rates, Work
 
 TESTS = "tests/kernels/test_index_topk_prefill_triton.py"
 
@@ -66,12 +66,14 @@ def _works(shape: Chunk, with_rival: bool) -> Iterator[Work]:
         ceiling=ceiling,
         rival=[their_score] if vllm else (),
         note=f"row {memory.pitch} B",
+        goal=Goal(ratio=1.0 if shape.tp == 1 else 1.3),
     )
     yield Work(
         shape=f"{shape.name} top-k",
         calls=[lambda: select_blocks(scores, queries, part, rule, out, tuning)],
         num_bytes=score_bytes + out.nbytes,
         rival=[their_topk] if vllm else (),
+        goal=Goal(ratio=3.0),
     )
     yield Work(
         shape=f"{shape.name} both",

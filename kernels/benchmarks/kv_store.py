@@ -12,7 +12,7 @@ from pdkv_kernels.rope_ref import rope_table_ref
 from benchmarks.arena_case import Rows
 from benchmarks.prefill_case import DIM
 from benchmarks.registry import Question, wanted
-from benchmarks.timing import Rates, Work, rotations
+from benchmarks.timing import Goal, Rates, Work, rotations
 
 TESTS = "tests/kernels/test_kv_store_triton.py"
 
@@ -75,6 +75,7 @@ def _work(shape: Shape, with_rival: bool) -> Work:
         num_bytes=num_bytes,
         ceiling="copy",
         note=note,
+        goal=Goal(share=0.75) if shape.rows == 4096 else None,
     )
 
 

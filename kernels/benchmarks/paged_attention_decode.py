@@ -8,10 +8,12 @@ from pdkv_kernels.decode_batch import DecodeBatch
 from pdkv_kernels.paged import BLOCK
 from pdkv_kernels.paged_attention_decode import dense_plan, paged_attention_decode_into
 from pdkv_kernels.softmax_merge import MergeWorkspace
+from torch import Tensor
+from torch.nn import functional
 
 from benchmarks.arena_case import Rows, Shape, kv_layer, shuffled_table
 from benchmarks.registry import Question, wanted
-from benchmarks.timing import Rates, Work, rotations
+from benchmarks.timing import Rates, Work, rotations, time_calls
 
 TESTS = "tests/kernels/test_paged_attention_decode_triton.py"
 
@@ -25,7 +27,8 @@ DIM = 128
 
 
 def works(question: Question, rates: Rates) -> Iterator[Work]:
-    """Bytes: K, V and scales of all keys once. vLLM has no Triton kernel of its own for M3's dense layers."""
+    """Bytes: K, V and scales of all keys once. vLLM has no Triton kernel of its own for M3's dense layers: in bf16 with
+    one row a sequence, torch's fused attention over one contiguous copy of K and V stands beside ours."""
     for shape in SHAPES:
         if wanted(question, shape.name):
             yield _work(shape)
@@ -50,5 +53,17 @@ def _work(shape: Shape) -> Work:
         calls=[partial(run, out, lse, q, kv, batch, DIM**-0.5, space) for kv in kvs],
         num_bytes=num_bytes,
         num_flops=4 * rows * q.shape[1] * shape.context * DIM,
-        note=f"row {memory.pitch} B",
+        note=f"row {memory.pitch} B" + _torch_note(shape, q),
     )
+
+
+def _torch_note(shape: Shape, q: Tensor) -> str:
+    """Torch's fused attention over K and V that lie as it wants them: random numbers, without pages."""
+    if shape.fp8 or shape.query_len > 1:
+        return ""
+    k, v = (
+        torch.randn(shape.batch, shape.kv_heads, shape.context, DIM, device="cuda", dtype=q.dtype) for _ in range(2)
+    )
+    mine = q[:, :, None]  # [batch, num_heads, 1, DIM]
+    attend = partial(functional.scaled_dot_product_attention, mine, k, v, enable_gqa=True)
+    return f"; torch without pages {time_calls([attend]) * 1e6:.1f} us"

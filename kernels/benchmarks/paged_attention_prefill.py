@@ -15,7 +15,8 @@ from benchmarks.timing import Rates, Work
 TESTS = "tests/kernels/test_paged_attention_prefill_triton.py"
 
 K = 1024
-SHAPES = [Chunk(4, *at, kind) for kind in ("bf16", "fp8") for at in [(8 * K, 8 * K), (2 * K, 32 * K), (8 * K, 64 * K)]]
+_PLACES = [(8 * K, 8 * K), (2 * K, 32 * K), (8 * K, 64 * K)]
+SHAPES = [Chunk(tp, *at, kind) for tp in (4, 1) for kind in ("bf16", "fp8") for at in _PLACES[: 3 if tp == 4 else 2]]
 SCALE = DIM**-0.5
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks import rival
 from benchmarks.arena_case import Rows, Shape, kv_layer
 from benchmarks.registry import Question, wanted
-from benchmarks.timing import Call, Rates, Work, rotations
+from benchmarks.timing import Call, Goal, Rates, Work, rotations
 
 TESTS = "tests/kernels/test_sparse_attention_decode_triton.py"
 
@@ -47,9 +47,16 @@ def works(question: Question, rates: Rates) -> Iterator[Work]:
                 num_flops=4 * case.q.shape[0] * case.q.shape[1] * TOPK * BLOCK * DIM,
                 rival=theirs(case) if question.rival else (),
                 note=f"row {case.pitch} B",
+                goal=_goal(shape),
             )
             del case
             torch.cuda.empty_cache()
+
+
+def _goal(shape: Shape) -> Goal:
+    if shape.batch < 64:
+        return Goal(ratio=1.0)
+    return Goal(ratio=2.0, share=0.85) if shape.fp8 else Goal(ratio=1.1)
 
 
 @dataclass(frozen=True)

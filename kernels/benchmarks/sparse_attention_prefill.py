@@ -10,7 +10,7 @@ from torch import Tensor
 from benchmarks import rival
 from benchmarks.prefill_case import DIM, Chunk
 from benchmarks.registry import Question, wanted
-from benchmarks.timing import Call, Rates, Work
+from benchmarks.timing import Call, Goal, Rates, Work
 
 TESTS = "tests/kernels/test_sparse_attention_prefill_triton.py"
 
@@ -33,6 +33,8 @@ SHAPES = [
 ]
 """windows: 64 neighbouring rows share 13 of their 16 blocks; otherwise each row has random blocks of its own."""
 SCALE = DIM**-0.5
+_GOALS = {(False, True): Goal(1.3), (False, False): Goal(2.5), (True, True): Goal(2.5), (True, False): Goal(4.0)}
+"""By whether neighbours choose alike, and whether in bf16."""
 
 
 def works(question: Question, rates: Rates) -> Iterator[Work]:
@@ -61,6 +63,7 @@ def _work(shape: Chunk, with_rival: bool) -> Work:
         ceiling="bf16",
         rival=[_rival(shape, q, kv, blocks, queries)] if with_rival else (),
         note=f"row {pitch} B",
+        goal=_GOALS[shape.windows, shape.kind == "bf16"],
     )
 
 

@@ -1,4 +1,4 @@
-"""The gated activation of a dense MLP at TP1."""
+"""The gated activation of MLPs."""
 
 from collections.abc import Iterator
 
@@ -11,23 +11,29 @@ from benchmarks.timing import Rates, Work, rotations
 from benchmarks.token_rows import ROWS, eager_note
 
 TESTS = "tests/kernels/test_token_ops_triton.py"
-_SIZE = 12288
+_SIZES = [3072, 12288]
+"""Of an expert, and of a dense layer, at TP1."""
 _ACTIVATION = (1.702, 7.0, 1.0)
 
 
 def works(question: Question, rates: Rates) -> Iterator[Work]:
     """Bytes: gates and ups, and the result, once."""
-    for num_rows in ROWS:
-        if wanted(question, f"{num_rows} rows"):
-            yield _work(num_rows)
-            torch.cuda.empty_cache()
+    for size in _SIZES:
+        for num_rows in ROWS:
+            if wanted(question, _name(num_rows, size)):
+                yield _work(num_rows, size)
+                torch.cuda.empty_cache()
 
 
-def _work(num_rows: int) -> Work:
-    num_bytes = num_rows * _SIZE * 6
-    many = [torch.randn(num_rows, 2 * _SIZE, device="cuda").bfloat16() * 4 for _ in range(rotations(num_bytes))]
+def _name(num_rows: int, size: int) -> str:
+    return f"{num_rows} rows of 2 x {size}"
+
+
+def _work(num_rows: int, size: int) -> Work:
+    num_bytes = num_rows * size * 6
+    many = [torch.randn(num_rows, 2 * size, device="cuda").bfloat16() * 4 for _ in range(rotations(num_bytes))]
     return Work(
-        shape=f"{num_rows} rows",
+        shape=_name(num_rows, size),
         calls=[lambda x=x: swigluoai(x, *_ACTIVATION) for x in many],
         num_bytes=num_bytes,
         ceiling="copy",
