@@ -1,13 +1,12 @@
 """Which row of a decode step's buffers each sequence has: the same from step to step, so little is written anew."""
 
 from collections.abc import Iterable, Sequence
-from itertools import compress
 from typing import NamedTuple
 
 import numpy as np
 
 from pdkv.m3.requests import RequestId
-from pdkv.m3.run import Onward, Run
+from pdkv.m3.run import Onward, Run, staying
 
 END, START, BEHIND, TOKENS = 0, 1, 2, 3
 """Columns of a sequence's row of numbers: where its tokens end, from which position on they are stored, the row of the
@@ -80,7 +79,7 @@ class DecodeRows:
         """Let some leave, and others join behind those that stay."""
         stays = np.ones(len(self._ids), dtype=bool)
         stays[list(step.left)] = False
-        rows, ids = self.index[stays], list(compress(self._ids, stays))
+        rows, ids = self.index[stays], staying(self._ids, step.left)
         count = len(ids) + len(step.joined)
         is_free = np.ones(max(count, len(self._ids)), dtype=bool)
         is_free[rows] = False

@@ -1,9 +1,14 @@
 """What one step computes of one request, as plain numbers: small enough to be sent to every rank."""
 
+from collections.abc import Sequence
+from typing import TypeVar
+
 import msgspec
 
 from pdkv.m3.requests import RequestId
 from pdkv.m3.sampling import SamplingParams
+
+_T = TypeVar("_T")
 
 NOT_FINITE = "the model's output is not finite: the checkpoint, or the state that the request attends to, is damaged"
 
@@ -67,6 +72,14 @@ class Onward(msgspec.Struct, frozen=True):
     """Places in that step, ascending, of those that have come to their end: they have no run any more."""
     joined: tuple[Run, ...] = ()
     """Behind all that stay. Their tokens are known, one each."""
+
+
+def staying(entries: Sequence[_T], left: Sequence[int]) -> list[_T]:
+    """All entries but those at the places ``left``, which ascend."""
+    stay = list(entries)
+    for place in reversed(left):
+        del stay[place]
+    return stay
 
 
 Step = list[Run] | Onward

@@ -3,7 +3,7 @@
 from array import array
 from collections import deque
 from collections.abc import Sequence as SequenceOf
-from itertools import compress, islice
+from itertools import islice
 
 import numpy as np
 
@@ -27,7 +27,7 @@ from pdkv.m3.requests import (
     TokenGenerated,
     TokensGenerated,
 )
-from pdkv.m3.run import NOT_FINITE, Onward, Run, Step, TokenBounds
+from pdkv.m3.run import NOT_FINITE, Onward, Run, Step, TokenBounds, staying
 from pdkv.m3.sampling import GreedyChoices, Sample
 from pdkv.m3.sequence import Sequence, Stage
 from pdkv.m3.under_way import UnderWay, first_starts
@@ -237,16 +237,9 @@ class Scheduler:
         full = step.places_at(1, self._bounds.block_size)
         sequences, told = step.sequences, TokensGenerated(step.ids, choices.tokens, choices.logprobs)
         if noted:
-            goes_on = [True] * len(sequences)
-            for place in noted:
-                goes_on[place] = False
-            full = [place for place in full if goes_on[place]]
-            sequences = list(compress(sequences, goes_on))
-            told = TokensGenerated(
-                tuple(compress(told.ids, goes_on)),
-                list(compress(told.tokens, goes_on)),
-                list(compress(told.logprobs, goes_on)),
-            )
+            full = [place for place in full if place not in noted]
+            sequences, ids = staying(sequences, noted), tuple(staying(told.ids, noted))
+            told = TokensGenerated(ids, staying(told.tokens, noted), staying(told.logprobs, noted))
         for place in full:
             self._keep(step.sequences[place])
         for sequence, token in zip(sequences, told.tokens, strict=True):

@@ -84,7 +84,8 @@ class Sequence:
         num_complete = len(self.tokens) // self._block_size
         if self._names is None or num_complete <= self.num_kept:
             return []
-        return list(enumerate(self._names.first(num_complete, self.tokens)))[self.num_kept :]
+        names = self._names.first(num_complete, self.tokens)
+        return [(block, names[block]) for block in range(self.num_kept, num_complete)]
 
     def keep_nothing(self) -> None:
         """From now on it neither takes pages from the cache nor gives any."""

@@ -1,13 +1,12 @@
 """A step from its being scheduled to its end, as arrays: who runs where, and whose end is known."""
 
 from collections.abc import Sequence as SequenceOf
-from itertools import compress
 from typing import NamedTuple
 
 import numpy as np
 
 from pdkv.m3.requests import RequestId
-from pdkv.m3.run import Run
+from pdkv.m3.run import Run, staying
 from pdkv.m3.sampling import GreedyChoices
 from pdkv.m3.sequence import Sequence, Stage
 
@@ -47,12 +46,13 @@ class UnderWay(NamedTuple):
         """The step behind, of those that are not at the places ``left``, and of ``joined``."""
         stay = np.ones(len(self.sequences), dtype=bool)
         stay[left] = False
-        new = UnderWay.plain(list(joined), np.array([len(s.tokens) - 1 for s in joined], np.int64), num_changes)
-        starts = np.concatenate((self.starts[stay] + 1, new.starts))
-        most = np.concatenate((self.most[stay], new.most))
-        sequences = [*compress(self.sequences, stay), *joined]
-        ids = (*compress(self.ids, stay), *new.ids)
-        return UnderWay(sequences, True, num_changes, ids, starts, most, _num_left(starts, most))
+        starts, most, ids = self.starts[stay] + 1, self.most[stay], staying(self.ids, left)
+        if joined:
+            starts = np.append(starts, [len(sequence.tokens) - 1 for sequence in joined])
+            most = np.append(most, [sequence.most_tokens for sequence in joined])
+            ids += [sequence.request.id for sequence in joined]
+        sequences = [*staying(self.sequences, left), *joined]
+        return UnderWay(sequences, True, num_changes, tuple(ids), starts, most, _num_left(starts, most))
 
     def places_ending(self, num_changes: int) -> list[int]:
         """Places whose sequences are in no step behind this one: released, or at their end by length."""
