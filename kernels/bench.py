@@ -2,7 +2,8 @@
 
 An operation's parity test runs first; where it is red, or where nothing ran, no speed is printed. ``--check FILE`` runs
 only those tests, all operations' at the same time, and ``--checked FILE`` believes what they said of the same sources
-on the same kind of GPU: so the part that needs the GPU for itself is short.
+on the same kind of GPU; ``--compile`` only makes Triton compile what will be timed, several processes at the same time
+if need be. So the part that needs the GPU for itself is short.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import torch
 import triton
-from benchmarks import parity, registry, report, rival
+from benchmarks import arena_case, parity, registry, report, rival
 from benchmarks.timing import REPLAY_S, Rates, Result, measure, measure_rates
 
 ROOT = parity.ROOT
@@ -48,9 +49,11 @@ def main() -> int:
         outcome = _parity(tests)
         parity.write(outcome, options.check)
         return 0 if all(outcome.green.values()) else 1
-    known = parity.read(options.checked) if options.checked else {}
     if options.vllm:
         rival.load(options.vllm)
+    if options.compile:
+        return _compile(names, options)
+    known = parity.read(options.checked) if options.checked else {}
     setting, rates = _setting(), measure_rates()
     print(report.head(asdict(setting), rates), flush=True)
     question = registry.Question(options.shape, options.vllm is not None)
@@ -73,6 +76,19 @@ def main() -> int:
     return 1 if red else 0
 
 
+def _compile(names: Sequence[str], options: argparse.Namespace) -> int:
+    """Run each shape once, in little memory, since others may do the same."""
+    arena_case.shrink()
+    question = registry.Question(options.shape, options.vllm is not None)
+    for name in names:
+        for work in registry.find(name).works(question, Rates(1.0, 1.0, 1.0, 1.0)):
+            for calls in (work.calls, work.rival):
+                for call in calls[:1]:
+                    call()
+            torch.cuda.synchronize()
+    return 0
+
+
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time the kernels; parity first, no speed on red.")
     parser.add_argument("--op", action="append", choices=list(registry.OPERATIONS), help="only this one; repeatable")
@@ -82,6 +98,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--markdown", type=Path, help="also write tables to this file")
     parser.add_argument("--vllm", type=Path, help="an unpacked vLLM 0.33 wheel, whose kernels run beside ours")
     parity_of = parser.add_mutually_exclusive_group()
+    parity_of.add_argument("--compile", action="store_true", help="compile what would be timed, and time nothing")
     parity_of.add_argument(
         "--check", type=Path, help="run the parity tests alone, and write what they said to this file"
     )

@@ -10,8 +10,14 @@ from torch import Tensor
 
 PITCH_TP4 = 2_961_408
 """Bytes of one page's row: all layers of M3 at TP4 with fp8 K/V, scales and fp8 index keys."""
-_MEMORY_BYTES = 48 << 30
-"""Rows are made shorter than ``PITCH_TP4`` where all pages would not fit into this."""
+_memory_bytes = 48 << 30
+"""Rows are made shorter than ``PITCH_TP4`` where all pages would not fit into this. Only ``shrink`` changes it."""
+
+
+def shrink() -> None:
+    """Make all rows from now on as short as they can be; for the rest of the process."""
+    global _memory_bytes  # noqa: PLW0603
+    _memory_bytes = 0
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ class Rows:
     """
 
     def __init__(self, num_pages: int, row_bytes: int) -> None:
-        most = max(_MEMORY_BYTES // num_pages, row_bytes)
+        most = max(_memory_bytes // num_pages, row_bytes)
         self.pitch = -(-max(row_bytes, min(PITCH_TP4, most)) // 512) * 512
         self.num_pages = num_pages
         self._memory = torch.empty(num_pages * self.pitch, dtype=torch.uint8, device="cuda")
