@@ -25,6 +25,7 @@ from triton.runtime.jit import JITFunction
 
 TARGETS = {
     "sm_90": (GPUTarget("cuda", 90, 32), 232_448),
+    "sm_89": (GPUTarget("cuda", 89, 32), 101_376),
     "sm_80": (GPUTarget("cuda", 80, 32), 166_912),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 65_536),
 }
@@ -32,7 +33,7 @@ TARGETS = {
 
 _ROOT = Path(__file__).parents[2]
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-_MEMORY = re.compile(r"\b(LDG|STG|LDGSTS|ATOMG?|RED|UBLKCP|UTMALDG)\b")
+_MEMORY = re.compile(r"\b(LDG|STG|LD|ST|LDGSTS|ATOMG?|RED|UBLKCP|UTMALDG)\b")
 _WAIT = "ACQBULK"
 
 

@@ -1,6 +1,6 @@
 """What the engine launches for M3: every operation in production's shapes, dtypes, strides and plans, on empty memory.
 
-Nothing is computed by it: tensors are only there to be described to a compiler, and may be larger than memory is.
+Nothing is computed by it: tensors are only there to be described to a compiler.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,8 +23,8 @@ from pdkv.m3.triton_operations import TritonOperations, lacks_room
 HIDDEN, DIM, ROTARY = 6144, 128, 64
 TOPK, INIT, LOCAL = 16, 0, 1
 EXPERTS, CHOSEN = 128, 4
-NUM_PAGES = 1024
 LAYERS = 60
+ARENA_BYTES = 3 << 30  # more than 32 bits of a signed offset reach; no byte of it is touched
 SCALE = DIM**-0.5
 
 BF16, FLOAT32 = torch.bfloat16, torch.float32
@@ -75,7 +75,7 @@ class Layer:
         index_size = BLOCK * DIM * self.kind.index.itemsize
         kv_heads, head_bytes = self.heads.kv, 2 * size + scales
         pitch = -(-LAYERS * (kv_heads * head_bytes + index_size) // 512) * 512
-        rows = torch.empty(NUM_PAGES, pitch, dtype=torch.uint8)
+        rows = torch.empty(ARENA_BYTES // pitch, pitch, dtype=torch.uint8)
         index_k = rows[:, :index_size].view(self.kind.index).unflatten(1, (BLOCK, DIM))
         block = rows[:, index_size : index_size + kv_heads * head_bytes].unflatten(1, (kv_heads, head_bytes))
         k, v = (block[..., i * size : (i + 1) * size].view(self.kind.kv).unflatten(2, (BLOCK, DIM)) for i in range(2))
@@ -146,7 +146,7 @@ def _combine(dtype: torch.dtype) -> None:
 
 def _digest() -> None:
     regions, pages = (torch.empty(n, dtype=torch.int64) for n in (237, 64))
-    rows = torch.empty(NUM_PAGES, 2_961_408, dtype=torch.uint8)
+    rows = torch.empty(ARENA_BYTES // 2_961_408, 2_961_408, dtype=torch.uint8)
     page_digest(rows, DigestRegions(regions, regions, regions, regions), DigestPages(pages, pages, pages))
 
 
