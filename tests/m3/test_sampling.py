@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pdkv.errors import ModelError, RequestError
+from pdkv.m3 import sampling
 from pdkv.m3.logprobs import NO_TOP
 from pdkv.m3.sampling import SamplingParams, sample
 
@@ -94,6 +95,19 @@ def test_alternatives_are_told_where_they_are_asked_for():
     assert two.top.logprobs[0] == two.logprob
     assert many.top.token_ids == (1, 3, 2, 0)
     assert sum(math.exp(value) for value in many.top.logprobs) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("at_once", [1, 150, 1 << 20])
+def test_what_a_row_gives_hangs_on_no_other_row(monkeypatch: pytest.MonkeyPatch, at_once: int):
+    """Every way of asking at once, in one step: as many rows as may be looked at together, and one by one."""
+    logits = 3 * torch.randn(24, 50, generator=torch.Generator().manual_seed(2))
+    ways = [(0.0, 1.0), (0.7, 1.0), (1.3, 0.4), (2.0, 0.0), (0.0, 0.5), (0.2, 0.9)]
+    params = [SamplingParams(*ways[row % 6][:1], seed=row, top_p=ways[row % 6][1]) for row in range(24)]
+    num_top = [row % 3 for row in range(24)]
+    alone = [sample(logits[i : i + 1], params[i : i + 1], [i], num_top[i : i + 1])[0] for i in range(24)]
+    monkeypatch.setattr(sampling, "_NUMBERS_AT_ONCE", at_once)
+    assert sample(logits, params, list(range(24)), num_top) == alone
+    assert [len(one.top.token_ids) for one in alone] == num_top
 
 
 def test_damaged_logits_are_an_error_that_names_the_row():
