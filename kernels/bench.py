@@ -11,6 +11,7 @@ import datetime
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -46,7 +47,7 @@ def main() -> int:
     names = options.op or list(registry.OPERATIONS)
     tests = sorted({registry.find(name).TESTS for name in names})
     if options.check:
-        outcome = _parity(tests)
+        outcome = _parity(tests, options.check.with_suffix(".log"))
         parity.write(outcome, options.check)
         return 0 if all(outcome.green.values()) else 1
     if options.vllm:
@@ -62,7 +63,8 @@ def main() -> int:
     for name in names:
         benchmark = registry.find(name)
         if benchmark.TESTS not in known:
-            known |= _parity([benchmark.TESTS]).green
+            with tempfile.TemporaryDirectory() as folder:
+                known |= _parity([benchmark.TESTS], Path(folder) / "log").green
         if not known[benchmark.TESTS]:
             red.append(name)
             continue
@@ -100,7 +102,9 @@ def _parse() -> argparse.Namespace:
     parity_of = parser.add_mutually_exclusive_group()
     parity_of.add_argument("--compile", action="store_true", help="compile what would be timed, and time nothing")
     parity_of.add_argument(
-        "--check", type=Path, help="run the parity tests alone, and write what they said to this file"
+        "--check",
+        type=Path,
+        help="run the parity tests alone, and write what they said to this file, pytest's own words to one beside it",
     )
     parity_of.add_argument(
         "--checked", type=Path, help="such a file: tests that passed on these sources do not run again"
@@ -108,8 +112,8 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _parity(tests: Sequence[str]) -> parity.Outcome:
-    outcome = parity.run(tests)
+def _parity(tests: Sequence[str], log: Path) -> parity.Outcome:
+    outcome = parity.run(tests, log)
     for test, green in outcome.green.items():
         print(f"parity {test}: {'passed' if green else 'FAILED'}")
     print(outcome.summary, flush=True)

@@ -26,24 +26,21 @@ class Outcome:
     details: str  # names and tracebacks of what failed; empty if nothing did
 
 
-def run(tests: Sequence[str]) -> Outcome:
-    """Run the GPU tests of these files, paths from the repository's root."""
+def run(tests: Sequence[str], log: Path) -> Outcome:
+    """Run the GPU tests of these files, paths from the repository's root; log gets what pytest prints, as it comes."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider"]
     command += ["--confcutdir", "tests/kernels"]
     if importlib.util.find_spec("xdist"):  # most of the time goes into compiling
         command += ["-n", str(min(12, os.cpu_count() or 1)), "-p", "no:benchmark"]
-    done = subprocess.run(
-        [*command, "-m", "gpu", *tests],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path},
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    green = {test: green(done.stdout, test) for test in tests}
-    summary = (done.stdout.strip().splitlines() or [done.stderr.strip()])[-1]
-    return Outcome(green, summary, "" if all(green.values()) else _failures(done.stdout) + done.stderr[-2000:])
+    with log.open("w") as file:
+        environment = {**os.environ, "PYTHONPATH": path}
+        command += ["-m", "gpu", *tests]
+        subprocess.run(command, cwd=ROOT, env=environment, check=False, stdout=file, stderr=subprocess.STDOUT)
+    output = log.read_text()
+    green = {test: is_green(output, test) for test in tests}
+    summary = (output.strip().splitlines() or ["pytest said nothing"])[-1]
+    return Outcome(green, summary, "" if all(green.values()) else _failures(output))
 
 
 def _failures(output: str) -> str:
@@ -52,7 +49,7 @@ def _failures(output: str) -> str:
     return output[start if start >= 0 else -6000 :][:30_000]
 
 
-def green(output: str, test: str) -> bool:
+def is_green(output: str, test: str) -> bool:
     """Of pytest's verbose output: a line says PASSED of the file, and none says otherwise."""
     at = re.escape(test) + "::"
     word = "(PASSED|FAILED|ERROR)"  # before the test's name with xdist, else behind it

@@ -56,7 +56,20 @@ def test_tables_mark_what_takes_longer_than_asked():
     ],
 )
 def test_only_files_of_which_all_that_ran_passed_are_green(output: str, green: bool):
-    assert parity.green(output, FILE) is green
+    assert parity.is_green(output, FILE) is green
+
+
+def test_what_pytest_says_is_kept_and_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """In pytest's place stands a program that says what pytest would: no GPU test runs here."""
+    stand_in = tmp_path / "python"
+    stand_in.write_text(f"#!/bin/sh\necho '{FILE}::test_a PASSED'\necho '= FAILURES ='; echo 'x.py::test_b FAILED'\n")
+    stand_in.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(stand_in))
+    outcome = parity.run([FILE, "x.py"], tmp_path / "log")
+    assert outcome.green == {FILE: True, "x.py": False}
+    assert outcome.details == "= FAILURES =\nx.py::test_b FAILED\n"
+    assert outcome.summary == "x.py::test_b FAILED"
+    assert parity.run([FILE], tmp_path / "log").details == ""
 
 
 def test_outcomes_of_other_sources_are_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
