@@ -1,8 +1,9 @@
 """Concurrent clients of an OpenAI-compatible server: real HTTP, answers streamed, one request after another each."""
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 import httpx
 import msgspec
@@ -54,24 +55,39 @@ async def run(
     In the questions' order, with the seconds that all took. Failed requests are among them. Raises ``ServerError`` when
     nobody is there, or the first question, which warms up, is not answered.
     """
-    limits = httpx.Limits(max_connections=load.concurrency)
-    async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=timeout_s, limits=limits) as client:
-        clients = _Clients(client, await _model(client), load)
-        warm_up = await clients.ask(questions[-1])
-        if warm_up.error:
-            raise ServerError(f"{url} did not answer the first request: {warm_up.error}")
+    async with connected(url, load, questions[-1], timeout_s) as clients:
         began = time.perf_counter()
         served = await clients.ask_all(questions[: load.requests], tell)
         return served, time.perf_counter() - began
 
 
-class _Clients:
+@contextlib.asynccontextmanager
+async def connected(
+    url: str, load: Load, warm_up: Question, timeout_s: float, headers: Callable[[], dict[str, str]] = dict
+) -> "AsyncIterator[Clients]":
+    """Clients whose first question has been answered. ``headers``: more of them, made for each request.
+
+    Raises ``ServerError`` when nobody is there, or that question is not answered.
+    """
+    limits = httpx.Limits(max_connections=load.concurrency)
+    async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=timeout_s, limits=limits) as client:
+        clients = Clients(client, await _model(client), load, headers)
+        first = await clients.ask(warm_up)
+        if first.error:
+            raise ServerError(f"{url} did not answer the first request: {first.error}")
+        yield clients
+
+
+class Clients:
     """Owned by one event loop."""
 
-    def __init__(self, client: httpx.AsyncClient, model: str, load: Load) -> None:
+    def __init__(
+        self, client: httpx.AsyncClient, model: str, load: Load, headers: Callable[[], dict[str, str]]
+    ) -> None:
         self._client = client
         self._model = model
         self._load = load
+        self._headers = headers
 
     async def ask_all(self, questions: Sequence[Question], tell: Tell) -> list[Served]:
         waiting = iter(enumerate(questions))
@@ -110,7 +126,8 @@ class _Clients:
 
     async def _stream(self, body: dict[str, object], watch: Stopwatch) -> TransferReport | None:
         transfer = None
-        async with self._client.stream("POST", "/v1/completions", json=body, headers={"X-Pdkv-Debug": "1"}) as response:
+        headers = {"X-Pdkv-Debug": "1", **self._headers()}
+        async with self._client.stream("POST", "/v1/completions", json=body, headers=headers) as response:
             if response.status_code != 200:
                 raise _failed(response.status_code, await response.aread())
             async for line in response.aiter_lines():

@@ -7,12 +7,12 @@ has it in its cache and decode, which keeps none, reads it all at once: that is 
 import asyncio
 import os
 from collections.abc import Callable, Sequence
-from statistics import fmean, median
+from statistics import median
 
-import httpx
 import msgspec
 
 from pdkv.bench import http_clients
+from pdkv.bench.hops import HopPlan, Hops, hop_lines, hops_of
 from pdkv.bench.serve_load import Load, Question, Served
 from pdkv.daemons.config import UpConfig
 from pdkv.daemons.link import TransferReport
@@ -23,7 +23,6 @@ from pdkv.verify.link_chasing import make_prompt
 SCHEMA = "pdkv.bench.overlap/1"
 STEPS = 8
 _SHORT_TOKENS = 100
-_PREFILL_SECONDS = "pdkv_prefill_duration_seconds"
 
 Tell = Callable[[str], None]
 
@@ -61,22 +60,6 @@ class Move(msgspec.Struct, frozen=True):
         return self.exposed_s / self.alone_s
 
 
-class Hops(msgspec.Struct, frozen=True):
-    """Of short prompts with a warm pair: medians, in milliseconds; ``prefill_ms`` and ``control_ms`` are means."""
-
-    requests: int
-    prompt_tokens: int
-    granted_ms: float
-    posted_ms: float
-    exposed_ms: float
-    first_step_ms: float
-    ttft_ms: float
-    prefill_ms: float
-    """From P's pages to the first token."""
-    control_ms: float
-    """All else of the time to the first token: HTTP, router, control channel, exposed transfer."""
-
-
 class OverlapReport(msgspec.Struct, frozen=True):
     schema: str
     tokens: int
@@ -93,7 +76,7 @@ class OverlapReport(msgspec.Struct, frozen=True):
 
     @property
     def right(self) -> bool:
-        return all(move.right for move in self.moves)
+        return all(move.right for move in self.moves) and (self.hops is None or self.hops.right)
 
 
 def run(plan: OverlapPlan, tell: Tell) -> OverlapReport:
@@ -108,7 +91,8 @@ async def _run(plan: OverlapPlan, tell: Tell) -> OverlapReport:
     async with deployed(plan.up, tell, decode_flags=("--no-prefix-cache",)) as deployment:
         served = await _asked(plan, deployment, _long(plan), plan.tokens, tell)
         moves = tuple(_move(*pair, plan.up.max_pull_gbps) for pair in zip(served[::2], served[1::2], strict=True))
-        hops = await _hops(plan, deployment, tell) if plan.short_requests else None
+        asked = HopPlan(plan.up, plan.short_requests, plan.seed + 20_000, plan.timeout_s)
+        hops = await hops_of(asked, deployment, tell) if plan.short_requests else None
     return OverlapReport(
         schema=SCHEMA,
         tokens=plan.tokens,
@@ -157,42 +141,9 @@ def _move(cold: tuple[Question, Served], cached: tuple[Question, Served], limit_
     )
 
 
-async def _hops(plan: OverlapPlan, deployment: Deployment, tell: Tell) -> Hops:
-    prompts = [make_prompt(plan.seed + 20_000 + number, _SHORT_TOKENS) for number in range(plan.short_requests)]
-    before = await _prefill_seconds(deployment)
-    asked = await _asked(plan, deployment, [Question(p.token_ids) for p in prompts], _SHORT_TOKENS, tell)
-    after = await _prefill_seconds(deployment)
-    served = [one for _, one in asked]
-    facts = [_facts(one) for one in served]
-    prefill_s = (after[0] - before[0]) / (after[1] - before[1])
-    return Hops(
-        requests=len(served),
-        prompt_tokens=_SHORT_TOKENS,
-        granted_ms=_median_ms([f.granted_s for f in facts]),
-        posted_ms=_median_ms([f.posted_s for f in facts]),
-        exposed_ms=_median_ms([f.exposed_s for f in facts]),
-        first_step_ms=_median_ms([f.first_step_s or 0.0 for f in facts]),
-        ttft_ms=_median_ms([one.ttft_s for one in served]),
-        prefill_ms=round(prefill_s * 1e3, 3),
-        control_ms=round((fmean(one.ttft_s for one in served) - prefill_s) * 1e3, 3),
-    )
-
-
-async def _prefill_seconds(deployment: Deployment) -> tuple[float, float]:
-    """Sum and count of what prefill took so far."""
-    async with httpx.AsyncClient(trust_env=False) as client:
-        text = (await client.get(f"{deployment.admin_urls['prefill-0']}/metrics")).raise_for_status().text
-    values = {line.partition("{")[0]: float(line.rpartition(" ")[2]) for line in text.splitlines() if line[:1] != "#"}
-    return values[f"{_PREFILL_SECONDS}_sum"], values[f"{_PREFILL_SECONDS}_count"]
-
-
 def _facts(served: Served) -> TransferReport:
     assert served.transfer is not None, "every request asks for it"
     return served.transfer
-
-
-def _median_ms(values: Sequence[float]) -> float:
-    return round(median(values) * 1e3, 3)
 
 
 def table(report: OverlapReport) -> str:
@@ -209,13 +160,6 @@ def table(report: OverlapReport) -> str:
         f"{move.exposed_share:>9.1%} {move.hidden_fraction:>8.2%}  {'right' if move.right else 'WRONG'}"
         for move in report.moves
     ]
-    if (hops := report.hops) is not None:
-        lines += [
-            "",
-            f"{hops.requests} prompts of {hops.prompt_tokens} tokens, medians in ms: Acquire to Granted "
-            f"{hops.granted_ms:.2f}, watermark to read posted {hops.posted_ms:.2f}, Done to last byte "
-            f"{hops.exposed_ms:.2f}, last byte to first step {hops.first_step_ms:.2f}",
-            f"time to first token {hops.ttft_ms:.2f}; of its mean {hops.prefill_ms:.2f} are prefill, "
-            f"{hops.control_ms:.2f} all else",
-        ]
+    if report.hops is not None:
+        lines += ["", *hop_lines(report.hops)]
     return "\n".join(lines)

@@ -47,8 +47,8 @@ def overlap(  # noqa: PLR0913  a command's parameters are its flags
 ) -> None:
     """Time how long after prefill the last byte of a long prompt's state lands, against its transfer alone.
 
-    A prefill and a decode worker serve the demo's checkpoint. Short prompts afterwards time each hop of the control
-    plane.
+    A prefill and a decode worker serve the demo's checkpoint. Short prompts afterwards, asked in turn with an undivided
+    worker behind the same HTTP front, time what dividing adds to the first token, hop by hop.
     """
 
     def run() -> int:

@@ -1,6 +1,7 @@
 """The overlap bench end to end: a deployment, a prompt twice, hops; what is counted adds up."""
 
 import msgspec
+import pytest
 
 from pdkv.bench.overlap import OverlapReport, table
 from tests.cli.test_bench import pdkv
@@ -19,5 +20,12 @@ def test_a_long_prompt_is_hidden_and_hops_are_timed() -> None:
     assert report.exposed_share == move.exposed_s / move.alone_s
     assert report.hops is not None
     assert report.hops.requests == 2
-    assert min(report.hops.granted_ms, report.hops.posted_ms, report.hops.first_step_ms, report.hops.prefill_ms) > 0
+    hops = report.hops
+    assert min(hops.granted_ms, hops.posted_ms, hops.first_step_ms, hops.prefill_ms, hops.undivided_ms) > 0
+    assert hops.right  # of the undivided worker too
+    assert hops.added_p10_ms <= hops.added_ms <= hops.added_p90_ms
+    parts = hops.client_ms + hops.router_ms + hops.workers_ms
+    assert parts == pytest.approx(hops.control_ms, abs=0.01)
+    assert min(hops.router_ms, hops.workers_ms, hops.undivided_http_ms) > 0
+    assert "added" in table(report)
     assert "right" in table(report)
