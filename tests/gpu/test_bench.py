@@ -12,7 +12,8 @@ from pdkv.bench.gpu_ground import GpuGround
 from pdkv.bench.memories import gpu_names
 
 PLAN = race.Plan(Workload(512), (race.GPU_PATH,), repeats=2)
-NUM_BYTES = 1 << 20
+NUM_BYTES = 4 << 20
+"""Of two memories of one process: the driver would take smaller ones from one block, and hand out that as a whole."""
 
 CHILD = """
 import sys
