@@ -19,7 +19,8 @@ CONSTRAINTS ?= constraints-cpu.txt
 # For example --extra-index-url https://download.pytorch.org/whl/cpu, which is a smaller torch than PyPI's.
 PIP_FLAGS   ?=
 
-# Tests run in as many processes as there are cores, up to four; each computes on one thread.
+# Tests run in as many processes as there are cores, up to four; each computes on one thread. They start hundreds of
+# processes, which shall not compile our modules one by one, whatever the environment says about bytecode.
 WORKERS     ?= $(shell n=$$(nproc); echo $$((n > 4 ? 4 : n)))
 TESTS       ?= tests
 LONG_TESTS  ?= tests/long
@@ -34,10 +35,10 @@ demo: $(STAMP)  ## Move a 6,000-token prompt from a prefill to a decode worker a
 	$(BIN)/pdkv demo
 
 test: $(STAMP)  ## Run all tests (TESTS=tests/core for a part)
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(WORKERS) --ignore=tests/long $(TESTS)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(WORKERS) --ignore=tests/long $(TESTS)
 
 test-long: $(STAMP)  ## Run the tests that take minutes (LONG_TESTS=tests/long/test_chaos.py for a part)
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(WORKERS) $(LONG_TESTS)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(WORKERS) $(LONG_TESTS)
 
 eval: $(EVAL_STAMP)  ## Install lm-eval beside pdkv; where it is there, the tests run it against a deployment
 
