@@ -110,6 +110,8 @@ def dense_plan(batch: DecodeBatch, q: Tensor, kv: PagedKv) -> DensePlan:
     target = max(1, min(MOST_SPLITS, batch.page_table.shape[1], 528 // groups))
     splits = 1 << (target.bit_length() - 1)
     rows = batch.query_len * (q.shape[1] // kv.k.shape[1])
+    if q.dtype == torch.float32 and rows > 16:  # in wider tiles a thread would spill thousands of bytes
+        return DensePlan(splits, 32, 8, 3)
     if fp8_pairs(kv.v)[0]:
         return DensePlan(splits, 64, 2 if rows <= 16 else 4 if rows < 64 else 8, 3)
     return DensePlan(splits, 64, 4 if rows <= 64 else 8, 3)
