@@ -24,7 +24,7 @@ _LOW = 0xFFFFFFFF
 class DigestRegions:
     """Where regions lie in a row, one element a region: int64 [num_regions] each."""
 
-    offset: Tensor  # bytes from the row's start, a multiple of 4
+    offset: Tensor  # bytes from the row's start, a multiple of 16
     token_bytes: Tensor  # bytes of one token, a multiple of 4; a region is BLOCK of them, one after another
     region: Tensor  # number of the kind of payload and kv head, any that both sides agree on
     layer: Tensor  # global layer
@@ -47,7 +47,7 @@ def page_digest_ref(rows: Tensor, regions: DigestRegions, pages: DigestPages) ->
     words = rows.view(torch.int32)
     out = torch.empty(regions.offset.numel(), pages.page.numel(), 2, dtype=torch.int64, device=rows.device)
     for i, (offset, token_bytes) in enumerate(zip(regions.offset.tolist(), regions.token_bytes.tolist(), strict=True)):
-        assert offset % 4 == 0, f"region {i} begins at byte {offset} of a row"
+        assert offset % 16 == 0, f"region {i} begins at byte {offset} of a row"
         assert token_bytes % 4 == 0, f"a token of region {i} has {token_bytes} bytes"
         for j, (page, num_tokens) in enumerate(zip(pages.page.tolist(), pages.num_tokens.tolist(), strict=True)):
             assert 0 < num_tokens <= BLOCK, f"page {page} holds {num_tokens} tokens"

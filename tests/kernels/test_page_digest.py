@@ -32,6 +32,18 @@ def test_equals_the_reference(device: str, dtype: torch.dtype):
     assert torch.equal(got, page_digest_ref(memory, REGIONS, PAGES))
 
 
+@pytest.mark.parametrize(("device", "dtype"), [on("cpu", torch.uint8), on("cuda", torch.uint8)])
+@pytest.mark.parametrize("tokens", [[128] * 9, [128] * 8 + [1], [128, 57, 128]])
+def test_pages_that_share_a_program_may_be_full_or_not(device: str, dtype: torch.dtype, tokens: list[int]):
+    memory = torch.randint(0, 256, (9, 8192), dtype=torch.uint8)
+    regions = [whole(0, 4096), whole(32, 4), whole(1, 2), whole(3, 4)]
+    pages = [torch.randperm(9)[: len(tokens)], torch.arange(len(tokens)), whole(*tokens)]
+    got = page_digest(
+        memory.to(device), DigestRegions(*(t.to(device) for t in regions)), DigestPages(*(t.to(device) for t in pages))
+    )
+    assert torch.equal(got.cpu(), page_digest_ref(memory, DigestRegions(*regions), DigestPages(*pages)))
+
+
 def test_known_answer():
     """The digest is an agreement between workers of any version: it must not change."""
     memory = (torch.arange(6 * 20480) * 7 % 251).to(torch.uint8).view(6, 20480)
