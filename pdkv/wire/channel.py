@@ -104,11 +104,14 @@ class Channel:
         return self.endpoint
 
     def connect(self, endpoint: str) -> Route:
-        """A new connection to a P; what is sent before it stands is lost. ``ConfigError`` for a bad endpoint."""
+        """A new connection to a P; what is sent before it stands waits for it. ``ConfigError`` for a bad endpoint.
+
+        Not ``zmq.IMMEDIATE``: a connection that ends would take along what it brought and was not read yet, so the last
+        word of a P that ends, and why a transfer failed, would hang on how soon this thread is scheduled.
+        """
         self._check_address(endpoint, "connect to")
         socket = self._make_socket(zmq.DEALER)
         self._security.secure_client(socket)
-        socket.set(zmq.IMMEDIATE, 1)
         try:
             socket.connect(endpoint)
         except zmq.ZMQError as exc:

@@ -35,7 +35,7 @@ def decode() -> Iterator[Channel]:
 def wait_for(channel: Channel, what: str = "received", count: int = 1) -> list[Received]:
     """Poll until a counter of the channel has reached ``count``."""
     got: list[Received] = []
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while getattr(channel.statistics(), what) < count:
         assert time.monotonic() < deadline, f"{what} stayed at {channel.statistics()}"
         poller = zmq.Poller()
@@ -119,7 +119,34 @@ def test_what_nobody_can_take_is_counted(prefill: Channel, decode: Channel) -> N
     decode.disconnect(route)
     decode.disconnect(route)
     decode.send(route, make_envelope(D, P, TRANSFER, 1), Ack(1))
-    assert decode.statistics().undeliverable == 2
+    assert decode.statistics().undeliverable == 1
+
+
+def test_what_is_sent_before_the_connection_stands_waits_for_it(decode: Channel) -> None:
+    prefill = Channel(P, NoSecurity())
+    endpoint = prefill.bind("tcp://127.0.0.1:0")
+    prefill.close()
+    route = decode.connect(endpoint)
+    decode.send(route, make_envelope(D, P, TRANSFER, 1), Ack(1))
+    prefill = Channel(P, NoSecurity())
+    prefill.bind(endpoint)
+    assert [r.body for r in wait_for(prefill)] == [Ack(1)]
+    prefill.close()
+
+
+def test_what_was_sent_before_the_end_is_received_after_it(prefill: Channel, decode: Channel) -> None:
+    """The last word of a worker that ends must not hang on how fast its peer reads."""
+    route = decode.connect(prefill.endpoint)
+    asked = send_when_connected(decode, route, Acquire(3.0), prefill)
+    (dealer,) = decode.sockets()
+    ends: zmq.Socket[bytes] = dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+    prefill.send(asked.route, make_envelope(P, D, TRANSFER, 1), Ack(1))
+    prefill.close()
+    ended = ends.poll(10_000)
+    dealer.disable_monitor()
+    ends.close(0)
+    assert ended, "decode has seen the end of the connection"
+    assert [r.body for r in wait_for(decode)] == [Ack(1)]
 
 
 def test_beyond_loopback_only_when_spelled_out(decode: Channel) -> None:
