@@ -1,6 +1,6 @@
 """Which row of a decode step's buffers each sequence has: the same from step to step, so little is written anew."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -55,10 +55,8 @@ class DecodeRows:
         else:
             for row, run in zip(self.index.tolist(), runs, strict=True):
                 numbers[row, begin - len(run.tokens) : begin] = run.tokens
-        self._lines = _lines(runs)
-        for place, run in enumerate(runs):
-            if run.behind is not None:
-                self._lines[place, BEHIND] = before[run.behind]
+        self._lines = _lines(runs, lengths)
+        self._lines[:, BEHIND] = [-1 if run.behind is None else before[run.behind] for run in runs]
         numbers[self.index, :TOKENS] = self._lines
         return TableChanges((), self._written(self.index.tolist(), runs))
 
@@ -92,7 +90,7 @@ class DecodeRows:
             self._pages[to] = self._pages[source]
         self._ids = ids + [run.id for run in step.joined]
         self.index = np.concatenate((rows, new))
-        self._lines = np.concatenate((self._lines[stays], _lines(step.joined)))
+        self._lines = np.concatenate((self._lines[stays], _lines(step.joined, 1)))
         return TableChanges(moved, self._written(new.tolist(), step.joined))
 
     def _written(self, rows: Sequence[int], runs: Sequence[Run]) -> list[tuple[int, Pages]]:
@@ -116,7 +114,9 @@ class DecodeRows:
         self.index = np.array([row if row < count else next(free) for row in places], dtype=np.int64)
 
 
-def _lines(runs: Iterable[Run]) -> Numbers:
-    """Of runs whose tokens are known."""
-    lines = [(run.end, run.start, -1) for run in runs]
-    return np.array(lines, dtype=np.int32).reshape(-1, TOKENS)
+def _lines(runs: Sequence[Run], lengths: Sequence[int] | int) -> Numbers:
+    """Of runs of so many tokens, all of which are known."""
+    lines = np.full((len(runs), TOKENS), -1, dtype=np.int32)
+    lines[:, START] = [run.start for run in runs]
+    lines[:, END] = lines[:, START] + lengths
+    return lines

@@ -364,8 +364,8 @@ class Scheduler:
 
     def _check_writable(self, run: Run) -> None:
         size = self._bounds.block_size
-        for page in run.pages[run.start // size : -(-run.end // size)]:
-            self._check_page(page)
+        for block in range(run.start // size, (run.start + len(run.tokens) - 1) // size + 1):
+            self._check_page(run.pages[block])
 
     def _check_page(self, page: int) -> None:
         assert self._pool.is_writable(page), f"page {page} is shared, or kept"
