@@ -214,6 +214,7 @@ def test_a_decode_worker_that_ends_is_forgotten_and_its_pages_come_back(make: Ma
     deadline = time.monotonic() + PATIENCE_S
     while prefill.statistics().peers:
         assert time.monotonic() < deadline, "prefill still remembers a decode worker that said goodbye"
+        time.sleep(0.01)
 
 
 def test_a_request_given_up_gives_back_everything(make: Make) -> None:
@@ -286,6 +287,7 @@ def begun_slowly(prefill: PrefillSide, decode: DecodeSide) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while not any(s.name == "pdkv_kv_transfer_descriptors" for s in decode.statistics().series):
         assert time.monotonic() < deadline, "no page was read"
+        time.sleep(0.01)
 
 
 def test_a_limited_transfer_given_up_leaves_its_link_alone(make: Make) -> None:

@@ -36,7 +36,7 @@ from tests.layouts import make_layout
 
 KV = make_layout(num_layers=3, num_dense=1, kv_dtype="float32", index_dtype="float32", head_dim=16)
 POLICY = SessionPolicy(LeasePolicy(ttl_s=2.0, margin_s=0.2, renew_every_s=0.5), close_grace_s=0.3)
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 Event = TypeVar("Event")
 

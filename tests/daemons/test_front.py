@@ -211,7 +211,7 @@ def test_a_worker_ends_with_its_engine_process(fleet: Fleet, checkpoint: Path) -
     worker = _ready(fleet.worker("decode", checkpoint))
     events = _complete(worker, _body(Script.DIE_AFTER_TWO, stream=True)).text.split("\n\n")
     assert "error" in json.loads(events[-2].removeprefix("data: "))
-    assert worker.process.wait(timeout=30) == 1
+    assert worker.process.wait(timeout=60) == 1
 
 
 def test_an_engine_that_cannot_start_ends_the_worker_with_its_exit_code(
@@ -219,7 +219,7 @@ def test_an_engine_that_cannot_start_ends_the_worker_with_its_exit_code(
 ) -> None:
     (tmp_path / "fatal").symlink_to(checkpoint)
     worker = fleet.worker("decode", tmp_path / "fatal")
-    assert worker.process.wait(timeout=30) == 6
+    assert worker.process.wait(timeout=60) == 6
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -236,7 +236,7 @@ def test_a_second_signal_ends_a_worker_and_its_running_jobs(
         wait_until(lambda: HTTP.get(worker.admin + "/readyz").status_code == 503)
         worker.process.send_signal(number)
         assert any('"shutdown"' in line for line in lines)
-    assert worker.process.wait(timeout=30) == code
+    assert worker.process.wait(timeout=60) == code
 
 
 def test_the_engine_process_dies_with_a_killed_front(fleet: Fleet, checkpoint: Path) -> None:

@@ -19,7 +19,7 @@ from pdkv.m3.requests import RequestId
 from pdkv.m3.run import Run
 from pdkv.m3.step import Landed, StepOutput
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 RUNS = [Run(id=RequestId(b"one"), tokens=(1, 2), start=0, pages=(3,), sampling=None)]
 
 

@@ -148,7 +148,7 @@ def test_workers_that_would_read_a_prompt_differently_are_never_paired(
 
 
 def test_a_deadline_ends_a_request_with_504_and_frees_both(fleet: Fleet, prefill: Daemon, decode: Daemon) -> None:
-    router = fleet.router([prefill], [decode], "--request-timeout=0.5")
+    router = fleet.router([prefill], [decode], "--request-timeout=1.5")  # the second request begins to stream before
     answer = _ask(router, Script.HANG)
     assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline")
     events = _ask(router, Script.HANG_AFTER_TWO, stream=True).text.split("\n\n")
@@ -245,7 +245,7 @@ def test_a_second_signal_ends_the_router_and_tells_its_clients(
     thread.join()
     assert '"shutdown"' in answers[0].text
     assert stream or answers[0].status_code == 503
-    assert router.process.wait(timeout=30) == 143
+    assert router.process.wait(timeout=60) == 143
     wait_until(lambda: _idle(decode, prefill))
 
 
