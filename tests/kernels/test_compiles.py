@@ -3,9 +3,12 @@
 Other devices and all of production's shapes: tests/long/test_compiles.py.
 """
 
+import pytest
+
 from tests.kernels.compiled import TARGETS, compiled, launched_kernels
 
 
+@pytest.mark.timeout(900)  # a minute of a quiet machine
 def test_every_kernel_compiles_fits_and_waits_its_turn() -> None:
     found = compiled("sm_90", "--brief")
     assert [one for one in found if one.error] == []
