@@ -35,6 +35,8 @@ _ROOT = Path(__file__).parents[2]
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 _MEMORY = re.compile(r"\b(LDG|STG|LD|ST|LDGSTS|ATOMG?|RED|UBLKCP|UTMALDG)\b")
 _WAIT = "ACQBULK"
+_MOST_PROGRAMS = 65_535
+"""Of a grid, in its second and third dimension."""
 
 
 @dataclass(frozen=True)
@@ -113,13 +115,11 @@ class _Compiler:
     def _compile(self, name: str, grid: tuple[int, ...], is_chained: bool, ask: Callable[[], Any]) -> None:
         begun = _processor_seconds()
         try:
+            assert max(grid[1:], default=1) <= _MOST_PROGRAMS, f"no device launches {grid}"
             made = ask()
         except Exception as error:  # noqa: BLE001  what went wrong is the answer
-            _tell(
-                Compiled(
-                    self.case, name, list(grid), _processor_seconds() - begun, error=f"{error}"[-2000:] or "failed"
-                )
-            )
+            seconds = _processor_seconds() - begun
+            _tell(Compiled(self.case, name, list(grid), seconds, error=f"{type(error).__name__}: {error}"[-2000:]))
             return
         if id(made) in self._seen:
             return

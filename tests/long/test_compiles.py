@@ -11,8 +11,6 @@ import pytest
 from tests.kernels.compiled import TARGETS, Compiled, compiled, launched_kernels
 
 pytestmark = pytest.mark.timeout(7200)
-_MOST_PROGRAMS = 65_535
-"""Of a grid, in its second and third dimension."""
 _SPILLS = {
     "rms_norm._rms_norm": 8,
     "page_readers._sort_choices": 8,
@@ -38,7 +36,6 @@ def test_everything_launched_compiles_and_fits(target: str, found: dict[str, Fut
     assert [one for one in made if one.error] == []
     assert {one.kernel for one in made} == launched_kernels(), "a kernel without a case in launch_cases.cases"
     assert [one for one in made if one.shared > TARGETS[target][1]] == []
-    assert [one for one in made if max(one.grid[1:], default=1) > _MOST_PROGRAMS] == []
     assert [one for one in made if one.early] == [], "memory is touched before the kernel in front has ended"
 
 
