@@ -96,6 +96,7 @@ def index_topk_decode_into(
     keys = workspace.keys
     assert keys.shape[0] >= num_rows * heads, (keys.shape, index_q.shape)
     assert keys.shape[1] >= batch.page_table.shape[1], (keys.shape, batch.page_table.shape)
+    assert keys.shape[1] % _GROUP == 0, keys.shape
     if num_rows == 0:
         return
     plan = plan or scan_plan(batch.num_seqs, index_k.element_size())
@@ -299,19 +300,21 @@ def _best_of_chunk(keys_at, begin, num_blocks, PLACES: tl.constexpr, GROUPS: tl.
     """The best PLACES keys of GROUPS * GROUP blocks from ``begin`` on, best first: int64 [PLACES]."""
     group = tl.arange(0, GROUPS)
     if GROUP == 1:
-        return tl.topk(_wide_keys(keys_at, begin + group, num_blocks), PLACES)
+        return tl.topk(_wide_keys(keys_at, begin + group, num_blocks, 1), PLACES)
     member = tl.arange(0, GROUP)
     blocks = begin + group[:, None] * GROUP + member[None, :]
-    keys = _wide_keys(keys_at, blocks, num_blocks)  # [GROUPS, GROUP]
+    keys = _wide_keys(keys_at, blocks, num_blocks, GROUP)  # [GROUPS, GROUP]
     leaders = tl.topk(tl.max(keys, axis=1), PLACES)  # best block of each of the best groups
     winners = (0x7FFFFFFF - (leaders & 0x7FFFFFFF).to(tl.int32) - begin) // GROUP
     blocks = begin + winners[:, None] * GROUP + member[None, :]
-    candidates = _wide_keys(keys_at, blocks, num_blocks)  # [PLACES, GROUP]
+    candidates = _wide_keys(keys_at, blocks, num_blocks, GROUP)  # [PLACES, GROUP]
     return tl.topk(tl.reshape(candidates, (PLACES * GROUP,)), PLACES)
 
 
 @triton.jit
-def _wide_keys(keys_at, blocks, num_blocks):
+def _wide_keys(keys_at, blocks, num_blocks, GROUP: tl.constexpr):
     """Keys that all differ: the ordered score above, and below it the complement of the block, so that low ids win."""
-    scores = tl.load(keys_at + blocks, mask=blocks < num_blocks, other=_HIDDEN)
+    # Groups are loaded whole, four keys at once, which a mask that may cut them anywhere would forbid.
+    scores = tl.load(keys_at + blocks, mask=blocks // GROUP * GROUP < num_blocks, other=_HIDDEN)
+    scores = tl.where(blocks < num_blocks, scores, _HIDDEN)
     return (scores.to(tl.int64) << 32) | (0x7FFFFFFF - blocks).to(tl.int64)
