@@ -8,7 +8,7 @@ import pytest
 
 from pdkv.verify.link_chasing import make_prompt
 from pdkv.verify.link_chasing_checkpoint import write_checkpoint
-from tests.e2e.deployment import Process, Trio, ask, running, trio, up, wait_until
+from tests.e2e.deployment import LONG, Process, Trio, ask, running, trio, up, wait_until
 
 
 @pytest.fixture(scope="session")
@@ -35,6 +35,6 @@ def three(link_chasing_model: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="session")
 def long_answer(three: Trio) -> httpx.Response:
-    """24 tokens behind the 6,000 of ``make_prompt(5, 6000)``, answered while nothing else ran."""
+    """24 tokens behind the 3,400 of ``make_prompt(5, LONG)``, answered while nothing else ran."""
     wait_until(lambda: three.prefill.holds_nothing() and three.decode.holds_nothing(), "unfragmented pools")
-    return ask(three.router.url, make_prompt(5, 6000).token_ids, 24)
+    return ask(three.router.url, make_prompt(5, LONG).token_ids, 24)

@@ -18,8 +18,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.http import HTTP
 
-START_S = 60.0
-END_S = 30.0
+START_S = 120.0
+END_S = 60.0
+LONG = 3400
+"""Tokens of 27 pages: six chunks of 512, and one of three pages, which is read in layer groups."""
 
 
 def free_port() -> int:
@@ -43,7 +45,7 @@ def descendants(pid: int) -> set[int]:
     return found
 
 
-def wait_until(condition: object, what: str, timeout_s: float = 30.0) -> None:
+def wait_until(condition: object, what: str, timeout_s: float = 60.0) -> None:
     """Poll ``condition()`` until it is true; fail, saying ``what``, when it does not become so in time."""
     deadline = time.monotonic() + timeout_s
     while not condition():  # type: ignore[operator]

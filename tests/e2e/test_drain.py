@@ -16,14 +16,14 @@ from tests.e2e.deployment import END_S, Process, Trio, ask, descendants, token_i
 from tests.http import HTTP
 
 LEASE_S = 4.0
-LONG = 6000
+LONG = 4000
 NUM_TOKENS = 8
 
 
 @pytest.fixture(scope="module")
 def fleet(link_chasing_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trio]:
     flags = ("--max-model-len", "8192", "--lease-ttl", str(LEASE_S))
-    router_flags = ("--request-timeout", "60", "--poll-interval", "0.2")
+    router_flags = ("--request-timeout", "120", "--drain-timeout", "120", "--poll-interval", "0.2")
     with trio(link_chasing_model, tmp_path_factory.mktemp("drain"), *flags, router_flags=router_flags) as processes:
         yield processes
 
@@ -65,13 +65,35 @@ def refusal(url: str) -> httpx.Response:
     return HTTP.post(f"{url}/v1/completions", json={"prompt": [1, 2], "max_tokens": 1}, timeout=60)
 
 
+def test_logs_tell_every_change_of_state_of_a_transfer(healthy: Trio) -> None:
+    prompt = make_prompt(1003, 300)
+    answer = ask(healthy.router.url, prompt.token_ids, NUM_TOKENS)
+    request_id = answer.headers["x-request-id"]
+    wait_until(lambda: healthy.prefill.holds_nothing() and healthy.decode.holds_nothing(), "both are idle")
+
+    def lines(process: Process, key: str, value: object) -> list[dict[str, object]]:
+        records = [json.loads(line) for line in process.log.read_text().splitlines() if line.startswith("{")]
+        return [record for record in records if record.get(key) == value]
+
+    (asking,) = [line for line in lines(healthy.router, "request_id", request_id) if line["event"] == "asking"]
+    transfer = asking["transfer"]
+    for process in (healthy.prefill, healthy.decode):
+        assert transfer in [line.get("transfer") for line in lines(process, "request_id", request_id)]
+    events = [line["event"] for line in lines(healthy.prefill, "transfer", transfer)]
+    states = [str(event).removeprefix("transfer ") for event in events if str(event).startswith("transfer ")]
+    assert sorted(states) == sorted(["requested", "acquired", "pages reserved", "finished", "released", "pages free"])
+    events = [line["event"] for line in lines(healthy.decode, "transfer", transfer)]
+    states = [str(event).removeprefix("transfer ") for event in events if str(event).startswith("transfer ")]
+    assert states == ["requested", "pages reserved", "arrived", "finished"]
+
+
 @pytest.mark.parametrize("role", ["decode", "router"])
 def test_a_stream_goes_on_to_its_end(healthy: Trio, role: str) -> None:
     process = healthy.decode if role == "decode" else healthy.router
     prompt = make_prompt(1000, 700)
     asked = {
         "prompt": list(prompt.token_ids),
-        "max_tokens": 250,
+        "max_tokens": 120,
         "temperature": 0,
         "ignore_eos": True,
         "return_token_ids": True,
@@ -92,7 +114,7 @@ def test_a_stream_goes_on_to_its_end(healthy: Trio, role: str) -> None:
                 tokens += json.loads(line.removeprefix("data: "))["choices"][0]["token_ids"]
         else:
             raise AssertionError("the stream ended without [DONE]")
-    assert tokens == list(prompt.expected(250))
+    assert tokens == list(prompt.expected(120))
     assert popen.wait(END_S) == 143
 
 
@@ -122,25 +144,3 @@ def test_prefill_keeps_its_pages_until_the_lease_expires(healthy: Trio, pool: Th
     assert '"lease_expired"' in healthy.prefill.log.read_text()
     assert answer.result().status_code >= 500
     wait_until(healthy.decode.holds_nothing, "decode's pages are back")
-
-
-def test_logs_tell_every_change_of_state_of_a_transfer(healthy: Trio) -> None:
-    prompt = make_prompt(1003, 300)
-    answer = ask(healthy.router.url, prompt.token_ids, NUM_TOKENS)
-    request_id = answer.headers["x-request-id"]
-    wait_until(lambda: healthy.prefill.holds_nothing() and healthy.decode.holds_nothing(), "both are idle")
-
-    def lines(process: Process, key: str, value: object) -> list[dict[str, object]]:
-        records = [json.loads(line) for line in process.log.read_text().splitlines() if line.startswith("{")]
-        return [record for record in records if record.get(key) == value]
-
-    (asking,) = [line for line in lines(healthy.router, "request_id", request_id) if line["event"] == "asking"]
-    transfer = asking["transfer"]
-    for process in (healthy.prefill, healthy.decode):
-        assert transfer in [line.get("transfer") for line in lines(process, "request_id", request_id)]
-    events = [line["event"] for line in lines(healthy.prefill, "transfer", transfer)]
-    states = [str(event).removeprefix("transfer ") for event in events if str(event).startswith("transfer ")]
-    assert sorted(states) == sorted(["requested", "acquired", "pages reserved", "finished", "released", "pages free"])
-    events = [line["event"] for line in lines(healthy.decode, "transfer", transfer)]
-    states = [str(event).removeprefix("transfer ") for event in events if str(event).startswith("transfer ")]
-    assert states == ["requested", "pages reserved", "arrived", "finished"]

@@ -22,7 +22,7 @@ from tests.http import HTTP
 
 LEASE_S = 2.0
 DEADLINE_S = 40.0
-LONG = 6000
+LONG = 4000
 NUM_TOKENS = 24
 
 Answer = Future[httpx.Response]

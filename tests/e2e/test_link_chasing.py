@@ -4,7 +4,7 @@ import httpx
 import pytest
 
 from pdkv.verify.link_chasing import make_prompt
-from tests.e2e.deployment import Trio, ask, token_ids, transfer_facts, wait_until
+from tests.e2e.deployment import LONG, Trio, ask, token_ids, transfer_facts, wait_until
 
 
 @pytest.mark.parametrize("length", [64, 127, 128, 129, 512, 2048, 2049, 3072])
@@ -18,11 +18,11 @@ def test_every_length_answers_its_chain(length: int, three: Trio) -> None:
 
 
 def test_transfer_facts_add_up(three: Trio, long_answer: httpx.Response) -> None:
-    assert token_ids(long_answer) == list(make_prompt(5, 6000).expected(24))
+    assert token_ids(long_answer) == list(make_prompt(5, LONG).expected(24))
     facts = transfer_facts(long_answer)
     bytes_per_page = int(three.decode.info()["bytes_per_token"]) * 128  # type: ignore[call-overload]
-    assert facts["num_pages"] == 47
-    assert sum(facts["bytes_by_region"].values()) == 47 * bytes_per_page
-    assert facts["bytes_by_region"]["index_k"] == 47 * 3 * 128 * 128 * 4
-    assert facts["num_spans"] <= 44 + 3 * 4 * (4 + 1)  # the last chunk's pages in layer groups: by head, and the index
+    assert facts["num_pages"] == 27
+    assert sum(facts["bytes_by_region"].values()) == 27 * bytes_per_page
+    assert facts["bytes_by_region"]["index_k"] == 27 * 3 * 128 * 128 * 4
+    assert facts["num_spans"] <= 24 + 3 * 4 * (4 + 1)  # the last chunk's pages in layer groups: by head, and the index
     assert facts["path"] == "shm"

@@ -3,12 +3,12 @@
 import openai
 
 from pdkv.verify.link_chasing import make_prompt, text_of
-from tests.e2e.deployment import Process, Trio, ask, token_ids, transfer_facts
+from tests.e2e.deployment import Trio, ask, token_ids, transfer_facts
 
 
-def test_usage_tells_what_was_cached(deployment: Process) -> None:
+def test_usage_tells_what_was_cached(three: Trio) -> None:
     prompt = make_prompt(2001, 700)
-    with openai.OpenAI(base_url=f"{deployment.url}/v1", api_key="none", max_retries=0, timeout=120) as client:
+    with openai.OpenAI(base_url=f"{three.router.url}/v1", api_key="none", max_retries=0, timeout=120) as client:
         for cached in (0, 640):
             answer = client.completions.create(
                 model="link-chasing", prompt=list(prompt.token_ids), max_tokens=8, temperature=0
