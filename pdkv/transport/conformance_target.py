@@ -200,7 +200,7 @@ class SpawnedTarget:
 
 
 def _serve(spec: TransportSpec, seed: int) -> None:
-    """Hold the memory until standard input ends. "hold-gil" keeps the interpreter busy for seconds, then answers."""
+    """Hold the memory until standard input ends. "hold-gil" keeps the interpreter busy for a while, then answers."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # libraries may print what they like
     target = LocalTarget(spec, seed)
@@ -210,7 +210,7 @@ def _serve(spec: TransportSpec, seed: int) -> None:
         if line.strip() == "hold-gil":
             answers.write(b"holding\n")
             answers.flush()
-            sum(range(100_000_000))  # one C loop: the interpreter lets nothing else run until it ends
+            sum(range(40_000_000))  # one C loop: the interpreter lets nothing else run until it ends
             answers.write(b"released\n")
             answers.flush()
     target.close()
