@@ -5,7 +5,6 @@ import contextlib
 import secrets
 from collections.abc import Mapping
 
-import httpx
 import msgspec
 import structlog
 
@@ -18,7 +17,7 @@ from pdkv.daemons.worker_api import (
     PREFILL_PATHS,
     TRANSFER,
 )
-from pdkv.daemons.worker_client import WorkerAnswer, WorkerClient
+from pdkv.daemons.worker_client import WorkerAnswer, WorkerClient, WorkerLostError
 from pdkv.daemons.worker_pool import Pair
 
 _DECODE_REFUSAL_S = 0.5
@@ -58,14 +57,14 @@ class Upstream:
         """The whole body. Raises AttemptFailedError when D's connection breaks on the way."""
         try:
             return await self.decode.read()
-        except httpx.HTTPError as exc:
+        except WorkerLostError as exc:
             raise _lost("decode", exc) from exc
 
     async def close(self) -> None:
         """Drop both connections; a worker that is still at the request hears of it and ends the job."""
         self._prefill.cancel()
         await asyncio.gather(self._prefill, return_exceptions=True)
-        await self.decode.close()
+        self.decode.close()
 
 
 async def attempt(
@@ -109,7 +108,7 @@ async def _drop(*requests: asyncio.Task[WorkerAnswer]) -> None:
         request.cancel()
     for result in await asyncio.gather(*requests, return_exceptions=True):
         if not isinstance(result, BaseException):
-            await result.close()
+            result.close()
 
 
 async def _judge(decode: asyncio.Task[WorkerAnswer], prefill: asyncio.Task[WorkerAnswer]) -> WorkerAnswer:
@@ -133,10 +132,10 @@ async def _prefill(upstream: "_Workers", url: str) -> WorkerAnswer:
     response = await _pass_or_fail(await upstream.post("prefill", url), "prefill")
     try:
         await response.read()
-    except httpx.HTTPError as exc:
+    except WorkerLostError as exc:
         raise _lost("prefill", exc) from exc
     finally:
-        await response.close()
+        response.close()
     return response
 
 
@@ -153,7 +152,7 @@ class _Workers:
         """The answer, its body still to be read. Raises AttemptFailedError when there is none."""
         try:
             response = await self._client.post(url, self._body, self._headers)
-        except httpx.HTTPError as exc:
+        except WorkerLostError as exc:
             self._metrics.lost(side)
             raise _lost(side, exc) from exc
         self._metrics.answered(side, response.status)
@@ -167,10 +166,10 @@ async def _pass_or_fail(response: WorkerAnswer, side: str) -> WorkerAnswer:
         return response
     try:
         body = await response.read()
-    except httpx.HTTPError as exc:
+    except WorkerLostError as exc:
         raise _lost(side, exc) from exc
     finally:
-        await response.close()
+        response.close()
     raise AttemptFailedError(ApiError.decode(status, body, response.header("retry-after")))
 
 
@@ -178,8 +177,7 @@ def _refusal(prefill: WorkerAnswer) -> WorkerAnswer | None:
     return prefill if prefill.status != 200 else None
 
 
-def _lost(side: str, exc: httpx.HTTPError) -> AttemptFailedError:
-    what = f"{type(exc).__name__}: {exc}".removesuffix(": ")
+def _lost(side: str, exc: WorkerLostError) -> AttemptFailedError:
     return AttemptFailedError(
-        ApiError.of(502, f"the {side} worker was lost before it answered ({what})", code="peer_lost", retry_after_s=1)
+        ApiError.of(502, f"the {side} worker was lost before it answered ({exc})", code="peer_lost", retry_after_s=1)
     )

@@ -8,7 +8,6 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 
-import httpx
 import msgspec
 import structlog
 from starlette.requests import Request
@@ -25,9 +24,8 @@ from pdkv.daemons.openai_api import ApiError, ErrorBody
 from pdkv.daemons.router_metrics import RouterMetrics
 from pdkv.daemons.text_proxy import TextProxy
 from pdkv.daemons.traffic import Traffic, note_failure
-from pdkv.daemons.worker_client import WorkerClient
+from pdkv.daemons.worker_client import WorkerClient, WorkerLostError
 from pdkv.daemons.worker_pool import WorkerPool, WorkerView
-from pdkv.daemons.worker_transport import WorkerTransport
 from pdkv.errors import FailureCode
 from pdkv.metric_table import ROUTER
 from pdkv.metrics import Meter
@@ -53,13 +51,11 @@ async def run_router(config: RouterConfig) -> int:
         http_server.listen(Address(config.admin_listen), reuse_port=config.reuse_port) as admin_sock,
         life.on_signals(),
     ):
-        transport = WorkerTransport(_CONNECT_TIMEOUT_S, http_server.CLIENT_KEEP_ALIVE_S)
-        async with open_client(transport) as client:
+        async with WorkerClient(_CONNECT_TIMEOUT_S, http_server.CLIENT_KEEP_ALIVE_S) as client:
             pool = WorkerPool(client, config.prefill_urls, config.decode_urls, config.poll_interval)
             metrics = RouterMetrics(pool, meter)
             texts = TextProxy(client, pool)
-            workers = WorkerClient(client, transport)
-            router = Router(workers, pool, metrics, config.request_timeout, config.retries)
+            router = Router(client, pool, metrics, config.request_timeout, config.retries)
             traffic = Traffic(ROUTER, life, meter)
             health = RouterHealth(pool, life)
 
@@ -77,21 +73,6 @@ async def run_router(config: RouterConfig) -> int:
                 _log.info("listening", url=f"http://{url}", admin=admin)
                 await http_server.serve(create_app(router, texts, health, traffic), sock, life, router.cancel_all)
     return life.exit_code
-
-
-def open_client(transport: WorkerTransport) -> httpx.AsyncClient:
-    """The client for workers, over ``transport`` where they speak plain HTTP.
-
-    No proxy, no limit on connections, no time limit but the request's own.
-    """
-    return httpx.AsyncClient(
-        timeout=httpx.Timeout(None, connect=_CONNECT_TIMEOUT_S),
-        limits=httpx.Limits(
-            max_connections=None, max_keepalive_connections=64, keepalive_expiry=http_server.CLIENT_KEEP_ALIVE_S
-        ),
-        mounts={"http://": transport},
-        trust_env=False,
-    )
 
 
 def create_app(router: "Router", texts: TextProxy, health: RouterHealth, traffic: Traffic) -> http_server.App:
@@ -212,8 +193,8 @@ class Router:
                 note_failure("upstream")
             elif last != openai_api.END_OF_STREAM.strip():
                 error = _broken("it ended without [DONE]")
-        except httpx.HTTPError as exc:
-            error = _broken(f"{type(exc).__name__}: {exc}")
+        except WorkerLostError as exc:
+            error = _broken(str(exc))
         except TimeoutError:
             error = self._too_late().body
         if error is not None:

@@ -1,12 +1,12 @@
 """Passes questions about text and token ids on to whichever worker answers: every worker has the tokenizer."""
 
-import httpx
 from starlette.requests import Request
 from starlette.responses import Response
 
 from pdkv.daemons import http_server
 from pdkv.daemons.openai_api import ApiError
 from pdkv.daemons.worker_api import REQUEST_ID
+from pdkv.daemons.worker_client import WorkerClient, WorkerLostError
 from pdkv.daemons.worker_pool import WorkerPool
 
 _TIMEOUT_S = 30.0
@@ -15,7 +15,7 @@ _TIMEOUT_S = 30.0
 class TextProxy:
     """Handler of a router for paths that workers serve under the same name. Belongs to the event loop's thread."""
 
-    def __init__(self, client: httpx.AsyncClient, pool: WorkerPool) -> None:
+    def __init__(self, client: WorkerClient, pool: WorkerPool) -> None:
         self._client = client
         self._pool = pool
 
@@ -26,11 +26,11 @@ class TextProxy:
         problem = "no worker is ready"
         for worker in [worker for worker in self._pool.workers() if worker.info is not None]:
             try:
-                answer = await self._client.request(
-                    request.method, worker.url + request.url.path, content=body, headers=headers, timeout=_TIMEOUT_S
+                answer = await self._client.ask(
+                    request.method, worker.url + request.url.path, _TIMEOUT_S, body=body, headers=headers
                 )
-            except httpx.HTTPError as exc:
-                problem = f"{worker.url} did not answer ({type(exc).__name__}: {exc})".replace(": )", ")")
+            except WorkerLostError as exc:
+                problem = f"{worker.url} did not answer ({exc})"
                 continue
-            return http_server.json_response(answer.content, answer.status_code)
+            return http_server.json_response(answer.body, answer.status)
         raise ApiError.of(503, problem, code="not_ready", retry_after_s=1)

@@ -1,91 +1,106 @@
-"""How the router puts clients' requests to workers: nothing but a POST, over connections that are kept."""
+"""The router's HTTP to workers, over connections that are kept."""
 
-from collections.abc import Mapping
-from functools import lru_cache
-from typing import NamedTuple, Protocol
+import io
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple
 
-import httpx
+import aiohttp
 
-from pdkv.daemons.worker_transport import Address, WorkerTransport, write_request
-
-
-class WorkerAnswer(Protocol):
-    """A worker's answer, its head here and its body still to be read. Raises httpx' errors."""
-
-    @property
-    def status(self) -> int: ...
-
-    def header(self, name: str) -> str:
-        """Empty where there is none. ``name``: in lower case."""
-        ...
-
-    async def piece(self) -> bytes:
-        """What comes next of the body; empty at its end."""
-        ...
-
-    async def read(self) -> bytes:
-        """All of the body."""
-        ...
-
-    async def close(self) -> None:
-        """Of a body that was not read to the end: the worker hears that nobody waits for it. Idempotent."""
-        ...
+_MOST_AT_ONCE = 1 << 20
+"""Bytes of a body that are written at once; of a larger one the loop turns between pieces."""
 
 
-class WorkerClient:
-    """Belongs to one event loop, as client and transport do.
+class WorkerLostError(Exception):
+    """A worker that could not be asked, or whose answer broke off or is none; says what happened."""
 
-    A request over plain TCP does without httpx' own half: it knows of redirects, cookies and proxies, which no worker
-    does, and takes most of an exchange's processor time. ``https://`` workers are asked over it.
+
+class WorkerAnswer:
+    """A worker's answer, its head here and its body still to be read. Read it to the end, or close it.
+
+    What is not taken waits, and beyond 128 KiB the worker waits with it.
     """
 
-    def __init__(self, client: httpx.AsyncClient, transport: WorkerTransport) -> None:
-        self._client = client
-        self._transport = transport
-
-    async def post(self, url: str, body: bytes, headers: Mapping[str, str]) -> WorkerAnswer:
-        """The answer, its body still to be read. Raises httpx' errors."""
-        target = _target(url)
-        if target is None:
-            request = self._client.build_request("POST", url, content=body, headers=dict(headers))
-            return _HttpxAnswer(await self._client.send(request, stream=True))
-        lines = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
-        lines += [(b"host", target.host), (b"content-length", b"%d" % len(body))]
-        return await self._transport.ask(target.address, write_request(b"POST", target.path, lines, body))
-
-
-class _HttpxAnswer:
-    def __init__(self, response: httpx.Response) -> None:
+    def __init__(self, response: aiohttp.ClientResponse) -> None:
         self._response = response
-        self._pieces = response.aiter_raw()
 
     @property
     def status(self) -> int:
-        return self._response.status_code
+        return self._response.status
 
     def header(self, name: str) -> str:
-        return str(self._response.headers.get(name, ""))
+        """Empty where there is none."""
+        return self._response.headers.get(name, "")
 
     async def piece(self) -> bytes:
-        return await anext(self._pieces, b"")
+        """What comes next of the body; empty at its end. Raises WorkerLostError when it breaks off."""
+        with _as_lost():
+            return await self._response.content.readany()
 
     async def read(self) -> bytes:
-        return await self._response.aread()
+        """All of the body. Raises WorkerLostError when it breaks off."""
+        with _as_lost():
+            return await self._response.read()
+
+    def close(self) -> None:
+        """Of a body that was not read to the end: the worker hears that nobody waits for it. Idempotent."""
+        self._response.close()
+
+
+class WholeAnswer(NamedTuple):
+    status: int
+    body: bytes
+
+
+class WorkerClient:
+    """Belongs to one event loop; close it there. No proxy, cookies, redirects or limit on connections, and no time
+    limit but that of a connection's beginning: a request's own is the caller's.
+    """
+
+    def __init__(self, connect_timeout_s: float, keep_s: float) -> None:
+        """``keep_s``: seconds after which an idle connection is not used again."""
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=keep_s),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout_s),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            skip_auto_headers=("Accept", "Accept-Encoding", "User-Agent"),
+            auto_decompress=False,
+        )
+
+    async def post(self, url: str, body: bytes, headers: Mapping[str, str]) -> WorkerAnswer:
+        """The answer, when its head is there. Raises WorkerLostError; cancelled, it ends the connection."""
+        data = body if len(body) <= _MOST_AT_ONCE else io.BytesIO(body)
+        with _as_lost():
+            return WorkerAnswer(await self._session.post(url, data=data, headers=headers, allow_redirects=False))
+
+    async def ask(
+        self, method: str, url: str, timeout_s: float, *, body: bytes = b"", headers: Mapping[str, str] | None = None
+    ) -> WholeAnswer:
+        """The whole answer, within ``timeout_s``. Raises WorkerLostError."""
+        limit = aiohttp.ClientTimeout(total=timeout_s)
+        with _as_lost():
+            asking = self._session.request(
+                method, url, data=body or None, headers=headers, timeout=limit, allow_redirects=False
+            )
+            async with asking as response:
+                return WholeAnswer(response.status, await response.read())
 
     async def close(self) -> None:
-        await self._response.aclose()
+        await self._session.close()
+
+    async def __aenter__(self) -> "WorkerClient":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
 
 
-class _Target(NamedTuple):
-    address: Address
-    host: bytes
-    path: bytes
-
-
-@lru_cache(maxsize=256)
-def _target(url: str) -> _Target | None:
-    """Where a request over plain TCP goes; None for another scheme."""
-    parsed = httpx.URL(url)
-    if parsed.scheme != "http":
-        return None
-    return _Target((parsed.host, parsed.port or 80), parsed.netloc, parsed.raw_path)
+@contextmanager
+def _as_lost() -> Iterator[None]:
+    """aiohttp's errors, and what it lets through of the system's, become ours."""
+    try:
+        yield
+    except aiohttp.ClientConnectorError as exc:
+        raise WorkerLostError(f"cannot connect: {exc.strerror}") from exc
+    except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as exc:
+        raise WorkerLostError(f"{type(exc).__name__}: {exc}".removesuffix(": ")) from exc

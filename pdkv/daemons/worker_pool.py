@@ -5,13 +5,13 @@ import contextlib
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import NamedTuple
 
-import httpx
 import msgspec
 import structlog
 
 from pdkv.daemons.config import DNS_SCHEME
 from pdkv.daemons.discovery import Lookup, Resolve, resolve_by_system
 from pdkv.daemons.worker_api import INFO_PATH, WorkerInfo
+from pdkv.daemons.worker_client import WorkerClient, WorkerLostError
 from pdkv.metric_table import DECODE, PREFILL, WORKERS
 
 _POLL_TIMEOUT_S = 2.0
@@ -90,7 +90,7 @@ class WorkerPool:
 
     def __init__(
         self,
-        client: httpx.AsyncClient,
+        client: WorkerClient,
         prefill: Sequence[str],
         decode: Sequence[str],
         poll_interval_s: float,
@@ -222,10 +222,10 @@ class WorkerPool:
 
     async def _ask(self, worker: Worker) -> tuple[WorkerInfo | None, str]:
         try:
-            response = await self._client.get(worker.url + INFO_PATH, timeout=_POLL_TIMEOUT_S)
-            info = msgspec.json.decode(response.content, type=WorkerInfo)
-        except (httpx.HTTPError, httpx.InvalidURL) as exc:
-            return None, f"{type(exc).__name__}: {exc}".removesuffix(": ")
+            answer = await self._client.ask("GET", worker.url + INFO_PATH, _POLL_TIMEOUT_S)
+            info = msgspec.json.decode(answer.body, type=WorkerInfo)
+        except WorkerLostError as exc:
+            return None, str(exc)
         except msgspec.MsgspecError:
             return None, "answers, but is no pdkv worker"
         if info.role != worker.role:

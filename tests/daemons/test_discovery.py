@@ -4,14 +4,15 @@ import asyncio
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
-import httpx
 import msgspec
 import pytest
 
 from pdkv.daemons.config import RouterConfig, load
 from pdkv.daemons.discovery import Lookup, resolve_by_system
 from pdkv.daemons.worker_api import WorkerInfo
+from pdkv.daemons.worker_client import WholeAnswer, WorkerClient, WorkerLostError
 from pdkv.daemons.worker_pool import WorkerPool
 from pdkv.errors import ConfigError
 from tests.daemons.conftest import Daemon, Fleet, wait_until
@@ -88,15 +89,18 @@ def test_a_failed_lookup_takes_no_worker_away_and_a_name_without_address_takes_a
     assert (lookup.urls, lookup.problem) == ((), "has no address")
 
 
-def _answering(infos: dict[str, WorkerInfo]) -> httpx.AsyncClient:
+class _Answering(WorkerClient):
     """A client whose workers are ``infos``, by host; others refuse the connection."""
 
-    def answer(request: httpx.Request) -> httpx.Response:
-        if request.url.host not in infos:
-            raise httpx.ConnectError("refused")
-        return httpx.Response(200, content=msgspec.json.encode(infos[request.url.host]))
+    def __init__(self, infos: dict[str, WorkerInfo]) -> None:
+        super().__init__(1.0, 1.0)
+        self._infos = infos
 
-    return httpx.AsyncClient(transport=httpx.MockTransport(answer))
+    async def ask(self, method: str, url: str, *_: object, **__: object) -> WholeAnswer:
+        host = urlsplit(url).hostname
+        if host not in self._infos:
+            raise WorkerLostError("cannot connect: refused")
+        return WholeAnswer(200, msgspec.json.encode(self._infos[host]))
 
 
 def _info(role: str, incarnation: str) -> WorkerInfo:
@@ -114,7 +118,7 @@ def test_a_pool_takes_up_workers_that_come_and_drops_those_that_go() -> None:
     infos = {f"10.0.0.{i}": _info("prefill", f"p{i}") for i in (1, 2)} | {"10.1.0.1": _info("decode", "d1")}
 
     async def play() -> None:
-        async with _answering(infos) as client:
+        async with _Answering(infos) as client:
             pool = WorkerPool(client, [TARGET], ["http://10.1.0.1:8200"], 0.01, zone.resolve)
 
             def prefills() -> list[str]:
@@ -150,7 +154,7 @@ def test_a_worker_with_two_addresses_is_used_as_one() -> None:
     infos = {host: _info("prefill", "p1") for host in ("10.0.0.1", "fd00::1")} | {"10.1.0.1": _info("decode", "d1")}
 
     async def play() -> None:
-        async with _answering(infos) as client:
+        async with _Answering(infos) as client:
             pool = WorkerPool(client, [TARGET], ["http://10.1.0.1:8200"], 0.01, zone.resolve)
             async with pool.polling():
                 await _until(lambda: all(worker.info for worker in pool.workers()) and len(list(pool.workers())) == 3)
@@ -187,7 +191,7 @@ def test_a_router_says_which_name_has_no_worker(fleet: Fleet) -> None:
     nobody = Daemon.__new__(Daemon)
     nobody.url = "dns://localhost:1"
     router = fleet.router([nobody], [nobody], ready=False)
-    wait_until(lambda: "http://127.0.0.1:1: ConnectError" in HTTP.get(router.url + "/health").text)
+    wait_until(lambda: "http://127.0.0.1:1: cannot connect" in HTTP.get(router.url + "/health").text)
 
 
 def _named(worker: Daemon) -> Daemon:

@@ -114,7 +114,7 @@ def test_unready_says_what_is_missing(fleet: Fleet, prefill: Daemon, decode: Dae
     nobody = Daemon.__new__(Daemon)
     nobody.url = "http://127.0.0.1:1"
     router = fleet.router([prefill], [nobody], ready=False)
-    wait_until(lambda: "ConnectError" in HTTP.get(router.url + "/health").text)
+    wait_until(lambda: "cannot connect" in HTTP.get(router.url + "/health").text)
     health = HTTP.get(router.url + "/health")
     assert health.status_code == 503
     assert health.json()["missing"][0].startswith("no decode worker is ready (http://127.0.0.1:1")
