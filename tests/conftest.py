@@ -19,7 +19,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 TESTS = Path(__file__).parent
-SLOWEST = ("e2e", "verify", "daemons", "m3", "kernels", "agent", "bench")
+SLOWEST = ("e2e", "transport", "verify", "daemons", "kernels", "m3", "bench")
 SHARING = {
     "completions": "three",
     "doctor": "three",
