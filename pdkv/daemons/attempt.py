@@ -89,11 +89,12 @@ async def attempt(
         PREFILL_INCARNATION: pair.prefill_incarnation,
     }
     structlog.contextvars.bind_contextvars(transfer=transfer)
-    _log.info("asking", prefill=pair.prefill.url, decode=pair.decode.url)
     upstream = _Workers(client, metrics, asked.body, common)
     decode = asyncio.create_task(upstream.post("decode", pair.decode.url + asked.path))
     prefill = asyncio.create_task(_prefill(upstream, pair.prefill.url + PREFILL_PATHS[asked.path]))
     try:
+        await asyncio.sleep(0)  # both leave first
+        _log.info("asking", prefill=pair.prefill.url, decode=pair.decode.url)
         answer = await _judge(decode, prefill)
         if not decode.done():
             await _drop(decode)

@@ -30,7 +30,6 @@ from pdkv.daemons.link import (
     WorkerSettings,
     encode_frame,
 )
-from pdkv.daemons.traffic import note_failure
 from pdkv.errors import FailureCode, PdkvError, RequestError
 from pdkv.metrics import Meter
 
@@ -61,7 +60,7 @@ class EngineLink:
         self._reader = reader
         self._writer = writer
         self._decoder = msgspec.msgpack.Decoder(ToFront)
-        self._jobs: dict[bytes, asyncio.Queue[JobEvent]] = {}
+        self._jobs: dict[bytes, _OpenJob] = {}
         self._queries: dict[int, asyncio.Future[Status | Beat]] = {}
         self._num_queries = 0
         self._fatal: EngineFatal | None = None
@@ -88,23 +87,24 @@ class EngineLink:
         return cls(process, reader, writer, meter)
 
     @contextlib.contextmanager
-    def open(self, job: PrefillJob | DecodeJob) -> Iterator["JobEvents"]:
-        """Start a job. Leaving the block before its last message aborts it, for whatever reason it is left."""
+    def open(self, job: PrefillJob | DecodeJob, deliver: Callable[[JobEvent], None]) -> Iterator[None]:
+        """Start a job. ``deliver`` gets its messages as they come; the last is JobFinished or JobFailed.
+
+        Leaving the block before that aborts it, for whatever reason it is left.
+        """
         if job.transfer in self._jobs:
             raise RequestError("this transfer id is in use; every try of a request needs a new one")
-        queue: asyncio.Queue[JobEvent] = asyncio.Queue()
-        self._jobs[job.transfer] = queue
+        opened = self._jobs[job.transfer] = _OpenJob(deliver)
         self._meter.opened(job)
-        events = JobEvents(queue)
         self._send(job)
         if self._reading.done() or self._stopping:
-            queue.put_nowait(_gone(job.transfer))
+            opened.hear(_gone(job.transfer))
         try:
-            yield events
+            yield
         finally:
             self._jobs.pop(job.transfer, None)
             self._meter.closed(job.transfer)
-            if not events.ended:
+            if not opened.has_ended:
                 self._send(AbortJob(job.transfer))
 
     def finish(self, transfer: bytes) -> None:
@@ -160,8 +160,8 @@ class EngineLink:
     def fail_all(self) -> None:
         """Tell every running job that the worker is ending."""
         self._stopping = True
-        for transfer, queue in self._jobs.items():
-            queue.put_nowait(_gone(transfer))
+        for transfer, job in self._jobs.items():
+            job.hear(_gone(transfer))
 
     async def close(self) -> None:
         """End the engine process: by closing the link, and by force when that is not heard."""
@@ -192,8 +192,8 @@ class EngineLink:
             _log.error("the engine process sent a message that is none of the link's", error=str(exc))
         finally:
             self._writer.close()
-            for transfer, queue in self._jobs.items():
-                queue.put_nowait(_gone(transfer))
+            for transfer, job in self._jobs.items():
+                job.hear(_gone(transfer))
             for answer in self._queries.values():
                 if not answer.done():
                     answer.set_exception(EngineGoneError("the engine process has ended"))
@@ -218,24 +218,22 @@ class EngineLink:
     def _tell(self, event: JobEvent) -> None:
         """A job that nobody waits for any more was aborted; its last messages may still come."""
         self._meter.heard(event)
-        if (queue := self._jobs.get(event.transfer)) is not None:
-            queue.put_nowait(event)
+        if (job := self._jobs.get(event.transfer)) is not None:
+            job.hear(event)
 
 
-class JobEvents:
-    """The messages of one job, in order; the last is JobFinished or JobFailed."""
+class _OpenJob:
+    """A job that somebody waits for."""
 
-    def __init__(self, queue: asyncio.Queue[JobEvent]) -> None:
-        self._queue = queue
-        self.ended = False
+    def __init__(self, deliver: Callable[[JobEvent], None]) -> None:
+        self._deliver = deliver
+        self.has_ended = False
 
-    async def next(self) -> JobEvent:
-        assert not self.ended, "nothing comes after a job's last message"
-        event = await self._queue.get()
-        if isinstance(event, JobFailed):
-            note_failure(event.code)
-        self.ended = not isinstance(event, TokensOut)
-        return event
+    def hear(self, event: JobEvent) -> None:
+        """Nothing after the last message."""
+        if not self.has_ended:
+            self.has_ended = not isinstance(event, TokensOut)
+            self._deliver(event)
 
 
 def _gone(transfer: bytes) -> JobFailed:

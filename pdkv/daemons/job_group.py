@@ -1,22 +1,28 @@
-"""The jobs of one request, one a prompt: opened together, heard as one stream of events, ended together."""
+"""The jobs of one request: started together, heard as one stream of events, ended together."""
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from functools import partial
 
-from pdkv.daemons.engine_link import EngineLink, JobEvent, JobEvents
+from pdkv.daemons.engine_link import EngineLink, JobEvent
 from pdkv.daemons.link import DecodeJob, JobFailed, JobFinished, PrefillJob
+from pdkv.daemons.traffic import note_failure
 
 
 class JobGroup:
     """Belongs to the event loop's thread. Events carry the number of their job."""
 
-    def __init__(self, link: EngineLink, jobs: Sequence[PrefillJob | DecodeJob], events: Sequence[JobEvents]) -> None:
-        self._link = link
+    def __init__(self, jobs: Sequence[PrefillJob | DecodeJob], finish: Callable[[bytes], None]) -> None:
+        """``finish``: tells the engine that a decode job is enough as it is."""
         self._jobs = jobs
+        self._finish = finish
         self._queue: asyncio.Queue[tuple[int, JobEvent]] = asyncio.Queue()
         self._num_running = len(jobs)
-        self._pumps = [asyncio.create_task(self._pump(index, mine)) for index, mine in enumerate(events)]
+
+    def hear(self, index: int, event: JobEvent) -> None:
+        """A message of a job; nothing comes after its last."""
+        self._queue.put_nowait((index, event))
 
     async def next(self) -> tuple[int, JobEvent]:
         """The next event of any job; those of one job come in order."""
@@ -26,6 +32,8 @@ class JobGroup:
         index, event = await self._queue.get()
         if isinstance(event, JobFinished | JobFailed):
             self._num_running -= 1
+        if isinstance(event, JobFailed):
+            note_failure(event.code)
         return index, event
 
     async def rest(self) -> AsyncIterator[tuple[int, JobEvent]]:
@@ -36,21 +44,14 @@ class JobGroup:
     def finish(self, index: int) -> None:
         """Enough of a decode job: it ends with JobFinished, as if its last token had come. Harmless for one that has
         ended."""
-        self._link.finish(self._jobs[index].transfer)
-
-    def close(self) -> None:
-        for pump in self._pumps:
-            pump.cancel()
-
-    async def _pump(self, index: int, events: JobEvents) -> None:
-        while not events.ended:
-            self._queue.put_nowait((index, await events.next()))
+        self._finish(self._jobs[index].transfer)
 
 
 @contextlib.contextmanager
 def open_jobs(link: EngineLink, jobs: Sequence[PrefillJob | DecodeJob]) -> Iterator[JobGroup]:
     """Start all jobs. Leaving the block aborts those that have not ended, for whatever reason it is left."""
+    group = JobGroup(jobs, link.finish)
     with contextlib.ExitStack() as stack:
-        group = JobGroup(link, jobs, [stack.enter_context(link.open(job)) for job in jobs])
-        stack.callback(group.close)
+        for index, job in enumerate(jobs):
+            stack.enter_context(link.open(job, partial(group.hear, index)))
         yield group

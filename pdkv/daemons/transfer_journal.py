@@ -68,9 +68,10 @@ class TransferJournal:
                 _log("pages free", transfer)
 
     def posting(self, post: Callable[[object], None]) -> Callable[[object], None]:
-        """``post`` to the agent, followed."""
+        """``post`` to the agent, followed; what is said goes out before it is logged."""
 
         def followed(command: object) -> None:
+            post(command)
             match command:
                 case GrantPages(transfer=transfer, pages=pages, cached_tokens=cached):
                     self._got_pages(transfer)
@@ -81,7 +82,6 @@ class TransferJournal:
                 case FinishPrefill(transfer=transfer):
                     if (times := self._jobs.get(transfer)) is not None:
                         self.meter.observe(PREFILL_SECONDS, value=time.monotonic() - times.since)
-            post(command)
 
         return followed
 

@@ -2,7 +2,6 @@
 
 import asyncio
 
-from pdkv.daemons.engine_link import JobEvent, JobEvents
 from pdkv.daemons.job_group import JobGroup
 from pdkv.daemons.link import PrefillJob, Sampling, TokensOut
 
@@ -13,11 +12,9 @@ def test_a_flood_of_events_gives_way_to_everything_else() -> None:
     """A client that has gone is noticed by another task, which has its turn however many tokens lie ready."""
 
     async def turns_beside_a_flood() -> int:
-        flood: asyncio.Queue[JobEvent] = asyncio.Queue()
+        group = JobGroup([PrefillJob(b"1", [1], Sampling(), 1.0)], finish=lambda _: None)
         for _ in range(NUM_EVENTS):
-            flood.put_nowait(TokensOut(b"1", [1], [0.0], []))
-        job = PrefillJob(b"1", [1], Sampling(), 1.0)
-        group = JobGroup(None, [job], [JobEvents(flood)])  # type: ignore[arg-type]  # the link is for finish()
+            group.hear(0, TokensOut(b"1", [1], [0.0], []))
         turns = 0
 
         async def other() -> None:
@@ -30,7 +27,6 @@ def test_a_flood_of_events_gives_way_to_everything_else() -> None:
         for _ in range(NUM_EVENTS):
             await group.next()
         beside.cancel()
-        group.close()
         return turns
 
     assert asyncio.run(turns_beside_a_flood()) >= NUM_EVENTS / 2
