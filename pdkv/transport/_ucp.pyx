@@ -9,6 +9,8 @@ import os
 cdef extern from "native/ucx_engine.h" nogil:
     enum:
         PDKV_PATH_SIZE
+        PDKV_UNWATCHED
+        PDKV_ENDED
 
     ctypedef struct pdkv_engine:
         pass
@@ -37,13 +39,16 @@ cdef extern from "native/ucx_engine.h" nogil:
     void *pdkv_engine_register(pdkv_engine *engine, uint64_t address, uint64_t length, int on_host, size_t *key_size,
                                char *error, size_t error_size)
     int64_t pdkv_engine_connect(pdkv_engine *engine, const void *address, size_t address_size,
-                                const pdkv_memory *memories, size_t num_memories)
+                                const pdkv_memory *memories, size_t num_memories, int life_fd)
     void pdkv_engine_close_peer(pdkv_engine *engine, int64_t peer)
     int64_t pdkv_engine_submit(pdkv_engine *engine, int64_t peer, const pdkv_spans *spans)
     pdkv_done *pdkv_engine_poll(pdkv_engine *engine)
     int pdkv_engine_fileno(const pdkv_engine *engine)
     void pdkv_engine_path(pdkv_engine *engine, int64_t peer, char *path, char *lanes)
     void pdkv_engine_destroy(pdkv_engine *engine)
+
+
+UNWATCHED, ENDED = PDKV_UNWATCHED, PDKV_ENDED
 
 
 cdef class Engine:
@@ -99,7 +104,7 @@ cdef class Engine:
         finally:
             free(key)
 
-    def connect(self, bytes address, list memories) -> int:
+    def connect(self, bytes address, list memories, int life_fd) -> int:
         cdef size_t count = len(memories)
         cdef pdkv_engine *engine = self._alive()
         cdef pdkv_memory *native = <pdkv_memory *>calloc(count + 1, sizeof(pdkv_memory))
@@ -113,7 +118,7 @@ cdef class Engine:
             native[i].length = length
             native[i].key = key
             native[i].key_size = len(packed)
-        peer = pdkv_engine_connect(engine, <const char *>address, len(address), native, count)
+        peer = pdkv_engine_connect(engine, <const char *>address, len(address), native, count, life_fd)
         free(native)
         if peer < 0:
             raise MemoryError

@@ -18,10 +18,11 @@ from pdkv.schema import Int64Array, LocalMemory, MemoryDescriptor, ReadBatch, Tr
 from pdkv.transport.base import Completion, PeerId, ReadId, ReadStatus, Transport
 from pdkv.transport.cuda_gpu import CudaGpu
 from pdkv.transport.gpu import Exported, Gpu, SpanTable
-from pdkv.transport.nvlink_address import Home, Life, decode, encode, encode_key, hint, obstacle
+from pdkv.transport.nvlink_address import Home, decode, encode, encode_key, hint, obstacle
 from pdkv.transport.nvlink_peer import ENDED, NUM_STREAMS, NvlinkPeer, Work
 from pdkv.transport.nvlink_posting import PART_SPANS, Posting
 from pdkv.transport.nvlink_spans import ROW_BYTES, Seen, SpanBounds, check_extension
+from pdkv.transport.process_life import Life
 
 log = logging.getLogger("pdkv.transport.nvlink")
 

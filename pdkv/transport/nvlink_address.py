@@ -1,37 +1,30 @@
 """What an nvlink transport tells of itself, and whether that can be reached from here."""
 
 import os
-import select
 from collections.abc import Sequence
-from pathlib import Path
 
 import msgspec
 
 from pdkv.errors import TransportError
 from pdkv.schema import MemoryDescriptor, TransportAddress
 from pdkv.transport.gpu import Exported
+from pdkv.transport.process_life import ProcessHome, namespace
 from pdkv.transport.sealed import seal, unseal
 
 _MAGIC = b"pdkvnvl1"
 
 
-class Home(msgspec.Struct, frozen=True, array_like=True):
-    """Where a process lives: CUDA maps memory only between processes that see each other."""
+class Home(ProcessHome, frozen=True, array_like=True):
+    """Where a process and its GPU live: CUDA maps memory only between processes that see each other."""
 
-    boot_id: str
-    """Of the running kernel: equal on one host and on no other."""
-    pid: int
-    started: int
-    """Clock ticks from the kernel's start to the process's: tells it from a later one of the same number."""
-    pid_space: int
-    """The process namespace that ``pid`` is a number of."""
     ipc_space: int
     gpu: str
     """UUID of the GPU that holds its memories; empty before any is registered."""
 
     @classmethod
     def own(cls, gpu: str) -> "Home":
-        return cls(_boot_id(), os.getpid(), _started(os.getpid()), _namespace("pid"), _namespace("ipc"), gpu)
+        own = ProcessHome.of(os.getpid())
+        return cls(own.boot_id, own.pid, own.started, own.pid_space, namespace("ipc"), gpu)
 
 
 def encode(transport: str, home: Home, memories: Sequence[MemoryDescriptor]) -> TransportAddress:
@@ -76,50 +69,3 @@ def hint(here: Home, there: Home) -> str:
     if here.ipc_space != there.ipc_space:
         return "; the peer is in another IPC namespace, try hostIPC or --ipc=host"
     return ""
-
-
-class Life:
-    """The life of another process, seen through its pidfd. Owned by one thread; ``has_ended`` may be asked from any."""
-
-    def __init__(self, home: Home) -> None:
-        """``fd`` is readable once the process has ended, -1 if it had before."""
-        self.fd = -1
-        try:
-            self.fd = os.pidfd_open(home.pid)
-            if _started(home.pid) != home.started:
-                self.close()
-        except ProcessLookupError:
-            self.close()
-        except OSError as error:
-            self.close()
-            raise TransportError(f"the peer's process cannot be watched: {error}") from error
-
-    @property
-    def has_ended(self) -> bool:
-        if self.fd < 0:
-            return True
-        poll = select.poll()  # takes descriptors that select cannot
-        poll.register(self.fd, select.POLLIN)
-        return bool(poll.poll(0))
-
-    def close(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
-
-
-def _boot_id() -> str:
-    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-
-
-def _namespace(kind: str) -> int:
-    return os.stat(f"/proc/self/ns/{kind}").st_ino  # noqa: PTH116  # follows a link that is no path
-
-
-def _started(pid: int) -> int:
-    """Raises ``ProcessLookupError`` when there is no such process."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        raise ProcessLookupError(pid) from None
-    return int(stat.rpartition(")")[2].split()[19])  # the name before may hold anything

@@ -11,8 +11,8 @@ from pdkv.errors import TransportError
 from pdkv.schema import MemoryDescriptor
 from pdkv.transport.base import Completion, ReadId, ReadStatus
 from pdkv.transport.gpu import Exported, Gpu, SpanTable
-from pdkv.transport.nvlink_address import Life
 from pdkv.transport.nvlink_spans import SpanBounds
+from pdkv.transport.process_life import Life
 
 log = logging.getLogger("pdkv.transport.nvlink")
 

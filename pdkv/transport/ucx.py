@@ -10,11 +10,12 @@ import numpy as np
 from pdkv.errors import TransportError
 from pdkv.schema import Int64Array, LocalMemory, MemoryDescriptor, ReadBatch, TransportAddress
 from pdkv.transport.base import Completion, PeerId, ReadId, ReadStatus, Transport
+from pdkv.transport.process_life import Life, ProcessHome
 from pdkv.transport.sealed import seal, unseal
 from pdkv.transport.ucx_library import HOW_TO_INSTALL, UcxLibrary, find_ucx_library
 
 try:
-    from pdkv.transport._ucp import Engine
+    from pdkv.transport._ucp import ENDED, UNWATCHED, Engine
 
     _BINDING_ERROR: ImportError | None = None
 except ImportError as missing:
@@ -55,7 +56,8 @@ class UcxOptions(msgspec.Struct, frozen=True):
     net_devices: str | None = None
     """Network devices to use, as in UCX_NET_DEVICES; None = all."""
     keepalive_ms: int = 500
-    """How often UCX looks whether a silent peer still lives; over shared memory this bounds the time to notice."""
+    """How often UCX looks whether a silent peer still lives. A process that can be seen from here is watched by its
+    pidfd besides, which tells of its death at once."""
     window_spans: int = 16
     """Most spans of one peer in flight."""
     window_bytes: int = 4 << 20
@@ -82,11 +84,17 @@ class UcxSetting(msgspec.Struct, frozen=True):
 class _Worker(msgspec.Struct, frozen=True, array_like=True):
     address: bytes
     on_gpu: bool
+    home: ProcessHome | None = None
+    """None from peers of versions before it was told."""
 
 
 class UcxTransport(Transport):
     """See ``Transport``. A native thread of its own does all of UCX's work, without the GIL, and sleeps when idle; as
     the target of reads it needs nothing of the owner. Not for use after a fork (spawn instead).
+
+    A read completes OK only if its peer's process lived when the bytes had come, as far as that can be seen: UCX maps
+    GPU memory (cuda_ipc), and a mapping outlives its maker. A peer whose memory it maps and whose process cannot be
+    watched from here, being in another process namespace, is not read at all.
 
     ``library`` and ``settings`` say what was loaded and set; both are logged.
     """
@@ -124,6 +132,7 @@ class UcxTransport(Transport):
         self._unjudged: set[PeerId] = set()
         """GPU peers of which no read has shown yet how UCX carries them."""
         self._fileno = self._engine.fileno()
+        self._home = ProcessHome.of(os.getpid())
         self._closed = False
         self._log_start()
 
@@ -157,7 +166,7 @@ class UcxTransport(Transport):
         return descriptor
 
     def address(self) -> TransportAddress:
-        worker = msgspec.msgpack.encode(_Worker(self._engine.address(), self._on_gpu))
+        worker = msgspec.msgpack.encode(_Worker(self._engine.address(), self._on_gpu, self._home))
         return TransportAddress(transport=self.name, address=seal(_MAGIC, worker), memories=tuple(self._memories))
 
     def connect(self, address: TransportAddress) -> PeerId:
@@ -174,11 +183,31 @@ class UcxTransport(Transport):
         ]
         if any(base < 0 or length < 0 or base + length >= 1 << 64 for base, length, _ in memories):
             raise TransportError("the peer describes memory outside its address space")
-        peer = PeerId(self._engine.connect(worker.address, memories))
+        peer = PeerId(self._connect(worker, memories))
         if worker.on_gpu or self._on_gpu:
             self._gpu_peers.add(peer)
             self._unjudged.add(peer)
         return peer
+
+    def _connect(self, worker: _Worker, memories: list[tuple[int, int, bytes]]) -> int:
+        life_fd = self._watch(worker.home)
+        try:
+            return self._engine.connect(worker.address, memories, life_fd)
+        except MemoryError:
+            if life_fd >= 0:
+                os.close(life_fd)
+            raise
+
+    def _watch(self, home: ProcessHome | None) -> int:
+        """A pidfd for the engine, or what stands for none."""
+        if home is None or not home.is_visible_from(self._home):
+            return UNWATCHED
+        try:
+            life = Life(home)
+        except TransportError as error:
+            log.info(f"{error}; its death is seen by UCX's keepalive")
+            return UNWATCHED
+        return ENDED if life.fd < 0 else life.give_away()
 
     def close_peer(self, peer: PeerId) -> None:
         self._unjudged.discard(peer)

@@ -1,8 +1,13 @@
 """GPU memory by every transport that can carry it between two processes of one GPU: each passes the whole kit."""
 
+import msgspec
 import pytest
 
+from pdkv.transport.base import ReadStatus
 from pdkv.transport.conformance import TransportSpec, check_names, run_check
+from pdkv.transport.conformance_rig import Rig
+from pdkv.transport.sealed import seal, unseal
+from pdkv.transport.ucx import _MAGIC, _Worker
 from pdkv.transport.ucx_library import find_ucx_library
 
 KIT = "pdkv.transport.conformance"
@@ -21,3 +26,15 @@ def test_sockets_stage_gpu_memory(name: str):
 def test_ucx_reads_gpu_memory(name: str):
     find_ucx_library(cuda=True)  # says what to install
     run_check(UCX, name)
+
+
+def test_ucx_reads_no_mapping_whose_maker_cannot_be_watched():
+    """Its bytes would come just as well after the death of the process that they belonged to."""
+    with Rig(UCX) as rig:
+        address = rig.target().address
+        worker = msgspec.msgpack.decode(unseal(_MAGIC, address.address, ""), type=_Worker)
+        unseen = seal(_MAGIC, msgspec.msgpack.encode(msgspec.structs.replace(worker, home=None)))
+        peer = rig.reader.connect(msgspec.structs.replace(address, address=unseen))
+        read = rig.wait(rig.submit(peer, rig.span(0, 0, 0, 4096)))[0]
+        assert read.status is ReadStatus.FAILED
+        assert "UCX maps its memory, and its process cannot be watched from here" in read.error

@@ -17,8 +17,8 @@ from pdkv.transport.conformance_rig import Rig
 from pdkv.transport.conformance_target import SpawnedTarget, TransportSpec
 from pdkv.transport.gpu import Exported
 from pdkv.transport.nvlink import NvlinkTransport
-from pdkv.transport.nvlink_address import Home, Life
 from pdkv.transport.nvlink_spans import FEW_BYTES, PIECE_BYTES, Fragments, SpanBounds, growing_parts, rows_of
+from pdkv.transport.process_life import Life, ProcessHome
 from pdkv.transport.ranges import fault_of
 
 from .host_gpu import HostGpu, HostGpuMemory
@@ -352,9 +352,8 @@ def test_an_idle_peers_death_is_seen_and_its_memory_unmapped(reader: Reader, mor
 
 
 def test_a_life_is_told_from_a_later_one_of_the_same_number() -> None:
-    own = Home.own("")
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
-        home = msgspec.structs.replace(own, pid=child.pid, started=nvlink_address._started(child.pid))
+        home = ProcessHome.of(child.pid)
         life, other = Life(home), Life(msgspec.structs.replace(home, started=home.started - 1))
         assert not life.has_ended
         assert other.has_ended

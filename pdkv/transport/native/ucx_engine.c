@@ -217,6 +217,7 @@ static pdkv_peer *new_peer(pdkv_engine *engine, const void *address, size_t addr
     if (peer == NULL)
         return NULL;
     peer->engine = engine;
+    peer->life_fd = PDKV_UNWATCHED;
     peer->address = malloc(address_size);
     peer->memories = calloc(num_memories + 1, sizeof(*peer->memories));
     peer->lengths = calloc(num_memories + 1, sizeof(*peer->lengths));
@@ -244,7 +245,7 @@ static pdkv_peer *new_peer(pdkv_engine *engine, const void *address, size_t addr
 }
 
 int64_t pdkv_engine_connect(pdkv_engine *engine, const void *address, size_t address_size,
-                            const pdkv_memory *memories, size_t num_memories)
+                            const pdkv_memory *memories, size_t num_memories, int life_fd)
 {
     if (engine->num_peers == engine->peer_table_size) {
         size_t size = engine->peer_table_size ? 2 * engine->peer_table_size : 16;
@@ -260,6 +261,7 @@ int64_t pdkv_engine_connect(pdkv_engine *engine, const void *address, size_t add
         free(command);
         return -1;
     }
+    peer->life_fd = life_fd;
     peer->id = (int64_t)engine->num_peers;
     engine->peer_table[engine->num_peers++] = peer;
     command->kind = PDKV_CONNECT;

@@ -47,9 +47,13 @@ const void *pdkv_engine_address(const pdkv_engine *engine, size_t *size);
 void *pdkv_engine_register(pdkv_engine *engine, uint64_t address, uint64_t length, int on_host, size_t *key_size,
                            char *error, size_t error_size);
 
-/* Copies everything; returns the new peer's id, or -1 when memory is short. */
+/* What stands for the pidfd of a peer's process that cannot be watched, and of one that has ended before. */
+enum { PDKV_UNWATCHED = -1, PDKV_ENDED = -2 };
+
+/* Copies everything but `life_fd`, which is the engine's when this has succeeded; returns the new peer's id, or -1 when
+ * memory is short. */
 int64_t pdkv_engine_connect(pdkv_engine *engine, const void *address, size_t address_size,
-                            const pdkv_memory *memories, size_t num_memories);
+                            const pdkv_memory *memories, size_t num_memories, int life_fd);
 void pdkv_engine_close_peer(pdkv_engine *engine, int64_t peer);
 
 /* Copies the spans; returns the new read's id, or -1 when memory is short. */

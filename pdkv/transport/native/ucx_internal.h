@@ -43,6 +43,7 @@ struct pdkv_peer {
     pdkv_remote_memory *memories;
     uint64_t *lengths; /* of memories; constant, for the owner */
     size_t num_memories;
+    int life_fd; /* pidfd of its process, or PDKV_UNWATCHED or PDKV_ENDED; constant */
     /* engine thread */
     ucp_worker_h worker; /* the peer's own, see ucx_peer.c; NULL once it is over */
     int worker_fd;
@@ -58,6 +59,8 @@ struct pdkv_peer {
     pdkv_slot *slots, *free_slots;
     size_t in_flight, bytes_in_flight;
     size_t longest_read; /* that `path` describes */
+    int is_mapped;       /* some read was a copy out of memory that is mapped here */
+    size_t life_slot;    /* in poll_fds, of `life_fd`; 0 = it is not among them */
     /* under engine->lock */
     char path[PDKV_PATH_SIZE], lanes[PDKV_PATH_SIZE];
 };
@@ -102,7 +105,7 @@ struct pdkv_engine {
     /* engine thread */
     pdkv_peer *peers;
     size_t num_open_peers;
-    struct pollfd *poll_fds; /* room for num_open_peers + 2 */
+    struct pollfd *poll_fds; /* room for 2 * num_open_peers + 2 */
     size_t poll_fds_size;
     int stopping;
 
@@ -128,7 +131,8 @@ double pdkv_now_s(void);
 /* ucx_peer.c: engine thread only. The int results tell whether anything moved. */
 void pdkv_peer_open(pdkv_peer *peer);
 void pdkv_peer_submit(pdkv_peer *peer, pdkv_batch *batch);
-void pdkv_peer_lose(pdkv_peer *peer, ucs_status_t status);
+void pdkv_peer_lose(pdkv_peer *peer, const char *why);
+void pdkv_peer_bury(pdkv_peer *peer); /* its process has ended */
 void pdkv_peer_drain(pdkv_peer *peer);
 int pdkv_peer_post(pdkv_peer *peer);
 int pdkv_peer_reap(pdkv_peer *peer);

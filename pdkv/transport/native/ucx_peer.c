@@ -4,9 +4,11 @@
  * receiving worker, and a sender killed while it fills an element blocks that queue for everybody and for ever: with a
  * worker each, it takes along only its own. Destroying the worker also makes a close final beyond doubt.
  */
+#include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "ucx_internal.h"
 
@@ -15,11 +17,6 @@ enum {
     TURN_SPANS = 256,           /* most gets posted before the thread looks at commands and other peers again: */
     TURN_BYTES = 32 * 1024 * 1024 /* gets that UCX does at once (mapped memory) fill no window */
 };
-
-static void end_batch(pdkv_batch *batch)
-{
-    pdkv_done_add(&batch->peer->engine->done, &batch->done);
-}
 
 /* The batch will not be OK; only the first reason is kept. */
 static void spoil_batch(pdkv_batch *batch, ucs_status_t status)
@@ -36,6 +33,32 @@ static void spoil_batch(pdkv_batch *batch, ucs_status_t status)
                   peer->engine->ucx.ucs_status_string(status));
 }
 
+static int has_ended(const pdkv_peer *peer)
+{
+    struct pollfd life = {.fd = peer->life_fd, .events = POLLIN};
+    return peer->life_fd == PDKV_ENDED || (peer->life_fd >= 0 && poll(&life, 1, 0) > 0);
+}
+
+/* Bytes are good only if the peer lived when the last of them had come: a mapping (cuda_ipc) can be read long after the
+ * death of the process whose memory it was, and UCX looks for deaths twice a second. One system call a batch. */
+static void confirm_batch(pdkv_batch *batch)
+{
+    pdkv_peer *peer = batch->peer;
+    if (has_ended(peer))
+        pdkv_peer_bury(peer);
+    else if (peer->is_mapped && peer->life_fd == PDKV_UNWATCHED)
+        pdkv_peer_lose(peer, "UCX maps its memory, and its process cannot be watched from here");
+    if (peer->lost)
+        spoil_batch(batch, UCS_ERR_CONNECTION_RESET);
+}
+
+static void end_batch(pdkv_batch *batch)
+{
+    if (batch->done.status == PDKV_OK)
+        confirm_batch(batch);
+    pdkv_done_add(&batch->peer->engine->done, &batch->done);
+}
+
 static void drop_queue(pdkv_peer *peer)
 {
     for (pdkv_batch *batch = peer->first, *next; batch != NULL; batch = next) {
@@ -50,10 +73,15 @@ static void drop_queue(pdkv_peer *peer)
 
 /* ---- opening ---- */
 
+static void lose_by_status(pdkv_peer *peer, ucs_status_t status)
+{
+    pdkv_peer_lose(peer, peer->engine->ucx.ucs_status_string(status));
+}
+
 static void on_error(void *argument, ucp_ep_h ep, ucs_status_t status)
 {
     (void)ep;
-    pdkv_peer_lose(argument, status);
+    lose_by_status(argument, status);
 }
 
 void pdkv_peer_open(pdkv_peer *peer)
@@ -66,9 +94,13 @@ void pdkv_peer_open(pdkv_peer *peer)
         .err_mode = UCP_ERR_HANDLING_MODE_PEER,
         .err_handler = {.cb = on_error, .arg = peer},
     };
+    if (has_ended(peer)) {
+        pdkv_peer_bury(peer);
+        return;
+    }
     ucs_status_t status = pdkv_open_worker(peer->engine, &peer->worker, &peer->worker_fd);
     if (status != UCS_OK) {
-        pdkv_peer_lose(peer, status);
+        lose_by_status(peer, status);
         return;
     }
     peer->engine->num_open_peers++;
@@ -81,7 +113,7 @@ void pdkv_peer_open(pdkv_peer *peer)
             peer->memories[i].rkey = NULL;
     }
     if (status != UCS_OK)
-        pdkv_peer_lose(peer, status);
+        lose_by_status(peer, status);
 }
 
 /* ---- posting ---- */
@@ -115,6 +147,7 @@ static void note_path(pdkv_peer *peer, void *request, size_t length)
         return;
     list_lanes(peer, lanes);
     peer->longest_read = length;
+    peer->is_mapped = peer->is_mapped || strstr(text, "cuda_ipc") || strstr(text, "xpmem");
     pthread_mutex_lock(&peer->engine->lock);
     memcpy(peer->path, text, sizeof(text));
     memcpy(peer->lanes, lanes, sizeof(lanes));
@@ -223,13 +256,17 @@ void pdkv_peer_submit(pdkv_peer *peer, pdkv_batch *batch)
 
 /* ---- the end ---- */
 
-void pdkv_peer_lose(pdkv_peer *peer, ucs_status_t status)
+void pdkv_peer_lose(pdkv_peer *peer, const char *why)
 {
     if (peer->lost)
         return;
     peer->lost = 1; /* the endpoint is closed by reap, outside of UCX's callback */
-    snprintf(peer->why, sizeof(peer->why), "peer %lld is lost: %s", (long long)peer->id,
-             peer->engine->ucx.ucs_status_string(status));
+    snprintf(peer->why, sizeof(peer->why), "peer %lld is lost: %s", (long long)peer->id, why);
+}
+
+void pdkv_peer_bury(pdkv_peer *peer)
+{
+    pdkv_peer_lose(peer, "its process has ended");
 }
 
 /* Begins the end that the owner asked for: posts nothing more and gives what is in flight a moment to arrive. */
@@ -312,6 +349,8 @@ void pdkv_peer_free(pdkv_peer *peer)
 {
     for (size_t i = 0; i < peer->num_memories; i++)
         free(peer->memories[i].key);
+    if (peer->life_fd >= 0)
+        close(peer->life_fd);
     free(peer->memories);
     free(peer->lengths);
     free(peer->address);

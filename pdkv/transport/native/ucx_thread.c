@@ -106,10 +106,10 @@ static void run_register(pdkv_engine *engine, pdkv_registration *registration)
 
 /* ---- commands ---- */
 
-/* Makes room for one more peer in the poll set. */
+/* Makes room for one more peer in the poll set: its worker and its life. */
 static int reserve_poll_fd(pdkv_engine *engine)
 {
-    size_t needed = engine->num_open_peers + 3;
+    size_t needed = 2 * (engine->num_open_peers + 1) + 2;
     if (needed <= engine->poll_fds_size)
         return 0;
     struct pollfd *grown = realloc(engine->poll_fds, 2 * needed * sizeof(*grown));
@@ -129,7 +129,7 @@ static void run_command(pdkv_engine *engine, pdkv_command *command)
         if (reserve_poll_fd(engine) == 0)
             pdkv_peer_open(command->peer);
         else
-            pdkv_peer_lose(command->peer, UCS_ERR_NO_MEMORY);
+            pdkv_peer_lose(command->peer, "no memory for another peer");
         break;
     case PDKV_CLOSE_PEER:
         command->peer->closed_by_owner = 1;
@@ -214,8 +214,16 @@ static void sleep_until_event(pdkv_engine *engine)
             return;
         if (peer->draining)
             timeout_ms = 5; /* its deadline is looked at by reap */
+        peer->life_slot = 0;
+        if (peer->worker != NULL && peer->life_fd >= 0 && !peer->lost) {
+            peer->life_slot = count;
+            fds[count++] = (struct pollfd){.fd = peer->life_fd, .events = POLLIN};
+        }
     }
-    poll(fds, count, timeout_ms);
+    if (poll(fds, count, timeout_ms) > 0)
+        for (pdkv_peer *peer = engine->peers; peer != NULL; peer = peer->next)
+            if (peer->life_slot > 0 && fds[peer->life_slot].revents != 0)
+                pdkv_peer_bury(peer);
 }
 
 static void drain_peers(pdkv_engine *engine)
