@@ -17,9 +17,14 @@ class ServerError(PdkvError):
     """The server cannot be asked at all."""
 
 
+class _Logprobs(msgspec.Struct):
+    token_logprobs: list[float]
+
+
 class _Choice(msgspec.Struct):
     text: str = ""
     token_ids: list[int] | None = None
+    logprobs: _Logprobs | None = None
 
 
 class _Block(msgspec.Struct):
@@ -104,7 +109,7 @@ class Clients:
         return [served[number] for number in range(len(questions))]
 
     async def ask(self, question: Question) -> Served:
-        body = {
+        body: dict[str, object] = {
             "model": self._model,
             "prompt": list(question.prompt),
             "max_tokens": self._load.output_tokens,
@@ -113,6 +118,8 @@ class Clients:
             "stream": True,
             "return_token_ids": True,
         }
+        if self._load.logprobs:
+            body["logprobs"] = 0  # of the tokens themselves, and of no others
         watch = Stopwatch(time.perf_counter())
         try:
             transfer = await self._stream(body, watch)
@@ -138,7 +145,7 @@ class Clients:
                 if chunk.error is not None:
                     raise ServerError(f"{chunk.error.code}: {chunk.error.message}")
                 for choice in chunk.choices:
-                    watch.saw(_tokens(choice), at)
+                    watch.saw(_tokens(choice), at, choice.logprobs.token_logprobs if choice.logprobs else ())
                 if chunk.pdkv is not None:
                     transfer = chunk.pdkv.transfer
         return transfer

@@ -2,11 +2,13 @@
 
 import asyncio
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import chain
 
 import msgspec
 
 from pdkv.bench import http_clients
+from pdkv.bench.judgement import Answer, Judged, Rounding, Scored, judge, rounding_of
 from pdkv.bench.memories import gpu_names
 from pdkv.bench.serve_load import Load, Question, Served, Side, Spread, Tell, chains, noise
 from pdkv.daemons.config import UpConfig
@@ -29,12 +31,16 @@ class ServePlan(msgspec.Struct, frozen=True):
 
 
 class Answers(msgspec.Struct, frozen=True):
-    """Of the divided side, against what is known, else against the undivided engine."""
+    """Against what is known, else against what the undivided engine says by itself. Numbers are the divided side's."""
 
     compared: int
     equal: int
     near_ties: tuple[str, ...] = ()
+    """Of every side."""
     wrong: tuple[str, ...] = ()
+    rounding: Rounding | None = None
+    """By which answers were judged that are not known."""
+    sides: tuple[Judged, ...] = ()
 
 
 class ServeReport(msgspec.Struct, frozen=True):
@@ -66,13 +72,12 @@ def run(plan: ServePlan, tell: Tell) -> ServeReport:
     questions = chains(plan.load) if plan.chains else _noise(plan)
     served, seconds = asyncio.run(_divided(plan, questions, tell))
     sides = [Side.of("divided", served, seconds)]
-    answers = _known(questions, served) if plan.chains else Answers(0, 0)
+    answers = _known(questions, {"divided": served}) if plan.chains else Answers(0, 0)
     gpus = _gpus(plan)
     replicas = max(1, len(gpus))
     if plan.undivided and plan.up is not None:
-        undivided, compared = _undivided(plan.up, plan.load, questions, served, replicas, tell)
+        undivided, answers = _undivided(plan, plan.up, questions, served, replicas, tell)
         sides.append(undivided)
-        answers = msgspec.structs.replace(compared, wrong=answers.wrong + compared.wrong)
     up = plan.up
     return ServeReport(
         schema=SCHEMA,
@@ -120,36 +125,64 @@ async def _asked(url: str, plan: ServePlan, questions: Sequence[Question], tell:
 
 
 def _undivided(
-    up: UpConfig,
-    load: Load,
-    questions: Sequence[Question],
-    divided: Sequence[Served],
-    replicas: int,
-    tell: Tell,
+    plan: ServePlan, up: UpConfig, questions: Sequence[Question], divided: Sequence[Served], replicas: int, tell: Tell
 ) -> tuple[Side, Answers]:
     from pdkv.bench.undivided_clients import Undivided  # noqa: PLC0415  torch, once the workers have ended
 
     tell("undivided: the engine starts")
-    engine = Undivided(up)
+    engine, load = Undivided(up), plan.load
     served, seconds = engine.run(load, questions, lambda step: tell(f"undivided: {step}"), replicas)
-    wrong: list[str] = []
-    near_ties: list[str] = []
-    pairs = [(n, a, b) for n, (a, b) in enumerate(zip(divided, served, strict=True)) if not a.error]
-    for number, ours, theirs in pairs:
-        if ours.tokens == theirs.tokens:
-            continue
-        at = next(i for i, (a, b) in enumerate(zip(ours.tokens, theirs.tokens, strict=True)) if a != b)
-        text = f"request {number}, token {at}: {ours.tokens[at]}, undivided {theirs.tokens[at]}"
-        excused = engine.is_near_tie(questions[number], ours.tokens, at)
-        (near_ties if excused else wrong).append(text)
-    equal = len(pairs) - len(wrong) - len(near_ties)
-    return Side.of("undivided", served, seconds), Answers(len(pairs), equal, tuple(near_ties), tuple(wrong))
+    side = Side.of("undivided", served, seconds)
+    if plan.chains:
+        return side, _known(questions, {"divided": divided, "undivided": served})
+    alone = engine.alone(load, questions, lambda step: tell(f"one at a time: {step}"))
+    by_itself = [Answer(one.tokens, one.logprobs) for one in alone]
+    given = {name: _answers(some) for name, some in {"divided": divided, "undivided": served}.items()}
+    scorer = engine.scorer(load)
+    scored = [
+        scorer.score(question.prompt, [own.tokens, *(some[n].tokens for some in given.values() if n in some)])
+        for n, (question, own) in enumerate(zip(questions, by_itself, strict=False))
+    ]
+    return side, _judged(given, by_itself, scored, engine.last_place)
 
 
-def _known(questions: Sequence[Question], served: Sequence[Served]) -> Answers:
-    pairs = [(n, q, one) for n, (q, one) in enumerate(zip(questions, served, strict=False)) if not one.error]
-    wrong = tuple(f"request {n}: {list(one.tokens)}" for n, q, one in pairs if one.tokens != q.expected)
-    return Answers(len(pairs), len(pairs) - len(wrong), wrong=wrong)
+def _known(questions: Sequence[Question], sides: Mapping[str, Sequence[Served]]) -> Answers:
+    wrong = {
+        name: [
+            f"{name}, request {n}: {list(one.tokens)}"
+            for n, (question, one) in enumerate(zip(questions, served, strict=False))
+            if not one.error and one.tokens != question.expected
+        ]
+        for name, served in sides.items()
+    }
+    compared = sum(not one.error for one in sides["divided"])
+    return Answers(compared, compared - len(wrong["divided"]), wrong=tuple(chain.from_iterable(wrong.values())))
+
+
+def _answers(served: Sequence[Served]) -> dict[int, Answer]:
+    return {number: Answer(one.tokens, one.logprobs) for number, one in enumerate(served) if not one.error}
+
+
+def _judged(
+    given: Mapping[str, dict[int, Answer]],
+    alone: Sequence[Answer],
+    scored: Sequence[dict[tuple[int, ...], Scored]],
+    last_place: float,
+) -> Answers:
+    """The divided side comes first. ``scored``: of each question, by answer."""
+    rounding = rounding_of(alone, [its[own.tokens] for own, its in zip(alone, scored, strict=True)], last_place)
+    judged = [
+        judge(name, some, alone, {n: scored[n][one.tokens] for n, one in some.items()}, rounding.margin)
+        for name, some in given.items()
+    ]
+    wrong = [text for one in judged for text in one.wrong]
+    if not rounding.decides:
+        wrong.append(
+            f"nothing can be told: the undivided engine differs from itself by {rounding.max:.3g}, where its best two "
+            f"tokens are {rounding.gap:.3g} apart"
+        )
+    near_ties = tuple(text for one in judged for text in one.near_ties)
+    return Answers(judged[0].compared, judged[0].equal, near_ties, tuple(wrong), rounding, tuple(judged))
 
 
 def table(report: ServeReport) -> str:
@@ -197,6 +230,19 @@ def _spreads(side: Side) -> list[tuple[str, str, Spread]]:
 def _verdict(answers: Answers) -> list[str]:
     if not answers.compared:
         return ["answers: not compared"]
-    ties = f", {len(answers.near_ties)} differ by a near tie" if answers.near_ties else ""
-    lines = [f"answers: {answers.equal} of {answers.compared} equal{ties}"]
+    if not answers.sides:
+        lines = [f"answers: {answers.equal} of {answers.compared} equal"]
+    else:
+        lines = [
+            f"answers, {one.side}: {one.equal} of {one.compared} equal to those of one engine asked one at a time, "
+            f"{len(one.near_ties)} other by rounding; tokens at most {one.behind:.2g} behind the best, told "
+            f"log-probabilities at most {one.deviation:.2g} off"
+            for one in answers.sides
+        ]
+    if answers.rounding is not None:
+        by = answers.rounding
+        lines.append(
+            f"rounding: that engine differs from itself by {by.p50:.2g} (median) to {by.max:.2g} in {by.tokens} "
+            f"tokens, which explains {by.margin:.2g}; its best two tokens are {by.gap:.2g} apart (median)"
+        )
     return lines + [f"WRONG: {text}" for text in answers.wrong[:10]]

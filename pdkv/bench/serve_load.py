@@ -25,6 +25,8 @@ class Load(msgspec.Struct, frozen=True):
     input_tokens: int = 1024
     output_tokens: int = 32
     seed: int = 0
+    logprobs: bool = False
+    """Have the log-probability of every generated token told: answers are judged by them too."""
 
 
 class Question(msgspec.Struct, frozen=True):
@@ -37,6 +39,8 @@ class Served(msgspec.Struct, frozen=True):
     """One request. Times in seconds, as its client saw them."""
 
     tokens: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    """One a token, natural logarithms; none where they were not told."""
     ttft_s: float = 0.0
     """From sending it to its first token."""
     itl_s: tuple[float, ...] = ()
@@ -120,8 +124,9 @@ class Stopwatch:
         self._ttft = 0.0
         self._gaps: list[float] = []
         self._tokens: list[int] = []
+        self._logprobs: list[float] = []
 
-    def saw(self, tokens: Sequence[int], at: float) -> None:
+    def saw(self, tokens: Sequence[int], at: float, logprobs: Sequence[float] = ()) -> None:
         if not tokens:
             return
         gap = (at - self._last) / len(tokens)
@@ -132,9 +137,18 @@ class Stopwatch:
             self._gaps += [0.0] * (len(tokens) - 1)
         self._last = at
         self._tokens += tokens
+        self._logprobs += logprobs
 
     def served(self, at: float, error: str = "", transfer: TransferReport | None = None) -> Served:
-        return Served(tuple(self._tokens), self._ttft, tuple(self._gaps), at - self._sent_at, error, transfer)
+        return Served(
+            tuple(self._tokens),
+            tuple(self._logprobs),
+            self._ttft,
+            tuple(self._gaps),
+            at - self._sent_at,
+            error,
+            transfer,
+        )
 
 
 def chains(load: Load) -> list[Question]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import msgspec
 import torch
 
+from pdkv.bench.answer_scores import Scorer
 from pdkv.bench.serve_load import Load, Question, Served, Stopwatch, Tell
 from pdkv.daemons.config import UpConfig
 from pdkv.daemons.rank_share import use_device
@@ -27,10 +28,10 @@ from pdkv.m3.sampling import SamplingParams
 from pdkv.verify.equality import LOGIT_TOLERANCE
 from pdkv.verify.undivided import LocalWorker, local_worker
 
-NEAR_TIE = {torch.float32: LOGIT_TOLERANCE, torch.float16: 0.02, torch.bfloat16: 0.1}
-"""By how much a token's log-probability may be ahead of the next one's where another batch may choose that one."""
-
 _CHUNK_CPU, _CHUNK_GPU = 512, 8192
+_JUDGES_CHUNK = 3 / 8
+"""Of what is computed at a time otherwise: of concurrent prompts each step has parts, which round in ways of their own,
+and what is called rounding must show that."""
 
 
 class Undivided:
@@ -45,8 +46,11 @@ class Undivided:
         self._model: M3Model = load_model(
             config.model, device=self._device, dtype=config.dtype, load_format=config.load_format
         )
-        self._judge: tuple[tuple[int, int], Engine] | None = None
-        """For one request at a time; and for which length of prompt and answer."""
+
+    @property
+    def last_place(self) -> float:
+        """A unit in the last place of 1 in the model's dtype; of float32, what its sums may be off by."""
+        return max(LOGIT_TOLERANCE, torch.finfo(self._model.dtype).eps)
 
     @property
     def vocab_size(self) -> int:
@@ -75,40 +79,35 @@ class Undivided:
             served.update(zip(numbers, answers, strict=True))
         return [served[number] for number in range(load.requests)], slowest
 
-    def is_near_tie(self, question: Question, tokens: Sequence[int], at: int) -> bool:
-        """Whether answering ``tokens[at]`` is excused: it is this engine's second choice there by next to nothing.
+    def alone(self, load: Load, questions: Sequence[Question], tell: Tell) -> list[Served]:
+        """The same questions one after another, with nothing else to do: what answers are set beside."""
+        return self.run(msgspec.structs.replace(load, concurrency=1), questions, tell)[0]
 
-        Asked alone this engine may answer otherwise even before; then it was a near tie in an earlier place.
-        """
-        length = len(question.prompt), len(tokens)
-        if self._judge is None or self._judge[0] != length:
-            self._judge = length, self._worker(Load(input_tokens=length[0], output_tokens=length[1]), 1).engine
-        engine = self._judge[1]
-        engine.submit(_request(0, question, at + 1, num_top=2))
-        ours: list[TokenGenerated] = []
-        while engine.has_work:
-            ours += [event for event in singly(engine.step()) if isinstance(event, TokenGenerated)]
-        first, second = ours[at].top.logprobs[:2]
-        before = all(event.token == token for event, token in zip(ours[:at], tokens, strict=False))
-        return before and first - second < NEAR_TIE[self._model.dtype] and tokens[at] in ours[at].top.token_ids
+    def scorer(self, load: Load) -> Scorer:
+        """For answers of ``load``, in chunks of its own."""
+        length = load.input_tokens + load.output_tokens
+        chunk = max(1, int(self._chunk * _JUDGES_CHUNK))
+        return Scorer(self._model, length, chunk, (self._config.kv_dtype, self._config.index_dtype))
+
+    @property
+    def _chunk(self) -> int:
+        return self._config.prefill_chunk or (_CHUNK_CPU if self._device == "cpu" else _CHUNK_GPU)
 
     def _worker(self, load: Load, concurrency: int) -> LocalWorker:
         length = load.input_tokens + load.output_tokens
-        chunk = self._config.prefill_chunk or (_CHUNK_CPU if self._device == "cpu" else _CHUNK_GPU)
-        settings = EngineSettings(max_model_len=length, max_batch=concurrency, prefill_chunk=chunk)
+        settings = EngineSettings(max_model_len=length, max_batch=concurrency, prefill_chunk=self._chunk)
         num_pages = concurrency * -(-length // self._model.config.block_size)
         stored = (self._config.kv_dtype, self._config.index_dtype)
         return local_worker(self._model, num_pages, settings, *stored)
 
 
-def _request(number: int, question: Question, max_tokens: int, num_top: int = 0) -> CompleteRequest:
+def _request(number: int, question: Question, max_tokens: int) -> CompleteRequest:
     return CompleteRequest(
         id=RequestId(number.to_bytes(8, "big")),
         prompt=question.prompt,
         max_tokens=max_tokens,
         sampling=SamplingParams(),
         ignore_eos=True,
-        num_top=num_top,
     )
 
 
@@ -143,7 +142,7 @@ class _Clients:
         for event in singly(events):
             match event:
                 case TokenGenerated():
-                    self._watches[event.id].saw([event.token], at)
+                    self._watches[event.id].saw([event.token], at, [event.logprob])
                 case RequestFinished():
                     self._served[event.id] = self._watches.pop(event.id).served(at)
                     ended += 1

@@ -73,7 +73,9 @@ def serve(  # noqa: PLR0913  a command's parameters are its flags
         from pdkv.bench.serve_load import Load  # noqa: PLC0415
         from pdkv.daemons.logs import configure_logging  # noqa: PLC0415
 
-        asked = Load(concurrency, requests, input_tokens, output_tokens, seed)
+        is_demo = _is_demo(model, url, m3_layers)
+        judges = undivided and not is_demo and (model is not None or bool(m3_layers))
+        asked = Load(concurrency, requests, input_tokens, output_tokens, seed, judges)
         flags: dict[str, object] = {
             "port": 0,
             "max_model_len": input_tokens + output_tokens,
@@ -88,7 +90,7 @@ def serve(  # noqa: PLR0913  a command's parameters are its flags
         with _model(model, url, m3_layers) as folder:
             up = load(UpConfig, {**flags, "model": folder}, config) if folder is not None else None
             configure_logging("info" if verbose else "error", "bench")
-            plan = bench.ServePlan(asked, up, url, undivided, _is_demo(model, url, m3_layers), timeout)
+            plan = bench.ServePlan(asked, up, url, undivided, is_demo, timeout)
             report = bench.run(plan, _telling(verbose))
         _clear()
         sys.stdout.write((msgspec.json.encode(report).decode() if as_json else bench.table(report)) + "\n")

@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -10,11 +10,16 @@ Script = Callable[[dict[str, object]], Iterator[bytes] | int]
 """Of a request's body: the lines of a stream, or a status to refuse with."""
 
 
-def tokens(*groups: list[int], transfer: dict[str, object] | None = None) -> Iterator[bytes]:
-    """A whole stream, one event a group."""
+def tokens(
+    *groups: list[int], transfer: dict[str, object] | None = None, logprobs: Sequence[float] = ()
+) -> Iterator[bytes]:
+    """A whole stream, one event a group; ``logprobs``, where they are told, of all tokens in order."""
+    untold = iter(logprobs)
     for number, group in enumerate(groups):
         last = number == len(groups) - 1
         event = {"choices": [{"text": "x", "index": 0, "token_ids": group, "finish_reason": None}]}
+        if logprobs:
+            event["choices"][0]["logprobs"] = {"token_logprobs": [next(untold) for _ in group]}
         if last and transfer is not None:
             event["pdkv"] = {"request_id": "r", "transfer_id": "t", "prefill_control": "c", "transfer": transfer}
         yield b"data: " + json.dumps(event).encode()

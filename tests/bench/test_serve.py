@@ -54,8 +54,9 @@ def ask(script, plan=None):
 def test_a_stopwatch_divides_gaps_among_tokens_that_come_together():
     watch = Stopwatch(10.0)
     for group, at in (([], 10.5), ([1], 11.0), ([2, 3], 12.0), ([4], 12.25)):
-        watch.saw(group, at)
+        watch.saw(group, at, [-0.5 * token for token in group])
     one = watch.served(13.0)
+    assert one.logprobs == (-0.5, -1.0, -1.5, -2.0)
     assert (one.tokens, one.ttft_s, one.itl_s, one.total_s) == ((1, 2, 3, 4), 1.0, (0.5, 0.5, 0.25), 3.0)
 
 
@@ -159,33 +160,48 @@ def test_answers_of_chains_are_known():
     with served(script) as url:
         report = serve.run(serve.ServePlan(SMALL, url=url, chains=True), quiet)
     assert (report.answers.compared, report.answers.equal) == (5, 4)
-    assert report.answers.wrong == ("request 2: [0, 0, 0, 0]",)
-    assert "WRONG: request 2" in serve.table(report)
+    assert report.answers.wrong == ("divided, request 2: [0, 0, 0, 0]",)
+    assert "WRONG: divided, request 2" in serve.table(report)
 
 
-def test_the_undivided_engine_answers_as_it_does_alone_and_sees_what_differs(checkpoint):
+def test_the_undivided_engine_answers_as_it_does_alone_and_judges_what_differs(checkpoint):
+    """One answer has a wrong token, one is right and told with a log-probability that is not."""
     up = UpConfig(model=checkpoint, threads=1)
     engine = Undivided(up)
-    questions = noise(SMALL, (0, engine.vocab_size))
-    alone = [complete(checkpoint, q.prompt, 4, ignore_eos=True).token_ids for q in questions]
-    answers = dict(zip((q.prompt for q in questions), alone, strict=True))
-    lie = questions[3].prompt
+    load = msgspec.structs.replace(SMALL, logprobs=True)
+    questions = noise(load, (0, engine.vocab_size))
+    alone = [complete(checkpoint, q.prompt, 4, ignore_eos=True) for q in questions]
+    number_of = {question.prompt: number for number, question in enumerate(questions)}
 
     def script(body):
-        prompt = tuple(body["prompt"])
-        told = list(answers[prompt])
-        return tokens([*told[:2], (told[2] + 1) % engine.vocab_size, told[3]] if prompt == lie else told)
+        assert body["logprobs"] == 0
+        number = number_of[tuple(body["prompt"])]
+        told, logprobs = list(alone[number].token_ids), list(alone[number].logprobs)
+        if number == 3:
+            told[2] = (told[2] + 1) % engine.vocab_size
+        if number == 1:
+            logprobs[3] -= 0.01
+        return tokens(told[:1], told[1:], logprobs=logprobs)
 
     with served(script) as url:
-        report = serve.run(serve.ServePlan(SMALL, up, url), quiet)
+        report = serve.run(serve.ServePlan(load, up, url), quiet)
     _, undivided = report.sides
     assert undivided.answered == 5
     assert undivided.ttft_ms is not None
     assert undivided.itl_ms is not None
-    assert (report.answers.compared, report.answers.equal) == (5, 4)
-    assert report.answers.near_ties == ()
-    assert report.answers.wrong[0].startswith("request 3, token 2: ")
-    both, _ = engine.run(SMALL, questions, quiet, replicas=2)
-    assert [one.tokens for one in both] == alone[:5], "two engines' shares are put together in the questions' order"
-    best = engine.is_near_tie(questions[0], alone[0], 2)
-    assert not best, "the first choice by far is no near tie"
+    answers = report.answers
+    assert (answers.compared, answers.equal, answers.near_ties) == (5, 3, ())
+    assert [text[: text.index(":")] for text in answers.wrong] == [
+        "divided, request 1, token 3",
+        "divided, request 3, token 2",
+    ]
+    assert [(one.side, one.equal) for one in answers.sides] == [("divided", 3), ("undivided", 5)]
+    assert answers.rounding is not None
+    assert answers.rounding.tokens == 20
+    assert answers.rounding.margin < 1e-3, "of float32"
+    shown = serve.table(report)
+    assert "answers, undivided: 5 of 5 equal" in shown
+    assert "WRONG: divided, request 3, token 2" in shown
+    both, _ = engine.run(load, questions, quiet, replicas=2)
+    expected = [one.token_ids for one in alone[:5]]
+    assert [one.tokens for one in both] == expected, "two engines' shares are put together in the questions' order"
