@@ -39,6 +39,9 @@ class HiddenArray:
         self.bytes: Bytes = np.frombuffer(mmap.mmap(descriptor, size), dtype=np.uint8)
         self.memory = LocalMemory(address=address, length=size, device="emulated", memfd=descriptor)
 
+    def look(self, start: int, length: int) -> Bytes:
+        return self.bytes[start : start + length]
+
     def fill(self, values: Bytes | int) -> None:
         self.bytes[:] = values
 
@@ -56,8 +59,12 @@ class CudaArray:
 
     @property
     def bytes(self) -> Bytes:
-        copy = np.empty(self.memory.length, dtype=np.uint8)
-        self._call("cuMemcpyDtoH_v2", ctypes.c_void_p(copy.ctypes.data), self._address, ctypes.c_size_t(copy.size))
+        return self.look(0, self.memory.length)
+
+    def look(self, start: int, length: int) -> Bytes:
+        copy = np.empty(length, dtype=np.uint8)
+        source = ctypes.c_uint64(self.memory.address + start)
+        self._call("cuMemcpyDtoH_v2", ctypes.c_void_p(copy.ctypes.data), source, ctypes.c_size_t(length))
         return copy
 
     def fill(self, values: Bytes | int) -> None:

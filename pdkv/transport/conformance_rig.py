@@ -119,7 +119,12 @@ class Rig:
 
     def verify(self, target: Target, batch: ReadBatch) -> None:
         """Require that the destination holds the target's bytes."""
-        base, held = self.destination.memory.address, self.destination.bytes
+        if batch.length.size == 0:
+            return
+        base = int(batch.local.min())
+        held = self.destination.look(
+            base - self.destination.memory.address, int((batch.local + batch.length).max()) - base
+        )
         for memory, remote, local, length in zip(
             batch.memory.tolist(), batch.remote.tolist(), batch.local.tolist(), batch.length.tolist(), strict=True
         ):

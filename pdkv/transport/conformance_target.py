@@ -65,6 +65,9 @@ class KitMemory(Protocol):
     def bytes(self) -> Bytes:
         """What it holds: a view, or a copy where processors cannot look."""
 
+    def look(self, start: int, length: int) -> Bytes:
+        """Part of ``bytes``; where that is a copy, a copy of no more than the part."""
+
     def fill(self, values: Bytes | int) -> None:
         """Overwrite all of it, and return when that is done."""
 
@@ -79,6 +82,9 @@ class SharedArray:
         weakref.finalize(mapping, os.close, descriptor)
         self.bytes: Bytes = np.frombuffer(mapping, dtype=np.uint8)  # holds the mapping
         self.memory = LocalMemory(address=self.bytes.ctypes.data, length=size, memfd=descriptor)
+
+    def look(self, start: int, length: int) -> Bytes:
+        return self.bytes[start : start + length]
 
     def fill(self, values: Bytes | int) -> None:
         self.bytes[:] = values

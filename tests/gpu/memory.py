@@ -33,6 +33,9 @@ def told(answer: tuple[Any, ...]) -> Any:
     return values[0] if len(values) == 1 else tuple(values)
 
 
+GIB = 1 << 30
+
+
 def free_bytes() -> int:
     """Of the first GPU."""
     return int(told(driver().cuMemGetInfo())[0])
@@ -49,11 +52,11 @@ class GpuMemory:
 
     @property
     def bytes(self) -> Bytes:
-        return self.first(self.memory.length)
+        return self.look(0, self.memory.length)
 
-    def first(self, length: int) -> Bytes:
+    def look(self, start: int, length: int) -> Bytes:
         copy = np.empty(length, dtype=np.uint8)
-        told(driver(self._gpu).cuMemcpyDtoH(copy.ctypes.data, self.memory.address, length))
+        told(driver(self._gpu).cuMemcpyDtoH(copy.ctypes.data, self.memory.address + start, length))
         return copy
 
     def fill(self, values: Bytes | int) -> None:
@@ -63,3 +66,8 @@ class GpuMemory:
             values = np.ascontiguousarray(values)
             told(driver(self._gpu).cuMemcpyHtoD(self.memory.address, values.ctypes.data, values.size))
         told(driver(self._gpu).cuCtxSynchronize())
+
+
+def make_huge(_size: int) -> GpuMemory:
+    """What stands for an arena, whatever the kit asks for."""
+    return GpuMemory(4 * GIB)

@@ -15,20 +15,16 @@ from pdkv.transport.conformance_target import SpawnedTarget, TransportSpec, patt
 from pdkv.transport.nvlink import NvlinkTransport
 
 from . import memory
+from .memory import GIB
 
 HERE = __name__
 MEMORY = f"{memory.__name__}:GpuMemory"
-GIB = 1 << 30
+HUGE = f"{memory.__name__}:make_huge"
 
 
 def make(argument: str) -> Transport:
     """Factory: the argument is from how many bytes on spans go to the copy engines; empty = the default."""
     return NvlinkTransport(row_bytes=int(argument)) if argument else NvlinkTransport()
-
-
-def make_huge(_size: int) -> memory.GpuMemory:
-    """What stands for an arena, whatever the kit asks for."""
-    return memory.GpuMemory(4 * GIB)
 
 
 SPEC = TransportSpec(f"{HERE}:make", path="cuda_ipc", memory=MEMORY)
@@ -81,7 +77,7 @@ def test_a_peer_that_dies_amid_reads_takes_nothing_down() -> None:
     taken down. The GPU goes on working, and its memory is free again although it was mapped here."""
     size, known = 4 * GIB, pattern(1, 0)
     before = memory.free_bytes()
-    spec = TransportSpec(f"{HERE}:make", path="cuda_ipc", memory=f"{HERE}:make_huge")
+    spec = TransportSpec(f"{HERE}:make", path="cuda_ipc", memory=HUGE)
     reader, into = NvlinkTransport(), memory.GpuMemory(size)
     reader.register(into.memory)
     target = SpawnedTarget(spec, 1)
@@ -96,11 +92,11 @@ def test_a_peer_that_dies_amid_reads_takes_nothing_down() -> None:
             completion = _read(reader, peer, batch)
             if completion.status is not ReadStatus.OK:
                 break
-            assert np.array_equal(into.first(known.size), known), "a good read of a dying peer brought other bytes"
+            assert np.array_equal(into.look(0, known.size), known), "a good read of a dying peer brought other bytes"
         assert (completion.status, completion.error) == (ReadStatus.FAILED, "the peer's process has ended")
         assert _read(reader, peer, batch).status is ReadStatus.FAILED
         into.fill(7)  # the context is sound
-        assert bool((into.first(1000) == 7).all())
+        assert bool((into.look(0, 1000) == 7).all())
     finally:
         target.kill()
         reader.close()
@@ -111,7 +107,7 @@ def test_a_peer_that_dies_amid_reads_takes_nothing_down() -> None:
 
 def test_an_idle_peers_death_gives_its_memory_back() -> None:
     """Nobody reads, so only the process's end can tell: otherwise a worker that starts again finds no room."""
-    spec = TransportSpec(f"{HERE}:make", path="cuda_ipc", memory=f"{HERE}:make_huge")
+    spec = TransportSpec(f"{HERE}:make", path="cuda_ipc", memory=HUGE)
     reader, into = NvlinkTransport(), memory.GpuMemory(1 << 20)
     reader.register(into.memory)
     target = SpawnedTarget(spec, 1)

@@ -72,6 +72,9 @@ class HostGpuMemory:
         self.bytes: Bytes = array.bytes
         self.memory = LocalMemory(array.memory.address, size, "cuda:0", array.memory.memfd)
 
+    def look(self, start: int, length: int) -> Bytes:
+        return self.bytes[start : start + length]
+
     def fill(self, values: Bytes | int) -> None:
         self.bytes[:] = values
 
