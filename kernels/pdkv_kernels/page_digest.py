@@ -77,7 +77,7 @@ def _page_digest(
     sum_1 = tl.zeros([PAGES, PAIR], tl.uint64)
     # Chunks that every page of the program fills need no mask; in a long prompt that is all but the last page's.
     filled = tl.min(tl.where(exists, count, 1 << 30), axis=0).to(tl.int32) // (2 * PAIR) * (2 * PAIR)
-    for begin in range(0, filled, 2 * PAIR):
+    for begin in tl.range(0, filled, 2 * PAIR, num_stages=3):
         first = begin + i
         a = tl.load(at[:, None] + first[None, :], mask=exists[:, None], other=0).to(tl.uint32, bitcast=True)
         b = tl.load(at[:, None] + first[None, :] + PAIR, mask=exists[:, None], other=0).to(tl.uint32, bitcast=True)
