@@ -7,8 +7,10 @@ tokens out; *GPU* is the graph alone, between events; *host* is what is left of 
 filling buffers, launching, reading the answer.
 
 The second table is of a whole decode worker's engine thread: scheduler, buffers, bookkeeping, and the message to the
-front; waiting for each step, and overlapped. Its *host* is a step's time less what of it was spent waiting for the GPU;
-*CPU us* is what of that this thread was running, and so are the parts that follow. With
+front; waiting for each step, and overlapped. Its *host* is a step's time by the clock less what of it was spent waiting
+for the GPU (by the engine's own wait): its mean, and what a tenth of the steps, half of them and nine tenths stayed
+below. *CPU* is what of the mean this thread was running; the parts that follow are by the clock, medians, each without
+those inside it: *graph* is the call that replays it. All in microseconds. With
 
     python scripts/bench_decode_step.py --device cpu --context 1000 --batches 1 8 64 256
 
@@ -99,7 +101,7 @@ def main() -> int:
                 print(_row(model, options, batch, query_len), flush=True)
     coming = f"one comes and one goes every {options.churn} steps" if options.churn else "nobody comes or goes"
     print(f"a worker's steps, {coming}")
-    columns = ("step ms", "GPU ms", "host us", "9 of 10", "CPU us", *_Clock.PARTS)
+    columns = ("step ms", "GPU ms", "host", "10 %", "50 %", "90 %", "CPU", *_Clock.PARTS)
     print(f"{'batch':>5} {'steps':>10}" + "".join(f" {column:>8}" for column in columns))
     for batch in options.batches:
         for overlap in (False, True):
@@ -150,45 +152,55 @@ def _worker_row(model: M3Model, options: argparse.Namespace, batch: int, *, over
             hosts.append([wall - waited, cpu - device_cpu, *parts])
     worker.close()
     gpu_ms = f"{worker.graph_ms():8.3f}" if options.device == "cuda" else f"{'-':>8}"
-    host, *others = [1e6 * statistics.median(column) for column in zip(*hosts, strict=True)]
-    worst = 1e6 * sorted(host for host, *_ in hosts)[int(0.9 * len(hosts))]
-    told = "".join(f" {part:8.0f}" for part in (host, worst, *others))
-    return (
-        f"{batch:5} {'overlapped' if overlap else 'waiting':>10} {1e3 * statistics.median(steps):8.3f} {gpu_ms}{told}"
+    host, cpu, *parts = zip(*hosts, strict=True)
+    deciles = statistics.quantiles(host, n=10)
+    told = (
+        statistics.mean(host),
+        deciles[0],
+        deciles[4],
+        deciles[8],
+        statistics.mean(cpu),
+        *map(statistics.median, parts),
     )
+    numbers = "".join(f" {1e6 * seconds:8.0f}" for seconds in told)
+    kind = "overlapped" if overlap else "waiting"
+    return f"{batch:5} {kind:>10} {1e3 * statistics.median(steps):8.3f} {gpu_ms}{numbers}"
 
 
 class _Clock:
-    """Seconds of this thread in each part of the host's work so far, which others on the machine do not lengthen. Then
-    those of waits for the device, and their seconds by the clock."""
+    """Seconds in each part of the host's work so far, by the clock. Then those of waits for the device: of this thread,
+    and by the clock."""
 
-    PARTS = ("schedule", "launch", "read", "account", "tell")
+    PARTS = ("schedule", "launch", "graph", "read", "account", "tell")
 
     def __init__(self) -> None:
         self._seconds = [0.0] * (len(self.PARTS) + 2)
+        self._inside = 0.0
+        """Of what is timed now, in others that are."""
 
     def read(self) -> list[float]:
         return list(self._seconds)
 
     def timed(self, part: str, work: Callable[..., _T]) -> Callable[..., _T]:
-        seconds, index = self._seconds, self.PARTS.index(part)
-
-        def timed(*args: object) -> _T:
-            device, begin = seconds[-2], time.thread_time()
-            result = work(*args)
-            seconds[index] += time.thread_time() - begin - (seconds[-2] - device)
-            return result
-
-        return timed
+        return self._adding(self.PARTS.index(part), work)
 
     def of_device(self, work: Callable[..., _T]) -> Callable[..., _T]:
-        seconds = self._seconds
-
-        def timed(*args: object) -> _T:
-            begin, busy = time.perf_counter(), time.thread_time()
+        def of_thread(*args: object) -> _T:
+            begin = time.thread_time()
             result = work(*args)
-            seconds[-2] += time.thread_time() - busy
-            seconds[-1] += time.perf_counter() - begin
+            self._seconds[-2] += time.thread_time() - begin
+            return result
+
+        return self._adding(len(self._seconds) - 1, of_thread)
+
+    def _adding(self, index: int, work: Callable[..., _T]) -> Callable[..., _T]:
+        def timed(*args: object) -> _T:
+            outside, self._inside = self._inside, 0.0
+            begin = time.perf_counter()
+            result = work(*args)
+            took = time.perf_counter() - begin
+            self._seconds[index] += took - self._inside
+            self._inside = outside + took
             return result
 
         return timed
@@ -288,6 +300,7 @@ class _Worker:
             graphs._compute = functools.cache(graphs._compute)  # type: ignore[method-assign]
         scheduler.schedule = clock.timed("schedule", scheduler.schedule)  # type: ignore[method-assign]
         scheduler.complete = clock.timed("account", scheduler.complete)  # type: ignore[method-assign]
+        graphs._computed = clock.timed("graph", graphs._computed)  # type: ignore[method-assign]
         launch = clock.timed("launch", runner.launch)
 
         def launched(step: Step) -> _Watched:

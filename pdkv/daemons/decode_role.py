@@ -120,6 +120,9 @@ class DecodeRole(Role):
     def on_engine(self, events: Sequence[EngineEvent]) -> None:
         """All tokens go to the front first, in one message but for those that come with more than themselves. None of
         a job's comes behind its end."""
+        if len(events) == 1 and isinstance(events[0], TokensGenerated):  # the commonest step, as it is
+            self._parts.send(StepTokens(events[0].ids, events[0].tokens, events[0].logprobs))
+            return
         plain, rich, others = _Told([], [], []), dict[TransferId, list[TokenGenerated]](), list[RequestEvent]()
         for event in events:
             if isinstance(event, TokensGenerated):  # of requests that ask for nothing besides

@@ -8,9 +8,11 @@ import numpy as np
 from pdkv.m3.requests import RequestId
 from pdkv.m3.run import Onward, Run, staying
 
-END, START, BEHIND, TOKENS = 0, 1, 2, 3
+END, START, BEHIND, GROWS, TOKENS = 0, 1, 2, 3, 4
 """Columns of a sequence's row of numbers: where its tokens end, from which position on they are stored, the row of the
-step before whose choice is its last token (-1: it is among its tokens), and its tokens."""
+step before whose choice is its last token (-1: it is among its tokens), 1 (0 in the row of no sequence), its tokens.
+With every step the device takes its own copy one token further: the first two grow, the third becomes the row itself.
+"""
 
 Rows = np.ndarray[tuple[int], np.dtype[np.int64]]
 Numbers = np.ndarray[tuple[int, int], np.dtype[np.int32]]
@@ -38,7 +40,9 @@ class DecodeRows:
         self.index: Rows = np.zeros(0, dtype=np.int64)
         """The row of each run of the latest step."""
         self._lines: Numbers = np.zeros((0, TOKENS), dtype=np.int32)
-        """What each run was told, but its tokens."""
+        """What each run was told when something was told last, but its tokens."""
+        self._num_silent = 0
+        """Steps since then."""
         self._pages: list[Pages] = [() for _ in range(most)]
 
     def enter(self, runs: Sequence[Run], numbers: Numbers, query_len: int) -> TableChanges:
@@ -46,7 +50,7 @@ class DecodeRows:
 
         A run of fewer tokens than ``query_len`` has them last: rows before them repeat what is stored already.
         """
-        before = self.index
+        before, self._num_silent = self.index, 0
         self._place(runs)
         lengths = [len(run.tokens) for run in runs]
         begin = TOKENS + query_len
@@ -60,16 +64,19 @@ class DecodeRows:
         numbers[self.index, :TOKENS] = self._lines
         return TableChanges((), self._written(self.index.tolist(), runs))
 
-    def go_on(self, step: Onward, numbers: Numbers) -> TableChanges:
-        """Write what the step behind the latest is told, in which whoever stays takes its token from there."""
+    def go_on(self, step: Onward, numbers: Numbers) -> TableChanges | None:
+        """Write what the step behind the latest is told, in which whoever stays takes its token from there. None: it is
+        told nothing, since all go on and the device has their numbers."""
+        self._num_silent += 1
+        if not (step.left or step.joined):
+            return None
         lines = self._lines
-        lines[:, :BEHIND] += 1
+        lines[:, :BEHIND] += self._num_silent
         lines[:, BEHIND] = self.index
-        changes = TableChanges((), ())
-        if step.left or step.joined:
-            changes = self._change(step)
-            if step.joined:
-                numbers[self.index[-len(step.joined) :], TOKENS] = [run.tokens[0] for run in step.joined]
+        self._num_silent = 0
+        changes = self._change(step)
+        if step.joined:
+            numbers[self.index[-len(step.joined) :], TOKENS] = [run.tokens[0] for run in step.joined]
         numbers[self.index, :TOKENS] = self._lines
         return changes
 
@@ -117,6 +124,7 @@ class DecodeRows:
 def _lines(runs: Sequence[Run], lengths: Sequence[int] | int) -> Numbers:
     """Of runs of so many tokens, all of which are known."""
     lines = np.full((len(runs), TOKENS), -1, dtype=np.int32)
+    lines[:, GROWS] = 1
     lines[:, START] = [run.start for run in runs]
     lines[:, END] = lines[:, START] + lengths
     return lines

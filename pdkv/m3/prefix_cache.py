@@ -1,16 +1,16 @@
 """Names for the content of full pages: equal names mean equal tokens from the sequence's start, in equal state."""
 
 import hashlib
+import sys
 from array import array
 from collections.abc import Sequence
 
 import msgspec
-import numpy as np
 
 from pdkv.schema import KvLayout
 
 _NAME_BYTES = 16
-_TOKEN = np.dtype("<u4")
+assert array("I").itemsize == 4, "tokens are hashed as four bytes each, the lowest first"
 
 
 def seed_of(model_fingerprint: str, layout: KvLayout) -> bytes:
@@ -42,14 +42,19 @@ class BlockNames:
         self._block_size = block_size
         self._names: list[bytes] = []
 
-    def first(self, count: int, tokens: Sequence[int]) -> list[bytes]:
-        """Of the first ``count`` blocks of ``tokens``, which may have grown at their end since the last call."""
+    def first(self, count: int, tokens: Sequence[int], since: int = 0) -> list[bytes]:
+        """Of the first ``count`` blocks of ``tokens``, which may have grown at their end since the last call, but for
+        the ``since`` first of them."""
         size, known = self._block_size, len(self._names)
         if known < count:
             # At once, and through an array: of a long prompt's tokens one by one takes longer than all the digests.
-            new = np.frombuffer(array("I", tokens[known * size : count * size]), np.uintc).astype(_TOKEN)
-            assert new.size == (count - known) * size, f"block {count - 1} is not full"
-            for own in new.reshape(-1, size):
+            new = array("I", tokens[known * size : count * size])
+            assert len(new) == (count - known) * size, f"block {count - 1} is not full"
+            if sys.byteorder == "big":
+                new.byteswap()
+            content, width = new.tobytes(), new.itemsize * size
+            for begin in range(0, len(content), width):
                 before = self._names[-1] if self._names else self._seed
-                self._names.append(hashlib.blake2b(before + own.tobytes(), digest_size=_NAME_BYTES).digest())
-        return self._names[:count]
+                own = content[begin : begin + width]
+                self._names.append(hashlib.blake2b(before + own, digest_size=_NAME_BYTES).digest())
+        return self._names[since:count]

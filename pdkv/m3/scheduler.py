@@ -30,10 +30,13 @@ from pdkv.m3.requests import (
 from pdkv.m3.run import NOT_FINITE, Onward, Run, Step, TokenBounds, staying
 from pdkv.m3.sampling import GreedyChoices, Sample
 from pdkv.m3.sequence import Sequence, Stage
-from pdkv.m3.under_way import UnderWay, first_starts
+from pdkv.m3.under_way import DecodeGroup, UnderWay
 from pdkv.memory.pages import PagePool
 
 __all__ = ["NOT_FINITE", "Run", "Scheduler", "TokenBounds"]
+
+
+_ALL_GO_ON = Onward()
 
 
 class Scheduler:
@@ -145,9 +148,9 @@ class Scheduler:
         places: dict[int, int] = {}  # in the step under way, by the sequence's identity
         if self._under_way:
             first = self._under_way[0]
-            if len(self._under_way) > 1 or not first.is_plain or self._prefilling:
+            if len(self._under_way) > 1 or first.group is None or self._prefilling:
                 return []
-            onward = self._schedule_onward(first)
+            onward = self._schedule_onward(first.group, first.step)
             if onward is not None:
                 return onward
             places = {id(sequence): place for place, sequence in enumerate(first.sequences)}
@@ -168,39 +171,42 @@ class Scheduler:
             self._begin(sequences, runs, only_decodes=not prompts)
         return runs
 
-    def _schedule_onward(self, first: UnderWay) -> Step | None:
-        """Who stays goes on, who can joins. None: among those is somebody for whom the device cannot go on alone."""
-        left = first.places_ending(self._num_changes)
-        if not left and first.num_changes == self._num_changes:
-            behind, joined = first.once_more(), list[Sequence]()
-        else:
-            joined = self._joining(first, len(left))
+    def _schedule_onward(self, group: DecodeGroup, step: int) -> Step | None:
+        """Who stays goes on behind that step, who can joins. None: among those is somebody for whom the device cannot
+        go on alone."""
+        left = group.places_ending(step, self._num_changes)
+        onward, behind = _ALL_GO_ON, UnderWay(group.sequences, group, step + 1)
+        if left or group.num_changes != self._num_changes:
+            joined = self._joining(group, len(left))
             if not all(sequence.decodes_plainly for sequence in joined):
                 return None
-            if len(left) == len(first.sequences) and not joined:
+            if len(left) == len(group.sequences) and not joined:
                 return []
-            behind = first.without(left, joined, self._num_changes)
-        runs = [sequence.decode_run(0, tells_all_pages=True) for sequence in joined]
-        for run in runs:
-            self._check_writable(run)
-        for place in behind.places_at(0, self._bounds.block_size):
-            self._check_page(behind.sequences[place].pages[int(behind.starts[place]) // self._bounds.block_size])
+            onward = Onward(tuple(left), tuple([its.decode_run(0, tells_all_pages=True) for its in joined]))
+            group = group.without(left, joined, step + 1, self._num_changes)
+            behind = UnderWay(group.sequences, group)
+            for run in onward.joined:
+                self._check_writable(run)
+        for place in group.places_beginning(behind.step):
+            block = group.position(place, behind.step) // self._bounds.block_size
+            self._check_page(group.sequences[place].pages[block])
         self._under_way.append(behind)
-        return Onward(tuple(left), tuple(runs))
+        return onward
 
-    def _joining(self, first: UnderWay, num_left: int) -> list[Sequence]:
-        """Who decodes and is not in that step, in order, as many as there are slots."""
-        present = set(map(id, first.sequences))
+    def _joining(self, group: DecodeGroup, num_left: int) -> list[Sequence]:
+        """Who decodes and is not in the group, in order, as many as there are slots."""
+        present = set(map(id, group.sequences))
         others = (sequence for sequence in self._decoding.values() if id(sequence) not in present)
         return list(islice(others, self._settings.max_batch - len(present) + num_left))
 
     def _begin(self, sequences: list[Sequence], runs: list[Run], *, only_decodes: bool) -> None:
         """A step is under way. What is proposed hangs on tokens: with proposals no step is launched behind another."""
         can_go_on = only_decodes and not self._settings.speculative_tokens
+        group: DecodeGroup | None = None
         if can_go_on and all(sequence.decodes_plainly for sequence in sequences):
-            self._under_way.append(UnderWay.plain(sequences, first_starts(runs), self._num_changes))
-        else:
-            self._under_way.append(UnderWay(sequences, False, self._num_changes))
+            starts = np.array([run.start for run in runs], dtype=np.int64)
+            group = DecodeGroup(sequences, starts, self._num_changes, self._bounds.block_size)
+        self._under_way.append(UnderWay(sequences, group))
 
     def complete(self, step: Step, samples: SequenceOf[Sample | None] | GreedyChoices) -> list[EngineEvent]:
         """Account for the oldest step under way: ``samples`` are ``num_choices`` of each run, in order; ``None`` is
@@ -209,8 +215,8 @@ class Scheduler:
             return self.admit()
         under_way = self._under_way.popleft()
         if isinstance(samples, GreedyChoices):
-            if under_way.is_plain:
-                return [*self._complete_plainly(under_way, samples), *self.admit()]
+            if under_way.group is not None:
+                return [*self._complete_plainly(under_way, under_way.group, samples), *self.admit()]
             samples = samples.samples()
         assert not isinstance(step, Onward), "whoever goes on alone chooses alone"
         events: list[EngineEvent] = []
@@ -231,24 +237,23 @@ class Scheduler:
         assert num_seen == len(samples), "more samples than runs that wanted one"
         return events + self.admit()
 
-    def _complete_plainly(self, step: UnderWay, choices: GreedyChoices) -> list[EngineEvent]:
+    def _complete_plainly(self, step: UnderWay, group: DecodeGroup, choices: GreedyChoices) -> list[EngineEvent]:
         """What ``_accept_if_held`` does, with next to nothing for each of those that just go on. They come first."""
         noted = step.places_of_note(choices, self._bounds.eos_tokens, self._num_changes)
-        full = step.places_at(1, self._bounds.block_size)
-        sequences, told = step.sequences, TokensGenerated(step.ids, choices.tokens, choices.logprobs)
-        if noted:
-            full = [place for place in full if place not in noted]
-            sequences, ids = staying(sequences, noted), tuple(staying(told.ids, noted))
-            told = TokensGenerated(ids, staying(told.tokens, noted), staying(told.logprobs, noted))
-        for place in full:
-            self._keep(step.sequences[place])
-        for sequence, token in zip(sequences, told.tokens, strict=True):
-            sequence.tokens.append(token)
-        events: list[EngineEvent] = [told] if sequences else []
+        for place in group.places_beginning(step.step + 1):
+            if place not in noted:
+                self._keep(step.sequences[place])
+        if not noted:
+            group.tell(choices.tokens)
+            return [TokensGenerated(group.ids, choices.tokens, choices.logprobs)]
+        ids, tokens = tuple(staying(group.ids, noted)), staying(choices.tokens, noted)
+        told = TokensGenerated(ids, tokens, staying(choices.logprobs, noted))
+        events: list[EngineEvent] = [told] if told.ids else []
         for place in noted:
             is_damaged = place in choices.damaged
             sample = None if is_damaged else Sample(choices.tokens[place], choices.logprobs[place])
             self._accept_if_held(step.sequences[place], sample, events)
+        group.tell(choices.tokens)  # those noted are over, each has taken its own
         return events
 
     @property

@@ -26,8 +26,6 @@ class Sequence:
     def __init__(self, request: EngineRequest, names: BlockNames | None, block_size: int) -> None:
         self.request = request
         self.stage = Stage.QUEUED
-        self.tokens: list[int] = list(request.prompt)
-        """The prompt, then what was generated."""
         self.pages: tuple[int, ...] = ()
         """In block order, for all that the request may ever need."""
         self.twins: dict[int, int] = {}
@@ -43,10 +41,29 @@ class Sequence:
         self.most_tokens = len(request.prompt) + (1 if isinstance(request, PrefillRequest) else request.max_tokens)
         """It ends, at the latest, with so many."""
         self.ignores_eos = isinstance(request, PrefillRequest) or request.ignore_eos
+        self._tokens: list[int] = list(request.prompt)
+        self._told: list[list[int]] = []
+        """Of a group's steps, one after the other: what each place chose. From ``_num_taken`` on it is not in
+        ``_tokens`` yet."""
+        self._place = self._num_taken = 0
         self._run_pages: tuple[int, ...] = ()
         self._names = names
         self._lookup = PromptLookup()
         self._block_size = block_size
+
+    @property
+    def tokens(self) -> list[int]:
+        """The prompt, then what was generated. Whoever adds to it has asked for it."""
+        told = self._told
+        if len(told) > self._num_taken:
+            self._tokens += [tokens[self._place] for tokens in told[self._num_taken :]]
+            self._num_taken = len(told)
+        return self._tokens
+
+    def follow(self, told: list[list[int]], place: int) -> None:
+        """From now on its tokens are those at ``place`` of what is added to ``told``, which has none yet."""
+        self._tokens = self.tokens
+        self._told, self._place, self._num_taken = told, place, 0
 
     @property
     def num_prompt_left(self) -> int:
@@ -81,11 +98,11 @@ class Sequence:
 
     def newly_complete(self) -> list[tuple[int, bytes]]:
         """Blocks whose pages are not kept yet, with their names, when the state of all ``tokens`` has been computed."""
-        num_complete = len(self.tokens) // self._block_size
+        tokens = self.tokens
+        num_complete = len(tokens) // self._block_size
         if self._names is None or num_complete <= self.num_kept:
             return []
-        names = self._names.first(num_complete, self.tokens)
-        return [(block, names[block]) for block in range(self.num_kept, num_complete)]
+        return list(enumerate(self._names.first(num_complete, tokens, self.num_kept), self.num_kept))
 
     def keep_nothing(self) -> None:
         """From now on it neither takes pages from the cache nor gives any."""
@@ -118,13 +135,13 @@ class Sequence:
         ``behind``: the place of its run in the step in flight, which chooses the token. What is not known can be
         followed by no proposal.
         """
-        request = self.request
+        request, known = self.request, self.tokens
         if behind is None:
-            start, tokens = len(self.tokens) - 1, (self.tokens[-1],)
-            room = self.most_tokens - len(self.tokens) - 1
-            drafts = self._lookup.propose(self.tokens, min(most_drafts, room)) if most_drafts else ()
+            start, tokens = len(known) - 1, (known[-1],)
+            room = self.most_tokens - len(known) - 1
+            drafts = self._lookup.propose(known, min(most_drafts, room)) if most_drafts else ()
         else:
-            start, tokens, drafts = len(self.tokens), _PENDING, ()
+            start, tokens, drafts = len(known), _PENDING, ()
         return Run(
             id=request.id,
             tokens=tokens + drafts,

@@ -12,27 +12,42 @@ MakeRun = Callable[[int, tuple[int, ...], int], Run]
 """Of a sequence, by its number: these tokens from this position on, with the pages up to there."""
 
 
+_STEPS = ((0, 1, 2),) * 3 + ((2, 0),) * 3 + ((2, 1),) * 3 + ((2,),) * 3
+"""Sequences of each step, in order."""
+
+
 def check_going_on(ahead: DecodeGraphs, waiting: DecodeGraphs, run: MakeRun, starts: tuple[int, int, int]) -> None:
     """Both hold the state of three sequences before ``starts``; the last of them ends a block two tokens later.
 
-    ``ahead`` launches every step before the last one is waited for: in another order and shape, over a block's end
-    with not a word, with one that leaves and another that joins, and with one left, whose row is another then.
+    ``ahead`` launches every step before the last one is waited for: with not a word, over a block's end and beside an
+    empty row; in another order and shape; with one that leaves and another that joins; and with one left, whose row is
+    another then.
     """
-    a, b, c = starts
-    first = [run(0, (6,), a), run(1, (7,), b), run(2, (8,), c)]
-    chosen = _samples(waiting, first)
-    wanted = [chosen, _samples(waiting, [run(2, (_token(chosen, 2),), c + 1), run(0, (_token(chosen, 0),), a + 1)])]
-    wanted.append(_samples(waiting, [run(2, (_token(wanted[1], 0),), c + 2), run(0, (_token(wanted[1], 1),), a + 2)]))
-    wanted.append(_samples(waiting, [run(2, (_token(wanted[2], 0),), c + 3), run(1, (_token(chosen, 1),), b + 1)]))
-    wanted.append(_samples(waiting, [run(2, (_token(wanted[3], 0),), c + 4)]))
-    whole = run(2, (PENDING,), c + 4).pages
-    second = msgspec.structs.replace(run(2, (PENDING,), c + 1), behind=2, pages=whole)
+    tokens = {number: [6 + number] for number in range(3)}
+    wanted = []
+    for members in _STEPS:
+        runs = [run(number, (tokens[number][-1],), starts[number] + len(tokens[number]) - 1) for number in members]
+        wanted.append(_samples(waiting, runs))
+        for number, sample in zip(members, wanted[-1], strict=True):
+            assert sample is not None
+            tokens[number].append(sample.token)
+
+    def whole(number: int, count: int, behind: int | None = None) -> Run:
+        """The run of its ``count``-th token, with all pages that it will come to."""
+        token = tokens[number][count] if behind is None else PENDING
+        pages = run(number, (0,), starts[number] + len(tokens[number])).pages
+        told = run(number, (token,), starts[number] + count)
+        return msgspec.structs.replace(told, pages=pages, behind=behind)
+
     steps: Sequence[list[Run] | Onward] = [
-        first,
-        [second, msgspec.structs.replace(run(0, (PENDING,), a + 1), behind=0)],
-        Onward(),
-        Onward(left=(1,), joined=(run(1, (_token(chosen, 1),), b + 1),)),
+        [whole(0, 0), whole(1, 0), whole(2, 0)],
+        *(Onward(), Onward()),
+        [whole(2, 3, behind=2), whole(0, 3, behind=0)],
+        *(Onward(), Onward()),
+        Onward(left=(1,), joined=(whole(1, 3),)),
+        *(Onward(), Onward()),
         Onward(left=(1,)),
+        *(Onward(), Onward()),
     ]
     flight, found = ahead.launch(steps[0]), []
     for step in steps[1:]:
@@ -45,9 +60,3 @@ def check_going_on(ahead: DecodeGraphs, waiting: DecodeGraphs, run: MakeRun, sta
 
 def _samples(graphs: DecodeGraphs, runs: list[Run]) -> list[Sample | None]:
     return graphs.launch(runs).wait().samples()
-
-
-def _token(samples: Sequence[Sample | None], place: int) -> int:
-    sample = samples[place]
-    assert sample is not None
-    return sample.token

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pdkv.m3.decode_rows import BEHIND, END, START, TOKENS, DecodeRows, TableChanges
+from pdkv.m3.decode_rows import BEHIND, END, GROWS, START, TOKENS, DecodeRows, Numbers, TableChanges
 from pdkv.m3.requests import RequestId
 from pdkv.m3.run import PENDING, Onward, Run
 from pdkv.m3.sampling import SamplingParams
@@ -14,23 +14,31 @@ JUNK = -7
 
 
 class Device:
-    """The tables as copies make them, and the rows of the step before."""
+    """The tables and numbers as copies make them and as steps take them further, and the rows of the step before."""
 
     def __init__(self) -> None:
         self.rows = DecodeRows(MOST)
         self.tables: list[tuple[int, ...]] = [()] * MOST
-        self.numbers = np.full((MOST, TOKENS + 1), JUNK, dtype=np.int32)
+        self.numbers = np.zeros((MOST, TOKENS + 1), dtype=np.int32)
         self.before: dict[int, int] = {}
         """Rows of the latest step, by sequence."""
 
     def enter(self, runs: list[Run]) -> None:
-        self.change(self.rows.enter(runs, self.numbers, 1))
+        told = np.full_like(self.numbers, JUNK)
+        self.change(self.rows.enter(runs, told, 1), told)
 
     def go_on(self, step: Onward) -> None:
-        self.numbers[:] = JUNK  # the host writes the two sides by turns: nothing may be left from the step before
-        self.change(self.rows.go_on(step, self.numbers))
+        # The host writes the two sides by turns: of nothing that is left from the step before may anything be needed.
+        told = np.full_like(self.numbers, JUNK)
+        changes = self.rows.go_on(step, told)
+        if changes is not None:
+            self.change(changes, told)
+        else:
+            assert (told == JUNK).all()
 
-    def change(self, changes: TableChanges) -> None:
+    def change(self, changes: TableChanges, told: Numbers) -> None:
+        count = len(self.rows.index)
+        self.numbers[:count] = told[:count]
         assert not {to for to, _ in changes.moved} & {source for _, source in changes.moved}
         for to, source in changes.moved:
             self.tables[to] = self.tables[source]
@@ -47,6 +55,8 @@ class Device:
             assert self.numbers[row, [END, START, BEHIND]].tolist() == [start + 1, start, behind]
             assert number not in joined or self.numbers[row, TOKENS] == 100 + number
         self.before = dict(zip(now, rows, strict=True))
+        self.numbers[:, [END, START]] += self.numbers[:, [GROWS]]  # as the device does
+        self.numbers[:, BEHIND] = range(MOST)
 
 
 def pages_of(number: int) -> tuple[int, ...]:
@@ -93,7 +103,7 @@ def test_whoever_stays_is_found_and_whoever_joins_has_all_it_needs(
 def test_whoever_stays_keeps_its_row_and_its_table() -> None:
     rows, numbers = DecodeRows(MOST), np.zeros((MOST, TOKENS + 1), dtype=np.int32)
     rows.enter([run(number, 3) for number in range(4)], numbers, 1)
-    assert rows.go_on(Onward(), numbers) == TableChanges((), ())
+    assert rows.go_on(Onward(), numbers) is None
     changes = rows.go_on(Onward(left=(1,), joined=(run(4, 9),)), numbers)
     assert rows.index.tolist() == [0, 2, 3, 1]
     assert changes == TableChanges([], [(1, pages_of(4))])
