@@ -8,7 +8,7 @@ from itertools import chain
 import msgspec
 
 from pdkv.bench import http_clients
-from pdkv.bench.judgement import Answer, Judged, Rounding, Scored, judge, rounding_of
+from pdkv.bench.judgement import Answer, Judged, Rounding, Scored, judge, judge_bits, rounding_of
 from pdkv.bench.memories import gpu_names
 from pdkv.bench.serve_load import Load, Question, Served, Side, Spread, Tell, chains, noise
 from pdkv.daemons.config import UpConfig
@@ -38,6 +38,8 @@ class Answers(msgspec.Struct, frozen=True):
     near_ties: tuple[str, ...] = ()
     """Of every side."""
     wrong: tuple[str, ...] = ()
+    undecided: str = ""
+    """Why nothing can be told, where that is so."""
     rounding: Rounding | None = None
     """By which answers were judged that are not known."""
     sides: tuple[Judged, ...] = ()
@@ -138,6 +140,8 @@ def _undivided(
     alone = engine.alone(load, questions, lambda step: tell(f"one at a time: {step}"))
     by_itself = [Answer(one.tokens, one.logprobs) for one in alone]
     given = {name: _answers(some) for name, some in {"divided": divided, "undivided": served}.items()}
+    if up.batch_invariant:
+        return side, _summed([judge_bits(name, some, by_itself) for name, some in given.items()])
     scorer = engine.scorer(load)
     scored = [
         scorer.score(question.prompt, [own.tokens, *(some[n].tokens for some in given.values() if n in some)])
@@ -172,17 +176,22 @@ def _judged(
     """The divided side comes first. ``scored``: of each question, by answer."""
     rounding = rounding_of(alone, [its[own.tokens] for own, its in zip(alone, scored, strict=True)], last_place)
     judged = [
-        judge(name, some, alone, {n: scored[n][one.tokens] for n, one in some.items()}, rounding.margin)
+        judge(name, some, alone, {n: scored[n][one.tokens] for n, one in some.items()}, rounding)
         for name, some in given.items()
     ]
-    wrong = [text for one in judged for text in one.wrong]
-    if not rounding.decides:
-        wrong.append(
-            f"nothing can be told: the undivided engine differs from itself by {rounding.max:.3g}, where its best two "
-            f"tokens are {rounding.gap:.3g} apart"
-        )
+    return _summed(judged, rounding)
+
+
+def _summed(judged: Sequence[Judged], rounding: Rounding | None = None) -> Answers:
     near_ties = tuple(text for one in judged for text in one.near_ties)
-    return Answers(judged[0].compared, judged[0].equal, near_ties, tuple(wrong), rounding, tuple(judged))
+    wrong = tuple(text for one in judged for text in one.wrong)
+    undecided = ""
+    if rounding is not None and not rounding.decides:
+        undecided = (
+            f"half of one answer's tokens differ by {rounding.answer_margin / 2:.3g} by rounding alone, and the best "
+            f"two tokens are {rounding.gap:.3g} apart; ask with --batch-invariant"
+        )
+    return Answers(judged[0].compared, judged[0].equal, near_ties, wrong, undecided, rounding, tuple(judged))
 
 
 def table(report: ServeReport) -> str:
@@ -215,6 +224,16 @@ def table(report: ServeReport) -> str:
     return "\n".join([*lines, f"{machine}{report.cores} cores, load average {before} before, {after} after"])
 
 
+def _said_of(judged: Judged, rounding: Rounding | None) -> str:
+    equal = f"answers, {judged.side}: {judged.equal} of {judged.compared} equal to those of one engine asked one by one"
+    if rounding is None:
+        return f"{equal}, log-probabilities bit for bit"
+    return (
+        f"{equal}, {len(judged.near_ties)} other by rounding; tokens at most {judged.behind:.2g} behind the best, told "
+        f"log-probabilities at most {judged.deviation:.2g} off, half of an answer's {judged.typical_deviation:.2g}"
+    )
+
+
 def _spreads(side: Side) -> list[tuple[str, str, Spread]]:
     named = [
         ("time to first token", "ms", side.ttft_ms),
@@ -233,16 +252,14 @@ def _verdict(answers: Answers) -> list[str]:
     if not answers.sides:
         lines = [f"answers: {answers.equal} of {answers.compared} equal"]
     else:
-        lines = [
-            f"answers, {one.side}: {one.equal} of {one.compared} equal to those of one engine asked one at a time, "
-            f"{len(one.near_ties)} other by rounding; tokens at most {one.behind:.2g} behind the best, told "
-            f"log-probabilities at most {one.deviation:.2g} off"
-            for one in answers.sides
-        ]
+        lines = [_said_of(one, answers.rounding) for one in answers.sides]
     if answers.rounding is not None:
         by = answers.rounding
         lines.append(
             f"rounding: that engine differs from itself by {by.p50:.2g} (median) to {by.max:.2g} in {by.tokens} "
-            f"tokens, which explains {by.margin:.2g}; its best two tokens are {by.gap:.2g} apart (median)"
+            f"tokens, which explains {by.token_margin:.2g} in one and {by.answer_margin:.2g} in half of an answer; the "
+            f"best two are {by.gap:.2g} apart (median)"
         )
+    if answers.undecided:
+        lines.append(f"UNDECIDED: {answers.undecided}")
     return lines + [f"WRONG: {text}" for text in answers.wrong[:10]]

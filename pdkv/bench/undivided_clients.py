@@ -95,7 +95,13 @@ class Undivided:
 
     def _worker(self, load: Load, concurrency: int) -> LocalWorker:
         length = load.input_tokens + load.output_tokens
-        settings = EngineSettings(max_model_len=length, max_batch=concurrency, prefill_chunk=self._chunk)
+        invariant = self._config.batch_invariant  # then all engines' steps have the shape of the workers'
+        settings = EngineSettings(
+            max_model_len=length,
+            max_batch=self._config.max_batch if invariant else concurrency,
+            prefill_chunk=self._chunk,
+            batch_invariant=invariant,
+        )
         num_pages = concurrency * -(-length // self._model.config.block_size)
         stored = (self._config.kv_dtype, self._config.index_dtype)
         return local_worker(self._model, num_pages, settings, *stored)

@@ -15,7 +15,7 @@ from pdkv.daemons.config import UpConfig, load
 from pdkv.errors import ConfigError
 
 WRONG, FAILED = 4, 1
-"""Exit codes: an answer was wrong; a request had none."""
+"""Exit codes: an answer was wrong, or nothing can be told of them; a request had none."""
 
 _EXAMPLES = """
 Examples:
@@ -24,10 +24,11 @@ Examples:
   pdkv bench serve --model ./checkpoint --concurrency 8 --requests 64 --input-tokens 4096 --output-tokens 64
   pdkv bench serve --url http://127.0.0.1:8000 --model ./checkpoint --no-undivided --json
   pdkv bench serve --device cuda --m3-layers 4 --concurrency 8 --input-tokens 32768 --kv-dtype fp8 --index-dtype fp8
+  pdkv bench serve --device cuda --m3-layers 4 --concurrency 8 --batch-invariant
 
 Without --url it starts 1 prefill and 1 decode worker; --config may ask for more, as for pdkv up. Without --model it
 serves the demo's checkpoint. With several GPUs each worker has its own, and as many undivided engines share the load.
-Exit code 4 when an answer is wrong, 1 when a request failed.
+Exit code 4 when an answer is wrong or none can be judged, 1 when a request failed.
 """
 
 
@@ -52,6 +53,9 @@ def serve(  # noqa: PLR0913  a command's parameters are its flags
     transport: Annotated[str, typer.Option(metavar="NAME", help="What moves pages, as for pdkv up.")] = "auto",
     kv_dtype: Annotated[str, typer.Option(metavar="NAME", help="Storage of K/V.")] = "auto",
     index_dtype: Annotated[str, typer.Option(metavar="NAME", help="Storage of index keys.")] = "auto",
+    batch_invariant: Annotated[
+        bool, typer.Option("--batch-invariant", help="Compute each request as if alone, and compare every bit.")
+    ] = False,
     m3_layers: Annotated[
         int, typer.Option(metavar="N", min=0, help="Random weights of M3's dimensions, so many layers, one dense.")
     ] = 0,
@@ -87,6 +91,8 @@ def serve(  # noqa: PLR0913  a command's parameters are its flags
         flags |= {name: value for name, value in given.items() if value not in ("auto", "cpu")}
         if m3_layers:
             flags["load_format"] = "dummy"
+        if batch_invariant:
+            flags["batch_invariant"] = True
         with _model(model, url, m3_layers) as folder:
             up = load(UpConfig, {**flags, "model": folder}, config) if folder is not None else None
             configure_logging("info" if verbose else "error", "bench")
@@ -94,7 +100,7 @@ def serve(  # noqa: PLR0913  a command's parameters are its flags
             report = bench.run(plan, _telling(verbose))
         _clear()
         sys.stdout.write((msgspec.json.encode(report).decode() if as_json else bench.table(report)) + "\n")
-        return WRONG if report.answers.wrong else FAILED if report.failed else 0
+        return WRONG if report.answers.wrong or report.answers.undecided else FAILED if report.failed else 0
 
     ending(run)
 

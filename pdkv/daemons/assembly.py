@@ -95,6 +95,7 @@ def assemble(settings: WorkerSettings, emit: Emit, others: OtherRanks, transport
         max_batch=settings.max_batch,
         prefix_seed=seed_of(identity.manifest.model_fingerprint, share.layout.kv) if settings.prefix_cache else None,
         speculative_tokens=settings.speculative_tokens,
+        batch_invariant=settings.batch_invariant,
     )
     loop: AgentLoop[object] = AgentLoop(channel, transport)
     return Assembly(
@@ -121,7 +122,8 @@ def _runner(
         num_layers = model.config.num_layers
         starts = _layer_groups(settings, num_layers)
         return StepRunner(model, arena, progress=LayerProgress(starts, num_layers, model.device, _telling(loop)))
-    runner = StepRunner(model, arena, DecodeShapes.of(bounds, model.config.block_size, arena.num_pages))
+    shapes = DecodeShapes.of(bounds, model.config.block_size, arena.num_pages)
+    runner = StepRunner(model, arena, shapes, always_shaped=settings.batch_invariant)
     runner.prepare()
     return runner
 

@@ -172,6 +172,13 @@ class ServedConfig(RoleConfig):
         int, Field(ge=0, description="Sparse layers before --index-topk-freq begins to count."), _ADVANCED
     ] = 0
     no_prefix_cache: Annotated[bool, Field(description="Compute and move every prompt whole.")] = False
+    batch_invariant: Annotated[
+        bool,
+        Field(
+            description="A greedy answer's bits hang on no other request; slower. One rank a worker, nothing cached."
+        ),
+        _ADVANCED,
+    ] = False
     transport: Annotated[
         Literal["auto", "nvlink", "shm", "sockets", "ucx"], Field(description="What moves pages, auto: what can.")
     ] = "auto"
@@ -221,6 +228,11 @@ class WorkerConfig(ServedConfig):
     def drain_s(self) -> float:
         """Seconds that a drain may take."""
         return self.drain_timeout
+
+    @model_validator(mode="after")
+    def _invariant_on_one_gpu(self) -> "WorkerConfig":
+        _refuse_variance(self, self.tp, self.speculative_tokens if isinstance(self, DecodeConfig) else 0)
+        return self
 
     @model_validator(mode="after")
     def _only_loopback(self) -> "WorkerConfig":
@@ -316,6 +328,21 @@ class UpConfig(ServedConfig):
         float, Field(gt=0, le=10, description="After Ctrl-C: seconds in which running requests may end.")
     ] = 8.0
     no_restart: Annotated[bool, Field(description="Leave a worker that died dead.")] = False
+
+    @model_validator(mode="after")
+    def _invariant_on_one_gpu(self) -> "UpConfig":
+        _refuse_variance(self, max(self.prefill_tp, self.decode_tp), self.speculative_tokens)
+        return self
+
+
+def _refuse_variance(config: ServedConfig, ranks: int, speculative_tokens: int) -> None:
+    if not config.batch_invariant:
+        return
+    if config.device != "cuda":
+        raise ValueError("--batch-invariant needs --device cuda: a CPU's products round by a row's place in the batch")
+    if ranks > 1 or speculative_tokens:
+        what = "one rank a worker: set --tp to 1" if ranks > 1 else "no --speculative-tokens: proposals change a step"
+        raise ValueError(f"--batch-invariant needs {what}")
 
 
 ROLES: tuple[type[RoleConfig], ...] = (PrefillConfig, DecodeConfig, RouterConfig, UpConfig)

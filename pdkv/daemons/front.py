@@ -59,10 +59,11 @@ def engine_settings(config: WorkerConfig, served: ServedModel, listen: str) -> W
         index_topk_freq=config.index_topk_freq,
         index_topk_pattern=config.index_topk_pattern,
         index_skip_topk_offset=config.index_skip_topk_offset,
-        prefix_cache=not config.no_prefix_cache,
+        prefix_cache=not (config.no_prefix_cache or config.batch_invariant),
         load_format=config.load_format,
         gpu_memory_utilization=config.gpu_memory_utilization,
         speculative_tokens=config.speculative_tokens if isinstance(config, DecodeConfig) else 0,
+        batch_invariant=config.batch_invariant,
         max_pull_gbps=config.max_pull_gbps if isinstance(config, DecodeConfig) else 0.0,
         layer_groups=config.layer_groups if isinstance(config, PrefillConfig) else 1,
     )

@@ -72,6 +72,8 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Share of each GPU's memory that this worker may fill, weights and work space included."""
     speculative_tokens: int = 0
     """Tokens that decode proposes by prompt lookup and verifies in one step; 0 = none."""
+    batch_invariant: bool = False
+    """What is computed of a request hangs on no other. Without prefix cache and proposals, one rank on a GPU."""
     layer_groups: int = 4
     """Parts in which prefill tells of the layers of a prompt's last chunk."""
     max_pull_gbps: float = 0.0

@@ -47,9 +47,10 @@ class DecodeShapes:
 
     @classmethod
     def of(cls, settings: EngineSettings, block_size: int, num_pages: int) -> "DecodeShapes":
-        """Powers of two up to 8, then every eighth, so that little more than an eighth is ever padding."""
+        """Powers of two up to 8, then every eighth, so that little more than an eighth is ever padding. One size where
+        steps are to be batch-invariant: kernels divide their work by it, and so round by it."""
         most = settings.max_batch
-        sizes = {n for n in (1, 2, 4, *range(8, most, 8)) if n < most} | {most}
+        sizes = {n for n in (1, 2, 4, *range(8, most, 8)) if n < most and not settings.batch_invariant} | {most}
         query_lens = {1, min(1 + settings.speculative_tokens, MAX_QUERY_LEN)}
         blocks = min(-(-settings.max_model_len // block_size), num_pages)
         return cls(tuple(sorted(sizes)), tuple(sorted(query_lens)), blocks)

@@ -27,6 +27,9 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     """What names of cached pages hang on besides tokens (``prefix_cache.seed_of``). None: nothing is cached."""
     speculative_tokens: int = 0
     """Most tokens that are proposed by prompt lookup and verified in one step; 0: decode one by one."""
+    batch_invariant: bool = False
+    """What is computed of a request hangs on nothing but the request: a step is of one prompt or of decodes, and decode
+    steps have one shape. Bit for bit where products do not hang on a row's place, as on a GPU."""
     overlap: bool = True
     """Launch a step that only decodes before the last one's tokens are known here, where runner and requests allow."""
 
@@ -34,6 +37,8 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
         for name in ("max_model_len", "prefill_chunk", "max_batch", "max_queued"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.batch_invariant and (self.speculative_tokens or self.prefix_seed is not None):
+            raise ValueError("batch-invariant steps have no proposals and take nothing from a cache")
         if self.speculative_tokens < 0:
             raise ValueError(f"speculative_tokens cannot be negative, as {self.speculative_tokens} is")
 

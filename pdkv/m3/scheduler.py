@@ -65,6 +65,8 @@ class Scheduler:
         self._prefilling: dict[RequestId, Sequence] = {}
         self._decoding: dict[RequestId, Sequence] = {}
         self._under_way: deque[UnderWay] = deque()
+        self._prompts_turn = False
+        """Where steps are of one prompt or of decodes: whose the next one is if both want it."""
         self._num_changes = 0
         """How often a request began or ended to decode."""
         self._num_blocks_found = self._num_blocks_missed = 0
@@ -156,10 +158,11 @@ class Scheduler:
             places = {id(sequence): place for place, sequence in enumerate(first.sequences)}
         # What ends by its length is known to end, whatever its last token will be.
         going = [s for s in self._decoding.values() if len(s.tokens) + (id(s) in places) < s.most_tokens]
-        sequences = going[: self._settings.max_batch]
+        sequences, prompts = going[: self._settings.max_batch], list(self._prefilling.values())
+        if self._settings.batch_invariant:
+            sequences, prompts = self._apart(sequences, prompts)
         most_drafts, overlaps = self._settings.speculative_tokens, self._settings.overlap
         runs = [s.decode_run(most_drafts, places.get(id(s)), tells_all_pages=overlaps) for s in sequences]
-        prompts = list(self._prefilling.values())
         shares = share_chunk([prompt.num_prompt_left for prompt in prompts], self._settings.prefill_chunk)
         for prompt, share in zip(prompts, shares, strict=True):
             if share:
@@ -170,6 +173,13 @@ class Scheduler:
         if runs:
             self._begin(sequences, runs, only_decodes=not prompts)
         return runs
+
+    def _apart(self, decodes: list[Sequence], prompts: list[Sequence]) -> tuple[list[Sequence], list[Sequence]]:
+        """One of the two, in turn, so that neither waits for the other's end; of prompts the oldest."""
+        if not decodes or not prompts:
+            return decodes, prompts[:1]
+        self._prompts_turn = not self._prompts_turn
+        return ([], prompts[:1]) if self._prompts_turn else (decodes, [])
 
     def _schedule_onward(self, group: DecodeGroup, step: int) -> Step | None:
         """Who stays goes on behind that step, who can joins. None: among those is somebody for whom the device cannot

@@ -49,7 +49,8 @@ def local_worker(
     """A worker on the model's device. ``auto``: state is stored in the model's dtype."""
     layout = RowLayout.of(kv_layout(model.config, kv_dtype, index_dtype))
     arena = Arena.allocate(layout, num_pages, model.device)
-    runner = StepRunner(model, arena, DecodeShapes.of(settings, model.config.block_size, num_pages))
+    shapes = DecodeShapes.of(settings, model.config.block_size, num_pages)
+    runner = StepRunner(model, arena, shapes, always_shaped=settings.batch_invariant)
     return LocalWorker(Engine(runner, PagePool(num_pages), settings), arena, runner)
 
 

@@ -121,6 +121,24 @@ def test_peers_are_told_an_address_that_they_can_reach() -> None:
     load(PrefillConfig, {**flags, "advertise_host": "10.0.0.1"})
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"device": "cpu"}, "--batch-invariant needs --device cuda"),
+        ({"decode_tp": 2}, "one rank a worker: set --tp to 1"),
+        ({"speculative_tokens": 3}, "no --speculative-tokens"),
+    ],
+)
+def test_what_would_make_batch_invariance_a_lie_is_refused(flags: dict[str, object], message: str) -> None:
+    asked = {"model": "m", "device": "cuda", "batch_invariant": True, **flags}
+    with pytest.raises(ConfigError, match=message):
+        load(UpConfig, asked)
+    workers = {"tp" if name == "decode_tp" else name: value for name, value in asked.items()}
+    with pytest.raises(ConfigError, match=message):
+        load(DecodeConfig, workers)
+    assert load(UpConfig, {**asked, "batch_invariant": False}).batch_invariant is False
+
+
 def test_addresses() -> None:
     assert (Address("[::1]:80").host, Address("::1:80").port) == ("::1", 80)
     assert Address("[::1]:80").is_loopback

@@ -66,9 +66,9 @@ def test_workers_get_every_setting_that_was_made() -> None:
         "gpu_memory_utilization": 0.4,
         "load_format": "dummy",
     }
-    switched_on = {"no_prefix_cache"}
+    switched_on = {"no_prefix_cache", "batch_invariant"}
     assert set(made) | switched_on | {"model", "log_level", "log_format"} == set(ServedConfig.model_fields)
-    specs = child_specs(_config(**made, no_prefix_cache=True), ROUTER, WORKERS)
+    specs = child_specs(_config(**made, no_prefix_cache=True, batch_invariant=True), ROUTER, WORKERS)
     for spec in specs[:-1]:
         assert switched_on <= {arg.removeprefix("--").replace("-", "_") for arg in spec.args}
         for field, value in made.items():

@@ -83,6 +83,35 @@ def test_an_undivided_request_runs_in_chunks_and_then_token_by_token() -> None:
     assert not scheduler.can_run
 
 
+def test_batch_invariant_steps_are_of_one_prompt_or_of_decodes_in_turn() -> None:
+    """Whose chunk it is, and how long, hangs on nobody else. Neither decodes nor prompts wait for the others' end."""
+    scheduler, _ = make(num_pages=30, batch_invariant=1)
+    scheduler.submit(undivided(1, 4, max_tokens=9))
+    scheduler.submit(undivided(2, 14))
+    scheduler.submit(undivided(3, 2))
+    shape = []
+    for _ in range(9):
+        runs, _ = step(scheduler)
+        shape.append([(run.id[-1], run.start, len(run.tokens)) for run in runs])
+    assert shape == [
+        [(1, 0, 4)],
+        [(2, 0, 6)],
+        [(1, 4, 1)],
+        [(2, 6, 6)],
+        [(1, 5, 1)],
+        [(2, 12, 2)],
+        [(1, 6, 1), (2, 14, 1)],
+        [(3, 0, 2)],
+        [(1, 7, 1), (2, 15, 1)],
+    ]
+
+
+def test_batch_invariant_steps_take_no_proposals_and_nothing_from_a_cache() -> None:
+    for changed in ({"speculative_tokens": 2}, {"prefix_seed": b"seed"}):
+        with pytest.raises(ValueError, match="batch-invariant steps have no proposals and take nothing from a cache"):
+            EngineSettings(max_model_len=10, batch_invariant=True, **changed)  # type: ignore[arg-type]
+
+
 def test_a_prefill_keeps_its_pages_until_release() -> None:
     scheduler, pool = make()
     assert scheduler.submit(prefill(1, 5)) == [PagesReserved(rid(1), (1, 2))]
