@@ -12,7 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from pdkv_kernels.fp8_bits import PLAIN, fp8_code, half_of_bits
+from pdkv_kernels.hardware import hardware
 from pdkv_kernels.key_network import best_of_both, best_of_parts, side_by_side, sorted_keys
+from pdkv_kernels.launch import chained, launch_options
+from pdkv_kernels.page_number import next_page
 from pdkv_kernels.paged import BLOCK, RaggedQueries
 from pdkv_kernels.ragged_tiles import most_tiles, tile_sequence
 
@@ -28,10 +31,11 @@ _LANES = 32
 class ScoreTuning:
     """What was measured best; scores do not depend on it, selection is exact whatever it is."""
 
-    tile_rows: int | None = None
+    tile_rows: int = 128
     """Query rows times heads of a tile."""
     warps: int = 4
-    stages: int = 2
+    stages: int | None = None
+    """Tiles of keys on their way, and one; as many as leave room for two programs on a multiprocessor."""
     programs: int = 264
     """So many run at a time; contexts are split where tiles alone do not fill them."""
     select_splits: int | None = None
@@ -84,8 +88,7 @@ def score_blocks(
     _, heads, dim = index_q.shape
     num_seqs = queries.context_lens.numel()
     heads_padded = triton.next_power_of_2(heads)
-    tile_rows = tuning.tile_rows or _tile_rows((rows[1] - rows[0]) * heads, index_q.dtype)
-    tile_queries = max(1, tile_rows // heads_padded, 16 // heads_padded)
+    tile_queries = max(1, tuning.tile_rows // heads_padded, 16 // heads_padded)
     tiles = most_tiles(rows[1] - rows[0], num_seqs, tile_queries)
     splits = min(_fewest_splits(tiles, tuning.programs), max(1, scores.shape[0] // 4))
     code, k = fp8_code(index_k, beside=index_q.dtype)
@@ -93,19 +96,17 @@ def score_blocks(
     q_code, q = (PLAIN, index_q) if code == PLAIN else fp8_code(index_q)
     assert q_code in (PLAIN, code), "fp8 queries need keys of the same format"
     meets = _TRITON_TYPES.get(index_q.dtype, tl.float16)
+    stages = tuning.stages or (3 if index_q.dtype.itemsize == 1 else 2)
+    early = chained()
     _score_blocks[(tiles, splits)](
         q, k, scores, queries.query_starts, queries.context_lens, queries.page_table,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), queries.page_table.stride(0), scores.stride(0),
         num_seqs, *rows,
-        CODE=code, Q_CODE=q_code, TYPE=meets, STAGES=tuning.stages,
+        CODE=code, Q_CODE=q_code, TYPE=meets, STAGES=stages,
         HEADS=heads, HEADS_P=heads_padded, DIM=dim, BLOCK=BLOCK, QUERIES=tile_queries,
-        PORTABLE=triton.knobs.runtime.interpret, num_warps=tuning.warps, num_stages=tuning.stages,
+        PORTABLE=triton.knobs.runtime.interpret, ASIDE=hardware().nvidia, EARLY=early,
+        **launch_options(early, tuning.warps, stages),
     )  # fmt: skip
-
-
-def _tile_rows(columns: int, dtype: torch.dtype) -> int:
-    """Small tiles of fp8 overlap better, but only where there are many of them."""
-    return 64 if dtype.itemsize == 1 and columns >= 64 * 1024 else 128
 
 
 def _fewest_splits(tiles: int, programs: int) -> int:
@@ -135,11 +136,12 @@ def select_blocks(
     columns = (rows[1] - rows[0]) * heads
     # With few columns there would be too few warps to hide what each of them waits for.
     splits = tuning.select_splits or max(1, min(8, triton.next_power_of_2(1 + 16383 // columns)))
+    early = chained()
     _select_blocks[(triton.cdiv(columns, _LANES // splits),)](
         scores, out, queries.query_starts, queries.context_lens, scores.stride(0), out.stride(0), out.stride(1),
         queries.context_lens.numel(), *rows, init_blocks, local_blocks,
         HEADS=heads, TOPK=topk, TOPK_P=triton.next_power_of_2(topk), BLOCK=BLOCK,
-        COLUMNS=_LANES // splits, SPLITS=splits, num_warps=1,
+        COLUMNS=_LANES // splits, SPLITS=splits, EARLY=early, **launch_options(early, 1, 1),
     )  # fmt: skip
 
 
@@ -164,8 +166,12 @@ def _score_blocks(
     q_row, q_head, k_page, k_token, table_row, scores_block, num_seqs, first_row, end_row,
     CODE: tl.constexpr, Q_CODE: tl.constexpr, TYPE: tl.constexpr, HEADS: tl.constexpr, HEADS_P: tl.constexpr,
     DIM: tl.constexpr, BLOCK: tl.constexpr, QUERIES: tl.constexpr, STAGES: tl.constexpr, PORTABLE: tl.constexpr,
+    ASIDE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Tile of consecutive rows of one sequence, all heads, against its split of the blocks that the tile sees."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     tile = tl.program_id(0)
     seq, before = tile_sequence(tile, query_starts, num_seqs, first_row, end_row, QUERIES)
     if seq >= 0:
@@ -196,7 +202,7 @@ def _score_blocks(
             keys = tl.load(k_tile_at + page * k_page)
             keys = keys if CODE == 0 else half_of_bits(keys, CODE).to(TYPE)
             # The next page's number is fetched an iteration ahead of the keys that wait for it.
-            page = tl.load(table + tl.minimum(block + 1, end_block - 1)).to(tl.int64)
+            page = next_page(table + tl.minimum(block + 1, end_block - 1), ASIDE)
             dots = tl.dot(q_tile, tl.trans(keys), input_precision="ieee")
             tl.store(to, _best_of_block(dots, PORTABLE), mask=asks)
             to += scores_block
@@ -250,9 +256,12 @@ def _select_blocks(
     scores, out, query_starts, context_lens, scores_block, out_row, out_head, num_seqs, first_row, end_row,
     init_blocks, local_blocks,
     HEADS: tl.constexpr, TOPK: tl.constexpr, TOPK_P: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLITS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The best of some columns, each thread a column or a part of one: runs of TOPK_P blocks are sorted and merged."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     row = first_row + column // HEADS
     visible = _visible_blocks(row, query_starts, context_lens, num_seqs, end_row, BLOCK)

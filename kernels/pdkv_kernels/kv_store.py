@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pdkv_kernels.hardware import hardware
 from pdkv_kernels.kv_store_ref import HeadNorms, PackedHeads, Queries, TokenRows
+from pdkv_kernels.launch import chained, launch_options
 from pdkv_kernels.paged import BLOCK, LayerPages
 from pdkv_kernels.rms_norm import inverse_root
 from pdkv_kernels.rounding import (
@@ -21,6 +22,7 @@ from pdkv_kernels.rounding import (
 )
 
 _MANY_ROWS = 2048
+_FEW_ROWS = 64
 _WARPS = 4
 _TRITON_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -63,6 +65,8 @@ def kv_store(
     vectors = max(32 if num_rows >= _MANY_ROWS else 16, others)  # heads times rows of a program
     q_programs = triton.cdiv(num_rows * heads.q, vectors)
     other_programs = triton.cdiv(num_rows, vectors // others)
+    # Between, programs of the next launch would take places that this one's last programs need.
+    early = chained() and (num_rows >= _MANY_ROWS or num_rows <= _FEW_ROWS)
     _kv_store[(other_programs + q_programs,)](
         packed, norms.q, norms.k, norms.index_q if index_k is not None else norms.q,
         norms.index_k if index_k is not None else norms.q, rows.slots, rows.cos, rows.sin,
@@ -76,8 +80,8 @@ def kv_store(
         HALF=rotary_half, HALF_P=triton.next_power_of_2(rotary_half), PARTS=triton.cdiv(dim, rotary_half),
         KV_FORM=kv_form, KV_TYPE=_type(k), KV_MAX=MAX[kv_form], INDEX_FORM=index_form, INDEX_TYPE=_type(index_pages),
         INDEX_Q_FORM=index_q_form, INDEX_Q_TYPE=_type(index_q), Q_FORM=q_form, Q_TYPE=_type(q),
-        BLOCK=BLOCK, VECTORS=vectors, PORTABLE=portable(), FLAT=hardware().amd,
-        num_warps=_WARPS, enable_fp_fusion=False,
+        BLOCK=BLOCK, VECTORS=vectors, PORTABLE=portable(), FLAT=hardware().amd, EARLY=early,
+        enable_fp_fusion=False, **launch_options(early, _WARPS, 1),
     )  # fmt: skip
     return out
 
@@ -153,8 +157,12 @@ def _kv_store(
     KV_FORM: tl.constexpr, KV_TYPE: tl.constexpr, KV_MAX: tl.constexpr, INDEX_FORM: tl.constexpr,
     INDEX_TYPE: tl.constexpr, INDEX_Q_FORM: tl.constexpr, INDEX_Q_TYPE: tl.constexpr, Q_FORM: tl.constexpr,
     Q_TYPE: tl.constexpr, BLOCK: tl.constexpr, VECTORS: tl.constexpr, PORTABLE: tl.constexpr, FLAT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Some vectors: heads of q, or, in the first programs, all other heads of some rows."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     nth = tl.arange(0, VECTORS)
     column = tl.arange(0, HALF_P)
     if tl.program_id(0) >= other_programs:

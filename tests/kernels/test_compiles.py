@@ -16,6 +16,9 @@ def test_every_kernel_compiles_fits_and_waits_its_turn() -> None:
     assert [one for one in found if one.shared > TARGETS["sm_90"][1]] == []
     assert [one for one in found if one.early] == [], "memory is touched before the kernel in front has ended"
     assert {one.kernel for one in found if one.chained} >= {
+        "kv_store._kv_store",
+        "index_topk_prefill._score_blocks",
+        "index_topk_prefill._select_blocks",
         "index_topk_decode._scan_kernel",
         "index_topk_decode._select_kernel",
         "sparse_attention_decode._attend_kernel",
