@@ -22,6 +22,7 @@ import functools
 import gc
 import json
 import platform
+import queue
 import socket
 import statistics
 import subprocess
@@ -242,6 +243,7 @@ class _Worker:
         parts = EngineParts(self._engine, self._asked.append, journal.sending(self._send), journal.meter)
         self._role = DecodeRole(parts, 128)
         self._num_jobs = 0
+        self._inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
         for number in range(batch):
             self._come(2 + _WARM + number * options.churn if options.churn else self._most_tokens)
         self.clock = _Clock()
@@ -250,6 +252,8 @@ class _Worker:
 
     def turn(self) -> None:
         """As ``EngineSide.turn``, when nobody has said anything."""
+        assert self._engine.has_work
+        assert self._inbox.empty()
         events = self._engine.step()
         self._tell(events)
 

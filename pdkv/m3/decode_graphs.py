@@ -76,6 +76,19 @@ class _Side:
         self.is_in_use = False
 
 
+class _Shape(NamedTuple):
+    """What is the same in every step of so many sequences and rows of each."""
+
+    before: Tensor  # int64 [query_len]: how far before its sequence's end each row stands
+    query_starts: Tensor  # int32 [batch + 1]
+    all_rows: Tensor  # int64 [batch * query_len]
+
+    @classmethod
+    def of(cls, batch: int, query_len: int, device: torch.device) -> "_Shape":
+        starts = torch.arange(0, batch * query_len + 1, query_len, dtype=torch.int32, device=device)
+        return cls(torch.arange(-query_len, 0, device=device), starts, torch.arange(batch * query_len, device=device))
+
+
 class _Form(NamedTuple):
     """Of a step, and of those behind it as long as all go on."""
 
@@ -135,6 +148,7 @@ class DecodeGraphs:
         self._replays = replays
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         """With what each leaves behind: hidden [batch * query_len, hidden]."""
+        self._shapes_made: dict[tuple[int, int], _Shape] = {}
         self._pool = torch.cuda.graph_pool_handle() if replays else None
         device, most, longest = model.device, shapes.batch_sizes[-1], shapes.query_lens[-1]
         self._rows = DecodeRows(most)
@@ -256,12 +270,16 @@ class DecodeGraphs:
         self._graphs[batch, query_len] = graph, hidden
         return graph, hidden
 
+    def _shape_of(self, batch: int, query_len: int) -> "_Shape":
+        """Kept, so that no graph has to make it again with every step."""
+        if (batch, query_len) not in self._shapes_made:
+            self._shapes_made[batch, query_len] = _Shape.of(batch, query_len, self._model.device)
+        return self._shapes_made[batch, query_len]
+
     def _compute(self, batch: int, query_len: int) -> Tensor:  # [batch * query_len, hidden], as lm_head takes it
         """All from the buffers, nothing from the host: this is what a graph holds."""
-        rows = self._numbers[:batch]
-        device = rows.device
-        before = torch.arange(-query_len, 0, device=device)  # [query_len]
-        positions = rows[:, END, None] + before  # int64 [batch, query_len]; negative where there is no token
+        rows, shape = self._numbers[:batch], self._shape_of(batch, query_len)
+        positions = rows[:, END, None] + shape.before  # int64 [batch, query_len]; negative where there is no token
         behind = rows[:, BEHIND]
         tokens = rows[:, TOKENS : TOKENS + query_len].long()
         chosen = self._last.index_select(0, behind.clamp(min=0))
@@ -270,16 +288,17 @@ class DecodeGraphs:
             StepBatch(
                 token_ids=tokens.flatten(),
                 positions=positions.flatten(),
-                query_starts=torch.arange(0, batch * query_len + 1, query_len, dtype=torch.int32, device=device),
+                query_starts=shape.query_starts,
                 context_lens=rows[:, END] - query_len,
                 page_table=self._tables[:batch],
-                logits_rows=torch.arange(batch * query_len, device=device),
+                logits_rows=shape.all_rows,
                 query_len=query_len,
                 stored_from=rows[:, START],
             ),
             self._cache,
         )
-        told = torch.cat([self._greedy(some) for some in torch.split(hidden, _ROWS_AT_ONCE)], dim=1)
+        parts = [self._greedy(some) for some in torch.split(hidden, _ROWS_AT_ONCE)]
+        told = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         self._last[:batch].copy_(told[0, query_len - 1 :: query_len])
         self._told[:, :, : batch * query_len].index_copy_(0, self._turn, told[None, 1:])
         self._told_host.copy_(self._told, non_blocking=True)

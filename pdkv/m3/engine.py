@@ -1,7 +1,5 @@
 """The engine: schedule, run, postprocess; the same code prefills, decodes, and serves undivided."""
 
-from typing import NamedTuple
-
 import msgspec
 
 from pdkv.m3.logprobs import NO_TOP, TopLogprobs
@@ -21,7 +19,7 @@ from pdkv.m3.step import Runner, StepInFlight
 from pdkv.memory.pages import PagePool
 
 
-class _Flight(NamedTuple):
+class _Flight(msgspec.Struct, frozen=True):
     asked: Step
     step: StepInFlight
 

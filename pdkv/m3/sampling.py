@@ -1,7 +1,6 @@
 """Choosing the next token: greedy, or by temperature and nucleus, with randomness of seed and position alone."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -42,7 +41,7 @@ class Sample(msgspec.Struct, frozen=True, gc=False):
     top: TopLogprobs = NO_TOP
 
 
-class GreedyChoices(NamedTuple):
+class GreedyChoices(msgspec.Struct, frozen=True, gc=False):
     """The likeliest tokens behind rows of a step, as a device told them: entry by entry, and no object for each."""
 
     tokens: list[int]

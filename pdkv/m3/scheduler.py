@@ -92,7 +92,7 @@ class Scheduler:
     def admit(self) -> list[EngineEvent]:
         """Reserve pages for queued requests, oldest first, while they fit."""
         events: list[EngineEvent] = []
-        while self.can_admit:
+        while self._queue and self.can_admit:
             sequence = self._sequences[self._queue.popleft()]
             self._take_pages(sequence)
             if isinstance(sequence.request, DecodeRequest):

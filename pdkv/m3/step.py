@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+import msgspec
 import torch
 
 from pdkv.m3.config import M3Config
@@ -25,6 +26,9 @@ class StepOutput(NamedTuple):
     """What was chosen, ``num_choices`` entries a run; ``None`` where the logits are not finite."""
     scored: dict[RequestId, PromptScored | RequestRefused]
     """What was scored, by request."""
+
+
+_NOTHING_SCORED: dict[RequestId, PromptScored | RequestRefused] = {}
 
 
 class StepInFlight(Protocol):
@@ -105,9 +109,11 @@ class StepRunner:
         return self._graphs is not None
 
     def launch(self, step: Step) -> StepInFlight:
+        if isinstance(step, Onward):
+            assert self._graphs is not None, "only decode steps go on"
+            return _GoingOn(self._graphs.launch(step))
         if self._graphs is not None and self._graphs.takes(step):
-            return _Decoding(self, [] if isinstance(step, Onward) else step, self._graphs.launch(step))
-        assert not isinstance(step, Onward), "only decode steps go on"
+            return _Decoding(self, step, self._graphs.launch(step))
         assert all(run.behind is None for run in step), "tokens that are on the device, for a step that is not"
         return Landed(self._compute(step))
 
@@ -147,6 +153,15 @@ class StepRunner:
             logits = self._model.logits(hidden[few])
             samples += [] if logits is None else _choose(logits, choices[few])
         return samples
+
+
+class _GoingOn(msgspec.Struct, frozen=True):
+    """Greedy choices are all that is asked for."""
+
+    flight: DecodeInFlight
+
+    def wait(self) -> StepOutput:
+        return StepOutput(self.flight.wait(), _NOTHING_SCORED)
 
 
 class _Decoding(NamedTuple):

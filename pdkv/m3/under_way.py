@@ -1,8 +1,8 @@
 """Steps from their being scheduled to their end, and who decodes together: who does what when is worked out once."""
 
 from collections.abc import Sequence as SequenceOf
-from typing import NamedTuple
 
+import msgspec
 import numpy as np
 
 from pdkv.m3.requests import RequestId
@@ -91,7 +91,7 @@ class DecodeGroup:
         self._told.append(tokens)
 
 
-class UnderWay(NamedTuple):
+class UnderWay(msgspec.Struct, frozen=True, gc=False):
     """One step."""
 
     sequences: list[Sequence]
