@@ -33,6 +33,7 @@ from pdkv.daemons.link import (
     ToEngine,
     WorkerSettings,
 )
+from pdkv.daemons.rank_share import device_of, use_device
 from pdkv.errors import FailureCode, PdkvError
 from pdkv.m3.engine import Engine
 from pdkv.m3.model import load_model
@@ -59,7 +60,8 @@ class UndividedSide:
     def __init__(self, settings: WorkerSettings, link: BlockingLink) -> None:
         """Raises ``PdkvError`` where the model cannot be loaded."""
         torch.set_num_threads(settings.num_threads or torch.get_num_threads())
-        model = load_model(Path(settings.model_dir), device=settings.device, dtype=settings.dtype)
+        use_device(device_of(settings, 0))
+        model = load_model(Path(settings.model_dir), device=device_of(settings, 0), dtype=settings.dtype)
         bounds = EngineSettings(
             max_model_len=settings.max_model_len,
             max_batch=settings.max_batch,
