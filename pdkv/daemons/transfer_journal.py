@@ -68,20 +68,22 @@ class TransferJournal:
                 _log("pages free", transfer)
 
     def posting(self, post: Callable[[object], None]) -> Callable[[object], None]:
-        """``post`` to the agent, followed; what is said goes out before it is logged."""
+        """``post`` to the agent, followed; what is said goes out before it is logged, and is timed as of then: what
+        the other threads do with it meanwhile is theirs."""
 
         def followed(command: object) -> None:
+            at = time.monotonic()
             post(command)
             match command:
                 case GrantPages(transfer=transfer, pages=pages, cached_tokens=cached):
-                    self._got_pages(transfer)
+                    self._got_pages(transfer, at)
                     _log("pages reserved", transfer, pages=len(pages), cached_tokens=cached)
                 case StartTransfer(transfer=transfer, pages=pages, resident_blocks=resident):
-                    self._got_pages(transfer)
+                    self._got_pages(transfer, at)
                     _log("pages reserved", transfer, pages=len(pages), resident_pages=resident)
                 case FinishPrefill(transfer=transfer):
                     if (times := self._jobs.get(transfer)) is not None:
-                        self.meter.observe(PREFILL_SECONDS, value=time.monotonic() - times.since)
+                        self.meter.observe(PREFILL_SECONDS, value=at - times.since)
 
         return followed
 
@@ -100,12 +102,11 @@ class TransferJournal:
 
         return followed
 
-    def _got_pages(self, transfer: bytes) -> None:
+    def _got_pages(self, transfer: bytes, at: float) -> None:
         times = self._jobs.get(transfer)
         if times is not None and not times.has_pages:
-            now = time.monotonic()
-            self.meter.observe(QUEUE_SECONDS, value=now - times.since)
-            times.since, times.has_pages = now, True
+            self.meter.observe(QUEUE_SECONDS, value=at - times.since)
+            times.since, times.has_pages = at, True
 
 
 def _log(state: str, transfer: bytes, **more: object) -> None:

@@ -1,0 +1,32 @@
+"""What a worker's own times say: each ends when its message leaves, whatever the thread waits for afterwards."""
+
+import time
+
+from pdkv.agent.events import FinishPrefill, GrantPages
+from pdkv.daemons.link import PrefillJob, Sampling
+from pdkv.daemons.transfer_journal import TransferJournal
+from pdkv.metric_table import PREFILL_SECONDS, QUEUE_SECONDS
+from pdkv.schema import TransferId
+
+TRANSFER = TransferId(b"t" * 16)
+HELD_UP_S = 0.02
+
+
+def test_prefill_has_ended_when_its_first_token_is_passed_on() -> None:
+    """The agent's thread may take the interpreter then, send Done, and let decode's token out first."""
+    posted_at = []
+
+    def post(_: object) -> None:
+        posted_at.append(time.monotonic())
+        time.sleep(HELD_UP_S)
+
+    journal = TransferJournal()
+    began = time.monotonic()
+    journal.front_said(PrefillJob(TRANSFER, [1, 2], Sampling(), 10.0))
+    followed = journal.posting(post)
+    followed(GrantPages(TRANSFER, (3,), 0))
+    followed(FinishPrefill(TRANSFER, 7, -0.5))
+    seconds = {one.name: one.value for one in journal.meter.series()}
+    assert seconds[QUEUE_SECONDS.name] <= posted_at[0] - began
+    assert HELD_UP_S <= seconds[PREFILL_SECONDS.name]
+    assert seconds[QUEUE_SECONDS.name] + seconds[PREFILL_SECONDS.name] <= posted_at[1] - began
