@@ -27,7 +27,11 @@ def test_both_sides_answer_alike(kind: str, tmp_path: Path) -> None:
     report = json.loads(done.stdout)
     assert report["served"] == "1 prefill, 1 decode, auto"
     assert report["answers"]["compared"] == 4
-    assert report["answers"]["wrong"] == []
+    assert (report["answers"]["wrong"], report["answers"]["undecided"]) == ([], "")
+    if kind == "tiny":
+        assert [one["compared"] for one in report["answers"]["sides"]] == [4, 4]
+        assert all(0 < one["deviation"] < 1e-3 for one in report["answers"]["sides"]), "log-probabilities were told"
+        assert report["answers"]["rounding"]["tokens"] == 20
     divided, undivided = report["sides"]
     assert (divided["answered"], undivided["answered"]) == (4, 4)
     assert divided["paths"] == {"shm": 4}
