@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from pdkv_kernels.index_topk_prefill import ScoreTuning, index_topk_prefill
-from pdkv_kernels.index_topk_ref import index_topk_ref
-from pdkv_kernels.paged import BLOCK
+from pdkv_kernels.index_topk_prefill import ScoreTuning, index_topk_prefill, select_blocks
+from pdkv_kernels.index_topk_ref import index_topk_ref, select_blocks_ref
+from pdkv_kernels.paged import BLOCK, RaggedQueries
 from torch import Tensor
 
 from tests.kernels.decode_case import on
@@ -100,3 +100,26 @@ def test_slices_and_rows_behind_the_last(device: str, dtype: torch.dtype, monkey
     chosen = choose(replace(case, queries=fewer), 2, 0, 1)
     assert (chosen[70:] == -1).all()
     assert torch.equal(chosen[:70], reference(case, 2, 0, 1)[:70])
+
+
+@pytest.mark.parametrize(("device", "dtype"), [CPU, on("cuda", torch.float32)])
+@pytest.mark.parametrize(("init", "local"), [(0, 0), (2, 1)])
+@pytest.mark.parametrize("splits", [1, 8])
+def test_selection_orders_all_numbers(device: str, dtype: torch.dtype, init: int, local: int, splits: int):
+    """Infinities, both zeros, NaN with either sign, the smallest and the largest numbers, and many of each."""
+    tiny, large = 1e-45, 3.4028234663852886e38
+    kinds = torch.tensor(
+        [torch.inf, large, 1.0, tiny, 0.0, -0.0, -tiny, -1.0, -large, -torch.inf, torch.nan, -torch.nan], dtype=dtype
+    )
+    context, rows, heads, topk = 45 * BLOCK - 2, 4, 2, 16
+    scores = kinds[torch.randint(len(kinds), (46, rows * heads))]
+    lone = torch.randperm(46)[: len(kinds)]
+    scores[:, 0], scores[lone, 0] = torch.nan, kinds  # fewer numbers than places
+    starts, lens = torch.tensor([0, rows], dtype=torch.int32), torch.tensor([context], dtype=torch.int32)
+    queries = RaggedQueries(starts.to(device), lens.to(device), torch.zeros(1, 46, dtype=torch.int32, device=device))
+    out = torch.full((rows, heads, topk), 123456789, dtype=torch.int32, device=device)
+    tuning = ScoreTuning(select_splits=splits)
+    select_blocks(scores.to(device), queries, (0, rows), (topk, init, local), out, tuning)
+    visible = ((context + torch.arange(rows)) // BLOCK + 1)[:, None].expand(rows, heads)
+    expected = select_blocks_ref(scores.view(46, rows, heads).permute(1, 2, 0), visible, topk, init, local)
+    assert torch.equal(out.cpu(), expected)
