@@ -66,8 +66,9 @@ class Transport(ABC):
     @abstractmethod
     def submit(self, peer: PeerId, batch: ReadBatch) -> ReadId:
         """Start reading. Never blocks; the arrays are copied or consumed before it returns. A batch with a range
-        outside the peer's memory or outside local registered memory reads nothing and completes as FAILED; so does a
-        batch for a closed peer. An empty batch completes OK."""
+        outside the peer's memory or outside local registered memory completes as FAILED: neither that range is read nor
+        what comes after it; what comes before may be. A batch for a closed peer reads nothing and completes as FAILED.
+        An empty batch completes OK."""
 
     @abstractmethod
     def poll(self) -> list[Completion]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from pdkv.errors import TransportError
 from pdkv.schema import Int64Array
-from pdkv.transport.gpu import Exported, GpuSpans, SpanTable
+from pdkv.transport.gpu import DriverCalls, Exported, SpanTable
 
 HOW_TO_INSTALL = "pip install 'pdkv[nvlink]' brings cuda-bindings; torch built for CUDA 12.8 or later does too"
 
@@ -21,26 +21,13 @@ _THREADS = 512
 
 _HANDLE_BYTES = 64
 
+_FORMS = 12000
+"""The CUDA whose forms of functions native/nvlink_posting.c calls."""
+
 _BATCHES_SINCE = 12080
 _BATCHES_TELL_NO_INDEX_SINCE = 13000
 
 
-class _Location(ctypes.Structure):
-    _fields_ = (("type", ctypes.c_int), ("id", ctypes.c_int))
-
-
-class _CopyAttributes(ctypes.Structure):
-    """CUmemcpyAttributes."""
-
-    _fields_ = (
-        ("source_access_order", ctypes.c_int),
-        ("source", _Location),
-        ("destination", _Location),
-        ("flags", ctypes.c_uint),
-    )
-
-
-_IN_STREAM_ORDER = 1
 _BESIDE_KERNELS = 1
 
 
@@ -73,7 +60,7 @@ class CudaGpu:
         except TransportError:
             self.close()
             raise
-        self.can_copy_batches = self._copy_batch is not None
+        self.can_copy_batches = self._copy_batch != 0
 
     @classmethod
     def of(cls, address: int) -> "CudaGpu":
@@ -130,8 +117,6 @@ class CudaGpu:
     def make_table(self, capacity: int) -> CudaTable:
         size = 24 * capacity
         with self._current():
-            if self._kernel is None:
-                self._kernel = self._load_kernel()
             host = int(self._told(self._cuda.cuMemHostAlloc(size, 0)))
             try:
                 return CudaTable(capacity, host, int(self._told(self._cuda.cuMemAlloc(size))))
@@ -145,53 +130,55 @@ class CudaGpu:
             self._told(self._cuda.cuMemFree(table.device))
             self._told(self._cuda.cuMemFreeHost(table.host))
 
-    def copy(self, spans: GpuSpans, stream: int) -> None:
-        assert self._copy_batch is not None, "can_copy_batches says so"
-        to, source, length = (np.ascontiguousarray(a) for a in (spans.to, spans.source, spans.length))
-        attributes = _CopyAttributes(_IN_STREAM_ORDER, _Location(), _Location(), _BESIDE_KERNELS)
-        first, failed = ctypes.c_size_t(0), ctypes.c_size_t(0)
-        arguments = [
-            ctypes.c_void_p(to.ctypes.data),
-            ctypes.c_void_p(source.ctypes.data),
-            ctypes.c_void_p(length.ctypes.data),
-            ctypes.c_size_t(spans.count),
-            ctypes.byref(attributes),
-            ctypes.byref(first),
-            ctypes.c_size_t(1),
-            *([ctypes.byref(failed)] if self._tells_index else []),
-            ctypes.c_void_p(stream),
-        ]
-        with self._current():
-            code = self._copy_batch(*arguments)
-        if code:
-            self._told((self._cuda.CUresult(code),), "cuMemcpyBatchAsync")
-
-    def gather(self, table: SpanTable, count: int, together: int, blocks: int, stream: int) -> None:
-        assert isinstance(table, CudaTable)
-        assert count <= table.capacity, "whoever filled the table knows how large it is"
-        values = (table.device, count, together), (ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-        with self._current():
-            self._told(self._cuda.cuMemcpyHtoDAsync(table.device, table.host, 24 * count, stream))
-            grid = min(blocks, -(-count // (together * _THREADS // 32)))
-            self._told(self._cuda.cuLaunchKernel(self._kernel, grid, 1, 1, _THREADS, 1, 1, 0, stream, values, 0))
-
-    def mark(self, stream: int) -> int:
+    def make_event(self) -> int:
         flags = self._cuda.CUevent_flags
         with self._current():
-            event = self._told(
-                self._cuda.cuEventCreate(
-                    flags.CU_EVENT_BLOCKING_SYNC.value | flags.CU_EVENT_DISABLE_TIMING.value
-                )  # sleeps, and does not spin
+            return int(
+                self._told(
+                    self._cuda.cuEventCreate(
+                        flags.CU_EVENT_BLOCKING_SYNC.value | flags.CU_EVENT_DISABLE_TIMING.value
+                    )  # sleeps, and does not spin
+                )
             )
-            self._told(self._cuda.cuEventRecord(event, stream))
-        return int(event)
 
-    def wait(self, event: int) -> None:
+    def drop_event(self, event: int) -> None:
         with self._current():
-            try:
-                self._told(self._cuda.cuEventSynchronize(event))
-            finally:
-                self._cuda.cuEventDestroy(event)
+            self._told(self._cuda.cuEventDestroy(event))
+
+    def calls(self) -> DriverCalls:
+        with self._current():
+            if self._kernel is None:
+                self._kernel = self._load_kernel()
+        functions = {
+            field: _address(self._cuda, name, since) or 0
+            for field, name, since in (
+                ("push_context", "cuCtxPushCurrent", _FORMS),
+                ("pop_context", "cuCtxPopCurrent", _FORMS),
+                ("memcpy_to_device", "cuMemcpyHtoDAsync", _FORMS),
+                ("launch_kernel", "cuLaunchKernel", _FORMS),
+                ("record_event", "cuEventRecord", _FORMS),
+                ("query_event", "cuEventQuery", _FORMS),
+                ("wait_for_event", "cuEventSynchronize", _FORMS),
+            )
+        }
+        if missing := [field for field, address in functions.items() if not address]:
+            raise TransportError(f"this NVIDIA driver lacks what reads need: {missing[0]}")
+        return DriverCalls(
+            **functions,
+            memcpy_batch=self._copy_batch,
+            context=int(self._context),
+            kernel=int(self._kernel),
+            threads=_THREADS,
+            copy_flags=_BESIDE_KERNELS,
+            tells_failed_index=self._tells_index,
+        )
+
+    def why(self, code: int, call: str) -> str:
+        try:
+            self._told((self._cuda.CUresult(code),), call)
+        except (TransportError, ValueError) as error:  # a result that cuda-bindings does not know
+            return str(error)
+        return f"{call} failed, and says that it did not"
 
     def close(self) -> None:
         if not self._closed:
@@ -212,15 +199,15 @@ class CudaGpu:
     def _told(self, answer: tuple[Any, ...], call: str = "") -> Any:
         return _told(self._cuda, answer, call)
 
-    def _find_batches(self) -> tuple[Any, bool]:
+    def _find_batches(self) -> tuple[int, bool]:
         """The driver's copy of many spans in one call, which takes our arrays as they are: cuda-bindings would make an
         object of every number. And whether it has the older form with one argument more."""
         version = int(self._told(self._cuda.cuDriverGetVersion()))
         if version < _BATCHES_SINCE:
-            return None, False
+            return 0, False
         tells_index = version < _BATCHES_TELL_NO_INDEX_SINCE
         form = _BATCHES_SINCE if tells_index else _BATCHES_TELL_NO_INDEX_SINCE
-        return _direct(self._cuda, "cuMemcpyBatchAsync", form), tells_index
+        return _address(self._cuda, "cuMemcpyBatchAsync", form), tells_index
 
     def _load_kernel(self) -> Any:
         attributes = self._cuda.CUdevice_attribute
@@ -281,17 +268,17 @@ def _driver() -> Any:
     return cuda
 
 
-def _direct(cuda: Any, name: str, since: int) -> Any:
-    """A function of the driver as it is, in the form that CUDA ``since`` knows; None where it does not."""
+def _address(cuda: Any, name: str, since: int) -> int:
+    """Where a function of the driver is, in the form that CUDA ``since`` knows; 0 where it does not."""
     error, address, _ = cuda.cuGetProcAddress(name.encode(), since, 0)
-    return ctypes.CFUNCTYPE(ctypes.c_int)(int(address)) if not int(error) and address else None
+    return int(address) if not int(error) and address else 0
 
 
 def _ordinal(cuda: Any, address: int) -> int:
     """Which GPU holds the address. Asked directly: cuda-bindings 13.3 answers 0 for memory of every GPU."""
     attribute = cuda.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
     ordinal = ctypes.c_int(-1)
-    ask = _direct(cuda, "cuPointerGetAttribute", 4000)
+    ask = ctypes.CFUNCTYPE(ctypes.c_int)(_address(cuda, "cuPointerGetAttribute", 4000))
     code = ask(ctypes.byref(ordinal), ctypes.c_int(int(attribute)), ctypes.c_uint64(address))
     _told(cuda, (cuda.CUresult(code),), "cuPointerGetAttribute")
     return ordinal.value

@@ -7,21 +7,6 @@ import msgspec
 from pdkv.schema import Int64Array
 
 
-class GpuSpans(msgspec.Struct, frozen=True):
-    """Spans by absolute addresses: three arrays of equal length, one entry a span."""
-
-    to: Int64Array
-    source: Int64Array
-    length: Int64Array
-
-    @property
-    def count(self) -> int:
-        return int(self.length.size)
-
-    def part(self, which: slice) -> "GpuSpans":
-        return GpuSpans(self.to[which], self.source[which], self.length[which])
-
-
 class Exported(msgspec.Struct, frozen=True, array_like=True):
     """What another process needs to map an allocation."""
 
@@ -30,12 +15,35 @@ class Exported(msgspec.Struct, frozen=True, array_like=True):
     """Bytes from the allocation's start to the memory that was asked about."""
 
 
+class DriverCalls(msgspec.Struct, frozen=True):
+    """What native code needs of NVIDIA's driver for reads: addresses of its functions, and what they are given."""
+
+    push_context: int
+    pop_context: int
+    memcpy_batch: int
+    """0 where the driver has none."""
+    memcpy_to_device: int
+    launch_kernel: int
+    record_event: int
+    query_event: int
+    wait_for_event: int
+    context: int
+    kernel: int
+    threads: int
+    """Of a block of the kernel; a multiple of 32."""
+    copy_flags: int
+    tells_failed_index: bool
+    """``memcpy_batch`` has CUDA 12's form, of one argument more."""
+
+
 class SpanTable(Protocol):
     """Room for spans, here and on the GPU, for one kernel at a time; used again when that has ended."""
 
     capacity: int
     numbers: Int64Array
     """[3 x capacity], three numbers a span: where to, where from, how many bytes. Page-locked."""
+    device: int
+    """Address of as much on the GPU."""
 
 
 class Gpu(Protocol):
@@ -44,7 +52,7 @@ class Gpu(Protocol):
 
     uuid: str
     can_copy_batches: bool
-    """Whether ``copy`` exists here; where it does not, ``gather`` takes all spans."""
+    """Whether the copy engines take many spans in one call here; where they do not, the kernel takes all."""
 
     def holds(self, address: int, length: int) -> bool:
         """Whether all of that memory is this GPU's."""
@@ -64,23 +72,20 @@ class Gpu(Protocol):
 
     def drop_stream(self, stream: int) -> None: ...
 
-    def make_table(self, capacity: int) -> SpanTable:
-        """The first one takes long: the kernel is built."""
+    def make_table(self, capacity: int) -> SpanTable: ...
 
     def drop_table(self, table: SpanTable) -> None: ...
 
-    def copy(self, spans: GpuSpans, stream: int) -> None:
-        """Put copies of whole spans on the stream, for the copy engines."""
+    def make_event(self) -> int:
+        """One that is waited for asleep."""
 
-    def gather(self, table: SpanTable, count: int, together: int, blocks: int, stream: int) -> None:
-        """Put a kernel of at most so many thread blocks on the stream that copies the table's first ``count`` spans,
-        each shorter than 2 GiB. A warp takes ``together`` neighbours at a time."""
+    def drop_event(self, event: int) -> None: ...
 
-    def mark(self, stream: int) -> int:
-        """An event behind all that is on the stream."""
+    def calls(self) -> DriverCalls:
+        """The first time takes long: the kernel is built. Its driver waits for events so that what was copied before
+        them is visible to whatever is launched afterwards."""
 
-    def wait(self, event: int) -> None:
-        """Sleep until the event has happened, without the interpreter's lock, and drop it. What was copied before it is
-        visible to whatever is launched afterwards."""
+    def why(self, code: int, call: str) -> str:
+        """What the driver meant by a result that is not 0."""
 
     def close(self) -> None: ...

@@ -5,24 +5,23 @@ of few thread blocks. The peer does nothing, and may even be stopped.
 """
 
 import logging
-import os
 import select
-import threading
-from collections import deque
 from collections.abc import Callable
 
+import msgspec
 import numpy as np
 
 from pdkv.errors import TransportError
-from pdkv.schema import Int64Array, LocalMemory, MemoryDescriptor, ReadBatch, TransportAddress
+from pdkv.schema import LocalMemory, MemoryDescriptor, ReadBatch, TransportAddress
 from pdkv.transport.base import Completion, PeerId, ReadId, ReadStatus, Transport
 from pdkv.transport.cuda_gpu import CudaGpu
 from pdkv.transport.gpu import Exported, Gpu, SpanTable
 from pdkv.transport.nvlink_address import Home, decode, encode, encode_key, hint, obstacle
 from pdkv.transport.nvlink_peer import ENDED, NUM_STREAMS, NvlinkPeer, Work
-from pdkv.transport.nvlink_posting import PART_SPANS, Posting
-from pdkv.transport.nvlink_spans import ROW_BYTES, Seen, SpanBounds, check_extension
+from pdkv.transport.nvlink_posting import BAD_SPAN, PART_SPANS, PEER_ENDED, ROW_BYTES, Pace, post
+from pdkv.transport.nvlink_spans import Bounds, Driver, Ends, Posting, check_extension
 from pdkv.transport.process_life import Life
+from pdkv.transport.ranges import fault_of
 
 log = logging.getLogger("pdkv.transport.nvlink")
 
@@ -36,9 +35,8 @@ _MOST_BLOCKS = 1024
 
 
 class NvlinkTransport(Transport):
-    """See ``Transport``. Everything it holds belongs to the owner's thread, but for completions and span tables, which
-    its peers' threads hand back under a lock. All memory is of one GPU. Not for use after a fork (spawn instead).
-    """
+    """See ``Transport``. Everything it holds belongs to the owner's thread, but native threads, one a peer, add to
+    ``_ends``. All memory is of one GPU. Not for use after a fork (spawn instead)."""
 
     name = "nvlink"
 
@@ -56,19 +54,22 @@ class NvlinkTransport(Transport):
         self._row_bytes = row_bytes
         self._gpu_of = gpu_of
         self._gpu: Gpu | None = None
+        self._driver: Driver | None = None
+        self._pace: tuple[int, ...] = ()
         self._memories: list[LocalMemory] = []
         self._descriptors: list[MemoryDescriptor] = []
         self._peers: dict[PeerId, NvlinkPeer] = {}
         self._closing: list[NvlinkPeer] = []
         self._next_peer = 0
         self._next_read = 0
-        self._lock = threading.Lock()
-        self._done: deque[Completion] = deque()
+        self._ends = Ends()
+        self._under_way: dict[ReadId, tuple[NvlinkPeer | None, Work]] = {}
+        """Reads that nobody was told the end of."""
         self._tables: list[SpanTable] = []
+        """That nothing uses."""
         self._closed = False
-        self._ready = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll = select.epoll()
-        self._epoll.register(self._ready, select.EPOLLIN)
+        self._epoll.register(self._ends.fileno(), select.EPOLLIN)
 
     # ---- this side ----
 
@@ -93,7 +94,7 @@ class NvlinkTransport(Transport):
         self._memories.append(memory)
         self._descriptors.append(descriptor)
         for peer in self._peers.values():
-            peer.bounds = None
+            peer.posting = None
         return descriptor
 
     def address(self) -> TransportAddress:
@@ -112,22 +113,30 @@ class NvlinkTransport(Transport):
         here = Home.own(self._gpu.uuid)
         if why := obstacle(here, there) or self._gpu.refusal(there.gpu):
             raise TransportError(why)
-        if not self._peers and not self._tables:  # now, so that the first read does not wait for the compiler
-            self._tables += [self._gpu.make_table(PART_SPANS) for _ in range(_READY_TABLES)]
+        driver = self._driver or self._make_ready(self._gpu)
         number = PeerId(self._next_peer)
-        peer = NvlinkPeer(self._gpu, Life(there), address.memories, self._finish)
+        peer = NvlinkPeer(self._gpu, driver, Life(there), address.memories, self._ends)
         if peer.life.has_ended:
             peer.lose(ENDED)
         else:
-            self._open(peer, keys, f"pdkv-nvlink-{number}", hint(here, there))
+            self._open(peer, keys, hint(here, there))
         self._next_peer += 1
         self._peers[number] = peer
         return number
 
-    def _open(self, peer: NvlinkPeer, keys: list[Exported], name: str, suspicion: str) -> None:
+    def _make_ready(self, gpu: Gpu) -> Driver:
+        """For the first peer, so that the first read does not wait for the compiler."""
+        driver = Driver(gpu.calls())
+        self._tables += [gpu.make_table(PART_SPANS) for _ in range(_READY_TABLES)]
+        row_bytes = self._row_bytes if gpu.can_copy_batches else _NEVER
+        self._pace = msgspec.structs.astuple(Pace(row_bytes, blocks=self._blocks))
+        self._driver = driver
+        return driver
+
+    def _open(self, peer: NvlinkPeer, keys: list[Exported], suspicion: str) -> None:
         """A peer that cannot be mapped because it died meanwhile is one that died; any other will never be mapped."""
         try:
-            peer.open(keys, name)
+            peer.open(keys)
         except TransportError as error:
             if not peer.life.has_ended:
                 peer.life.close()
@@ -156,37 +165,56 @@ class NvlinkTransport(Transport):
 
     def submit(self, peer: PeerId, batch: ReadBatch) -> ReadId:
         self._check_open()
-        batch = ReadBatch(*(_int64(a) for a in (batch.memory, batch.remote, batch.local, batch.length)))
-        if len({batch.memory.size, batch.remote.size, batch.local.size, batch.length.size}) != 1:
-            raise TransportError("a batch that is none: its four arrays differ in length")
         read = ReadId(self._next_read)
         self._next_read += 1
         known = self._peers.get(peer)
-        if known is None:
-            self._tell(Completion(read, ReadStatus.FAILED, f"peer {peer} is closed"))
+        if known is None or known.broken:
+            self._fail(read, known.broken if known is not None else f"peer {peer} is closed")
             return read
-        if not known.broken and known.life.has_ended:
+        posting = known.posting or self._prepare(known)
+        try:
+            work, ended = post(read, known, posting, batch, self._take_table)
+        except ValueError:  # asked afterwards, for asking takes longer than all of this
+            work, ended = post(read, known, posting, _sound(batch), self._take_table)
+        if ended == PEER_ENDED:
             self._lose(known)
-        seen = self._look(known, batch)
-        if fault := seen.fault or known.broken:
-            self._tell(Completion(read, ReadStatus.FAILED, fault))
-        else:
-            known.add(self._post(known, read, batch, seen))
+            self._fail(read, known.broken)
+            return read
+        if ended == BAD_SPAN:
+            fault = fault_of(batch, known.memories, self._memories) or "a range lies outside registered memory"
+            work = msgspec.structs.replace(work, error=fault)
+        self._under_way[read] = (known, work)
+        known.add(work)
         return read
+
+    def _prepare(self, peer: NvlinkPeer) -> Posting:
+        """What posts the batches of a peer."""
+        bounds = Bounds([m.length for m in peer.memories], [(m.address, m.length) for m in self._memories])
+        peer.posting = Posting(peer.driver, bounds, peer.bases(), self._pace, peer.streams, peer.life.fd)
+        return peer.posting
 
     def poll(self) -> list[Completion]:
         if self._closed:
             return []
+        ended = self._ends.take()
+        completions = [self._end_of(ReadId(read), code) for read, code in ended]
         awake = {fd for fd, _ in self._epoll.poll(0)}
-        for peer in [peer for peer in self._peers.values() if not peer.broken and peer.life.fd in awake]:
-            self._lose(peer)
-        self._closing = [peer for peer in self._closing if not peer.is_gone()]
-        with self._lock:
-            done = list(self._done)
-            self._done.clear()
-            if done:
-                os.eventfd_read(self._ready)
-        return done
+        if awake:
+            for peer in [peer for peer in self._peers.values() if not peer.broken and peer.life.fd in awake]:
+                self._lose(peer)
+        if self._closing:
+            self._closing = [peer for peer in self._closing if not peer.is_gone()]
+        return completions
+
+    def _end_of(self, read: ReadId, code: int) -> Completion:
+        peer, work = self._under_way.pop(read)
+        self._tables += work.tables
+        return peer.end_of(work, code) if peer is not None else Completion(read, ReadStatus.FAILED, work.error)
+
+    def _fail(self, read: ReadId, why: str) -> None:
+        """Of a read that has not begun."""
+        self._under_way[read] = (None, Work(read, (), (), why))
+        self._ends.add(read)
 
     def fileno(self) -> int:
         return self._epoll.fileno()
@@ -202,11 +230,12 @@ class NvlinkTransport(Transport):
         self._peers.clear()
         self._closing.clear()
         if self._gpu is not None:
+            self._tables += [table for _, work in self._under_way.values() for table in work.tables]
             for table in self._tables:
                 self._gpu.drop_table(table)
             self._gpu.close()
         self._epoll.close()
-        os.close(self._ready)
+        self._ends.close()
 
     # ---- the inside ----
 
@@ -215,45 +244,21 @@ class NvlinkTransport(Transport):
         self._unwatch(peer)
         peer.lose(ENDED)
 
-    def _look(self, peer: NvlinkPeer, batch: ReadBatch) -> Seen:
+    def _take_table(self) -> SpanTable:
+        if self._tables:
+            return self._tables.pop()
         assert self._gpu is not None, "a peer is connected"
-        if peer.bounds is None:
-            peer.bounds = SpanBounds(peer.memories, tuple(self._memories))
-        return peer.bounds.look(batch, self._long_bytes(self._gpu))
-
-    def _long_bytes(self, gpu: Gpu) -> int:
-        """From how many bytes on a span is a row."""
-        return self._row_bytes if gpu.can_copy_batches else _NEVER
-
-    def _post(self, peer: NvlinkPeer, read: ReadId, batch: ReadBatch, seen: Seen) -> Work:
-        """Put a sound batch on the peer's streams."""
-        gpu = self._gpu
-        assert gpu is not None, "a peer is connected"
-        posting = Posting(gpu, peer, self._blocks, lambda: self._take_table(gpu))
-        bases = np.array(peer.mapping.bases or (0,), dtype=np.int64)
-        return posting.post(read, batch, bases, self._long_bytes(gpu), seen)
-
-    def _take_table(self, gpu: Gpu) -> SpanTable:
-        with self._lock:
-            if self._tables:
-                return self._tables.pop()
-        return gpu.make_table(PART_SPANS)
-
-    def _finish(self, completion: Completion, work: Work) -> None:
-        """Called by the threads of peers."""
-        with self._lock:
-            self._tables += work.tables
-        self._tell(completion)
-
-    def _tell(self, completion: Completion) -> None:
-        with self._lock:  # the descriptor tells exactly whether there is something
-            self._done.append(completion)
-            os.eventfd_write(self._ready, 1)
+        return self._gpu.make_table(PART_SPANS)
 
     def _check_open(self) -> None:
         if self._closed:
             raise TransportError("the nvlink transport is closed")
 
 
-def _int64(array: Int64Array) -> Int64Array:
-    return np.ascontiguousarray(array, dtype=np.int64)
+def _sound(batch: ReadBatch) -> ReadBatch:
+    """The batch in contiguous int64 arrays."""
+    size = batch.length.size
+    arrays = (batch.memory, batch.remote, batch.local, batch.length)
+    if any(array.size != size for array in arrays):
+        raise TransportError("a batch that is none: its four arrays differ in length")
+    return ReadBatch(*(np.ascontiguousarray(array, dtype=np.int64) for array in arrays))

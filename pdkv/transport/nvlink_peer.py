@@ -1,17 +1,16 @@
-"""One peer of an nvlink transport: its mapped memory, its streams, and a thread that sleeps until reads have ended."""
+"""One peer of an nvlink transport: its mapped memory, its streams, and and what waits until reads have ended."""
 
 import logging
 import threading
-from collections.abc import Callable
-from queue import SimpleQueue
 
 import msgspec
+import numpy as np
 
 from pdkv.errors import TransportError
-from pdkv.schema import MemoryDescriptor
+from pdkv.schema import Int64Array, MemoryDescriptor
 from pdkv.transport.base import Completion, ReadId, ReadStatus
 from pdkv.transport.gpu import Exported, Gpu, SpanTable
-from pdkv.transport.nvlink_spans import SpanBounds
+from pdkv.transport.nvlink_spans import Driver, Ends, Posting, Watch
 from pdkv.transport.process_life import Life
 
 log = logging.getLogger("pdkv.transport.nvlink")
@@ -50,113 +49,137 @@ class Work(msgspec.Struct, frozen=True, eq=False):
 
     read: ReadId
     events: tuple[int, ...]
+    """Free again when they have happened, as are the tables."""
     tables: tuple[SpanTable, ...]
-    """Free again when the events have happened."""
     error: str
     """Why it failed already; what was put on the streams before that is waited for all the same."""
+    num_bytes: int = 0
+    begun_ns: int = 0
+    """By the monotonic clock."""
 
 
 class NvlinkPeer:
-    """Belongs to the transport's thread, but for ``_watch``, which is the thread that it starts.
-
-    ``life`` and the mapping are closed by that thread when all work has ended: nothing is unmapped under a copy.
+    """Belongs to the transport's thread, but for ``_end``, which runs in one of its own: it waits for the thread of
+    native code that waits for reads, and then unmaps. Nothing is unmapped under a copy.
     """
 
     def __init__(
-        self, gpu: Gpu, life: Life, memories: tuple[MemoryDescriptor, ...], finish: Callable[[Completion, Work], None]
+        self, gpu: Gpu, driver: Driver, life: Life, memories: tuple[MemoryDescriptor, ...], ends: Ends
     ) -> None:
+        """``ends``: gets the reads that have ended."""
         self.life = life
         self.memories = memories
         self.broken = ""
         """Why nothing can be read any more; empty as long as it can."""
+        self.is_closed = False
         self.has_carried = False
+        self.driver = driver
         self.mapping = Mapping((), ())
-        self.bounds: SpanBounds | None = None
+        self.streams: tuple[int, ...] = ()
+        self.posting: Posting | None = None
         """None until the first read, and when what is registered here has changed."""
         self._gpu = gpu
-        self._finish = finish
-        self._streams: list[int] = []
-        self._turn = 0
-        self._work: SimpleQueue[Work | None] = SimpleQueue()
-        self._closed = False
-        self._thread: threading.Thread | None = None
+        self._ends = ends
+        self._events: list[int] = []
+        self._unused: list[int] = []
+        """Of them, those that no read has."""
+        self._watch: Watch | None = None
+        self._ending: threading.Thread | None = None
 
-    def open(self, keys: list[Exported], name: str) -> None:
+    def open(self, keys: list[Exported]) -> None:
         """Map and start. Raises ``TransportError`` when CUDA or the system refuses."""
         self.mapping = map_all(self._gpu, keys)
         try:
             for _ in range(NUM_STREAMS):
-                self._streams.append(self._gpu.make_stream())
-            thread = threading.Thread(target=self._watch, name=name, daemon=True)
-            thread.start()
-        except (TransportError, RuntimeError) as error:  # threads raise RuntimeError
+                self.streams += (self._gpu.make_stream(),)
+            for _ in range(2 * NUM_STREAMS):
+                self._unused.append(self._make_event())
+            self._watch = Watch(self.driver, self._ends)
+        except (TransportError, OSError) as error:
             self._drop()
             raise TransportError(f"no room for another peer: {error}") from error
-        self._thread = thread
 
-    def next_stream(self) -> int:
-        """Where the next part of a batch goes."""
-        self._turn += 1
-        return self._streams[self._turn % len(self._streams)]
+    def bases(self) -> Int64Array:
+        """Address of each memory; one that is none, where there is no memory."""
+        return np.array(self.mapping.bases or (0,), dtype=np.int64)
+
+    def why(self, code: int, call: str) -> str:
+        """What the driver meant by refusing a call."""
+        return self._gpu.why(code, call)
+
+    def take_event(self) -> int:
+        """One that nothing uses; it comes back with the work that it is of."""
+        return self._unused.pop() if self._unused else self._make_event()
+
+    def _make_event(self) -> int:
+        event = self._gpu.make_event()
+        self._events.append(event)
+        return event
 
     def add(self, work: Work) -> None:
-        self._work.put(work)
+        """To be told of when it has ended. Not after ``lose``."""
+        if work.events:
+            assert self._watch is not None, "it is open"
+            self._watch.add(work.read, work.events, work.num_bytes, bool(work.tables), work.begun_ns)
+        else:
+            self._ends.add(work.read)
+
+    def end_of(self, work: Work, code: int) -> Completion:
+        """Of a read that has ended; ``code``: the driver's result."""
+        self._unused += work.events
+        if self.is_closed:
+            return Completion(work.read, ReadStatus.CANCELLED, "the peer was closed")
+        error = work.error or (self.why(code, "cuEventSynchronize") if code else "")
+        # Asked after the copies: a peer that lives now has kept its memory all the while.
+        if not error and self.life.has_ended:
+            error = ENDED
+        if error:
+            return Completion(work.read, ReadStatus.FAILED, error)
+        self.has_carried = True
+        return Completion(work.read, ReadStatus.OK)
 
     def lose(self, why: str) -> None:
         """Nothing more is read; what is under way ends, and the memory is unmapped: as long as it is mapped, the GPU
         keeps it for a process that is no more."""
-        if not self.broken:
-            self.broken = why
-            self._work.put(None)
+        if self.broken:
+            return
+        self.broken = why
+        if self._watch is not None:
+            self._watch.stop()
+            self._ending = threading.Thread(target=self._end, args=(self._watch,), name="pdkv-nvlink-end", daemon=True)
+            self._ending.start()
 
     def close(self) -> None:
         """What is under way ends as cancelled."""
-        self._closed = True
+        self.is_closed = True
         self.lose("it is closed")
 
     def is_gone(self) -> bool:
         """Whether nothing is under way or mapped any more, after ``close``."""
-        if self._thread is not None and self._thread.is_alive():
+        if self._ending is not None and self._ending.is_alive():
             return False
         self.life.close()
         return True
 
     def join(self) -> None:
         """Wait until nothing is under way or mapped. After ``close`` or ``lose``."""
-        if self._thread is not None:
-            self._thread.join()
+        if self._ending is not None:
+            self._ending.join()
         self.life.close()
 
-    # ---- the peer's thread ----
+    # ---- the ending thread ----
 
-    def _watch(self) -> None:
-        while (work := self._work.get()) is not None:
-            error = work.error
-            for event in work.events:
-                try:
-                    self._gpu.wait(event)
-                except TransportError as refusal:
-                    error = error or str(refusal)
-            self._finish(self._end_of(work.read, error), work)
+    def _end(self, watch: Watch) -> None:
+        watch.join()
         self._drop()
-
-    def _end_of(self, read: ReadId, error: str) -> Completion:
-        if self._closed:
-            return Completion(read, ReadStatus.CANCELLED, "the peer was closed")
-        # Asked after the copies: a peer that lives now has kept its memory all the while.
-        if not error and self.life.has_ended:
-            error = ENDED
-        if error:
-            return Completion(read, ReadStatus.FAILED, error)
-        self.has_carried = True
-        return Completion(read, ReadStatus.OK)
 
     def _drop(self) -> None:
         for drop, handle in (
-            *((self._gpu.drop_stream, stream) for stream in self._streams),
+            *((self._gpu.drop_stream, stream) for stream in self.streams),
+            *((self._gpu.drop_event, event) for event in self._events),
             *((self._gpu.unmap, address) for address in self.mapping.opened),
         ):
             try:
                 drop(handle)
             except TransportError as error:
-                log.warning(f"a peer's memory or stream is not given back: {error}")
+                log.warning(f"a peer's memory, stream or event is not given back: {error}")

@@ -1,82 +1,62 @@
 """Puts one batch on a peer's streams, in parts that grow: the GPU soon has work, and its next before that has ended."""
 
-from collections.abc import Callable, Iterator
-from itertools import zip_longest
+from collections.abc import Callable
 
-from pdkv.errors import TransportError
-from pdkv.schema import Int64Array, ReadBatch
+import msgspec
+
+from pdkv.schema import ReadBatch
 from pdkv.transport.base import ReadId
-from pdkv.transport.gpu import Gpu, GpuSpans, SpanTable
-from pdkv.transport.nvlink_peer import NvlinkPeer, Work
-from pdkv.transport.nvlink_spans import Fragments, Seen, growing_parts, rows_of
+from pdkv.transport.gpu import SpanTable
+from pdkv.transport.nvlink_peer import NUM_STREAMS, NvlinkPeer, Work
+from pdkv.transport.nvlink_spans import Posting
 
 PART_SPANS = 1 << 15
 """Most that is put on a stream at a time: a table of so many is 768 KiB."""
 
-FIRST_PIECES = 1 << 11
-"""Of the first part: 5 us to lay out, and 50 us or more of the link."""
+ROW_BYTES = 1 << 20
+"""Spans from here on go to the copy engines: no thread block is taken from the model, but 1 us of the driver a span."""
 
-FIRST_ROWS = 16
-"""What the copy engines get first: the driver takes 1 us for each row, and begins when it has been told of all."""
-
-TIMES = 4
-"""Each part is so many times the one before: it is laid out, or told, in less time than that takes to be copied."""
+WANTS_TABLE, BAD_SPAN, REFUSED, PEER_ENDED = 1, 2, 3, 4
+"""How a posting has ended: ``pdkv_posted``."""
 
 
-class Posting:
-    """Lives as long as one ``submit``, in the transport's thread."""
+class Pace(msgspec.Struct, frozen=True, array_like=True):
+    """How a batch is divided; ``pdkv_pace`` of native/nvlink_posting.h, in its order."""
 
-    def __init__(self, gpu: Gpu, peer: NvlinkPeer, blocks: int, take_table: Callable[[], SpanTable]) -> None:
-        """``blocks``: of one kernel. ``take_table``: one of ``PART_SPANS`` that nothing uses."""
-        self._gpu = gpu
-        self._peer = peer
-        self._blocks = blocks
-        self._take_table = take_table
-        self._tables: list[SpanTable] = []
-        self._streams: set[int] = set()
+    row_bytes: int = ROW_BYTES
+    """From how many bytes on a span goes to the copy engines."""
+    piece_bytes: int = 64 << 10
+    """Most that one warp copies in one go, where there is much: with 16 KiB the host took longer to lay out 3 GB than
+    the link to carry it."""
+    few_bytes: int = 64 << 20
+    """Of less than this pieces are an eighth as long, so that a thousand warps have work and end together."""
+    first_rows: int = 4
+    """What the copy engines get first: the driver takes 1 us or more for each row, and begins when it has been told of
+    all."""
+    first_fragments: int = 1 << 10
+    """Spans of the first part: 5 us to lay out, and 40 us or more of the link."""
+    times: int = 4
+    """Each part is so many times the one before: it is laid out, or told, in less time than that takes to be copied."""
+    most: int = PART_SPANS
+    blocks: int = 32
+    """Thread blocks of one kernel; one a stream runs at a time."""
+    row_streams: int = 2
+    """How many of the streams rows take turns on."""
 
-    def post(self, read: ReadId, batch: ReadBatch, bases: Int64Array, row_bytes: int, seen: Seen) -> Work:
-        """All of a sound batch. What the driver refuses is the work's error; parts before that have been put there."""
-        rows = rows_of(batch, bases, row_bytes) if seen.has_rows else None
-        fragments = Fragments(batch, bases, row_bytes, seen.num_bytes) if seen.has_fragments else None
-        error = ""
-        try:
-            for _ in zip_longest(self._gathers(fragments), self._copies(rows)):  # in turns
-                pass
-        except TransportError as refused:
-            error = str(refused)
-        events = []
-        for stream in self._streams:
-            try:
-                events.append(self._gpu.mark(stream))
-            except TransportError as refused:  # then nothing of that stream can be waited for, or runs any more
-                error = error or str(refused)
-        return Work(read, tuple(events), tuple(self._tables), error)
 
-    def _gathers(self, fragments: Fragments | None) -> Iterator[None]:
-        """A kernel at each step, behind a table of its own."""
-        size, filled = FIRST_PIECES, 0
-        while fragments is not None:
-            table = self._take_table()
-            self._tables.append(table)
-            filled = fragments.fill(table.numbers[: 3 * size])
-            if not filled:
-                return
-            together = fragments.together(table.numbers[: 3 * filled])
-            self._gpu.gather(table, filled, together, self._blocks, self._next_stream())
-            yield
-            if filled < size:
-                return
-            size = min(TIMES * size, PART_SPANS)
-
-    def _copies(self, rows: GpuSpans | None) -> Iterator[None]:
-        """A call of the copy engines at each step."""
-        for part in growing_parts(rows.count, FIRST_ROWS, TIMES, PART_SPANS) if rows is not None else ():
-            assert rows is not None
-            self._gpu.copy(rows.part(part), self._next_stream())
-            yield
-
-    def _next_stream(self) -> int:
-        stream = self._peer.next_stream()
-        self._streams.add(stream)
-        return stream
+def post(
+    read: ReadId, peer: NvlinkPeer, posting: Posting, batch: ReadBatch, take_table: Callable[[], SpanTable]
+) -> tuple[Work, int]:
+    """Put a batch on the peer's streams; the work, and how that ended. What the driver refuses is the work's error."""
+    ended = posting.post(batch.memory, batch.remote, batch.local, batch.length)
+    tables = []
+    while ended == WANTS_TABLE:
+        table = take_table()
+        tables.append(table)
+        ended = posting.give(table.numbers, table.device)
+    error = peer.why(*posting.refusal) if ended == REFUSED else ""
+    used = posting.used
+    marks = [peer.take_event() if used >> n & 1 else 0 for n in range(NUM_STREAMS)]
+    if used and posting.mark(*marks):  # then nothing of that stream can be waited for, or runs any more
+        error = error or peer.why(*posting.refusal)
+    return Work(read, tuple(filter(None, marks)), tuple(tables), error, posting.num_bytes, posting.begun_ns), ended

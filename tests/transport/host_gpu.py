@@ -22,7 +22,7 @@ from pdkv.errors import TransportError
 from pdkv.schema import LocalMemory
 from pdkv.transport.conformance_target import Bytes, SharedArray
 from pdkv.transport.cuda_gpu import kernel_source
-from pdkv.transport.gpu import Exported, GpuSpans, SpanTable
+from pdkv.transport.gpu import DriverCalls, Exported, SpanTable
 from pdkv.transport.nvlink import NvlinkTransport
 
 _SHIM = """
@@ -35,13 +35,13 @@ struct alignas(16) uint4 { unsigned x, y, z, w; };
 #define __launch_bounds__(threads)
 """
 _RUN = """
-extern "C" void run(const Span *spans, unsigned count, unsigned each, unsigned blocks, unsigned threads)
+extern "C" void run(const Span *spans, unsigned num_long, unsigned count, unsigned blocks, unsigned threads)
 {
     gridDim.x = blocks;
     blockDim.x = threads;
     for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++)
         for (threadIdx.x = 0; threadIdx.x < threads; threadIdx.x++)
-            gather_spans(spans, count, each);
+            gather_spans(spans, num_long, count);
 }
 """
 _arrays: list[SharedArray] = []
@@ -50,7 +50,7 @@ _arrays: list[SharedArray] = []
 
 @cache
 def gather_on_host() -> Callable[[int, int, int, int, int], None]:
-    """The kernel: (address of the spans, count, how many a warp takes together, blocks, threads). Words at odd
+    """The kernel: (address of the spans, how many are not short, how many there are, blocks, threads). Words at odd
     addresses are a trap."""
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder) / "gather.cpp", Path(folder) / "gather.so"
@@ -79,10 +79,46 @@ class HostGpuMemory:
         self.bytes[:] = values
 
 
+_REFUSED, _NOT_READY = 999, 600
+
+_POINTER, _UNSIGNED, _SIZE = ctypes.c_size_t, ctypes.c_uint, ctypes.c_size_t
+_CALL = {
+    name: ctypes.CFUNCTYPE(ctypes.c_int, *arguments)
+    for name, arguments in {
+        "push_context": (_POINTER,),
+        "pop_context": (_POINTER,),
+        "memcpy_batch": (_POINTER, _POINTER, _POINTER, _SIZE, _POINTER, _POINTER, _SIZE, _POINTER),
+        "memcpy_to_device": (_POINTER, _POINTER, _SIZE, _POINTER),
+        "launch_kernel": (_POINTER, *[_UNSIGNED] * 7, _POINTER, _POINTER, _POINTER),
+        "record_event": (_POINTER, _POINTER),
+        "query_event": (_POINTER,),
+        "wait_for_event": (_POINTER,),
+    }.items()
+}
+
+
+_kept: list[object] = []
+"""Functions that native code calls; only ever added to, for nobody tells when it has called the last time."""
+
+
+def calls_of(driver: object) -> DriverCalls:
+    """The methods of a driver written in Python, as native code calls them. Threads of its kernel's blocks are 64."""
+    functions = {name: kind(getattr(driver, name)) for name, kind in _CALL.items()}
+    _kept.extend(functions.values())
+    addresses = {name: ctypes.cast(function, ctypes.c_void_p).value or 0 for name, function in functions.items()}
+    return DriverCalls(**addresses, context=1, kernel=2, threads=64, copy_flags=0, tells_failed_index=False)
+
+
+def _words(address: int, count: int) -> list[int]:
+    return list((ctypes.c_uint64 * count).from_address(address))
+
+
 class _Table:
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.numbers = np.zeros(3 * capacity, dtype=np.int64)
+        self.on_gpu = np.zeros(3 * capacity, dtype=np.int64)
+        self.device = int(self.on_gpu.ctypes.data)
 
 
 class _Stream:
@@ -107,12 +143,13 @@ class HostGpu:
         self.gate = threading.Event()
         self.gate.set()
         self.copies: list[tuple[int, int]] = []
-        """Of each call of ``copy``: spans and stream."""
+        """Of each batch of copies: spans and stream."""
         self.gathers: list[tuple[int, int, int, int]] = []
-        """Of each call of ``gather``: spans, how many a warp takes at a time, blocks and stream."""
+        """Of each kernel: spans, how many of them are not short, blocks and stream."""
         self.mapped: dict[int, mmap.mmap] = {}
         self._handles: dict[int, object] = {}
         self._next = 1
+        self._calls = calls_of(self)
 
     def _check(self, call: str) -> None:
         if call in self.refuse:
@@ -175,29 +212,73 @@ class HostGpu:
         assert isinstance(owner, _Stream)
         owner.tasks.put(lambda: (self.gate.wait(), task())[1])
 
-    def copy(self, spans: GpuSpans, stream: int) -> None:
-        self._check("copy")
-        self.copies.append((spans.count, stream))
-        every = list(zip(spans.to.tolist(), spans.source.tolist(), spans.length.tolist(), strict=True))
+    def make_event(self) -> int:
+        never_recorded = threading.Event()
+        never_recorded.set()
+        return self._keep(never_recorded)
+
+    def drop_event(self, event: int) -> None:
+        self._handles.pop(event)
+
+    def calls(self) -> DriverCalls:
+        return self._calls
+
+    def why(self, code: int, call: str) -> str:
+        return f"CUDA refuses: {call}, {code}"
+
+    # ---- the driver, as native code calls it ----
+
+    def _event(self, event: int) -> threading.Event:
+        found = self._handles[event]
+        assert isinstance(found, threading.Event)
+        return found
+
+    def push_context(self, _context: int) -> int:
+        return _REFUSED if "push" in self.refuse else 0
+
+    def pop_context(self, _popped: int) -> int:
+        return 0
+
+    def memcpy_batch(
+        self, to: int, source: int, length: int, count: int, _how: int, _first: int, _n: int, stream: int
+    ) -> int:
+        if "copy" in self.refuse:
+            return _REFUSED
+        self.copies.append((count, stream))
+        every = list(zip(*(_words(address, count) for address in (to, source, length)), strict=True))
         self._do(stream, lambda: [ctypes.memmove(*span) for span in every] and None)
+        return 0
 
-    def gather(self, table: SpanTable, count: int, together: int, blocks: int, stream: int) -> None:
-        assert isinstance(table, _Table)
-        self._check("gather")
-        self.gathers.append((count, together, blocks, stream))
-        self._do(stream, lambda: gather_on_host()(table.numbers.ctypes.data, count, together, blocks, 64))
+    def memcpy_to_device(self, to: int, source: int, length: int, stream: int) -> int:
+        self._do(stream, lambda: ctypes.memmove(to, source, length) and None)
+        return 0
 
-    def mark(self, stream: int) -> int:
-        self._check("mark")
-        happened = threading.Event()
+    def launch_kernel(self, _kernel: int, blocks: int, _y: int, _z: int, threads: int, *rest: int) -> int:
+        stream, arguments = rest[3:5]
+        if "gather" in self.refuse:
+            return _REFUSED
+        table, num_long, count = (
+            kind.from_address(address).value
+            for kind, address in zip((ctypes.c_uint64, ctypes.c_uint, ctypes.c_uint), _words(arguments, 3), strict=True)
+        )
+        self.gathers.append((count, num_long, blocks, stream))
+        self._do(stream, lambda: gather_on_host()(table, num_long, count, blocks, threads))
+        return 0
+
+    def record_event(self, event: int, stream: int) -> int:
+        if "mark" in self.refuse:
+            return _REFUSED
+        happened = self._event(event)
+        happened.clear()
         self._do(stream, happened.set)
-        return self._keep(happened)
+        return 0
 
-    def wait(self, event: int) -> None:
-        happened = self._handles.pop(event)
-        assert isinstance(happened, threading.Event)
-        happened.wait()
-        self._check("wait")
+    def query_event(self, event: int) -> int:
+        return 0 if self._event(event).is_set() else _NOT_READY
+
+    def wait_for_event(self, event: int) -> int:
+        self._event(event).wait()
+        return _REFUSED if "wait" in self.refuse else 0
 
     def close(self) -> None:
         assert not self.mapped, "a mapping is left"

@@ -13,12 +13,13 @@ DRIVER = Path(__file__).parent / "native" / "two_gpus.c"
 
 PROGRAM = """
 import ctypes
+import os
 import numpy as np
 from cuda.bindings import driver as cuda
 from pdkv.errors import TransportError
 from pdkv.transport import cuda_gpu
 from pdkv.transport.cuda_gpu import CudaGpu
-from pdkv.transport.gpu import GpuSpans
+from pdkv.transport.nvlink_spans import Bounds, Driver, Ends, Posting, Watch
 
 def told(answer):
     assert int(answer[0]) == 0, answer[0]
@@ -87,17 +88,37 @@ def test_maps_and_copies_a_batch_in_its_own_context(libraries: Path, version: in
 assert gpu.can_copy_batches
 bytes_at(first, 1000)[:] = np.arange(1000) % 251
 mapped = gpu.map(CudaGpu.of(first).export(first).handle)
-stream = gpu.make_stream()
-starts, lengths = np.array([3, 700]), np.array([10, 300])
-gpu.copy(GpuSpans(starts + second, starts + mapped, lengths), stream)
-gpu.wait(gpu.mark(stream))
+streams, event = (gpu.make_stream(), gpu.make_stream()), gpu.make_event()
+driver = Driver(gpu.calls())
+pace = (100, 64, 1, 16, 1, 2, 64, 4, 1)  # rows have 100 bytes or more
+with_life, its_end = os.pipe()
+posting = Posting(driver, Bounds([1000], [(second, 1000)]), np.array([mapped]), pace, streams, with_life)
+zeros, starts, lengths = np.zeros(2, np.int64), np.array([3, 700]), np.array([110, 300])
+assert posting.post(zeros, starts, starts + second, lengths) == 0
+assert (posting.used, posting.num_bytes) == (1, 410)
+assert posting.mark(event, 0) == 0
+ends = Ends()
+watch = Watch(driver, ends)
+for read in range(3):
+    watch.add(read, (event,), 1 << 30, False, 0)  # as if the first had taken since the machine was started
+watch.stop()
+watch.join()
+assert ends.take() == [(0, 0), (1, 0), (2, 0)]
 wanted = np.zeros(1000, np.uint8)
-wanted[3:13], wanted[700:] = bytes_at(first, 1000)[3:13], bytes_at(first, 1000)[700:]
+wanted[3:113], wanted[700:] = bytes_at(first, 1000)[3:113], bytes_at(first, 1000)[700:]
 assert np.array_equal(bytes_at(second, 1000), wanted)
+
 table = gpu.make_table(8)
-table.numbers[:6] = [3, 30, 10, 700, 70, 300]
-gpu.gather(table, 2, 8, 4, stream)
-gpu.drop_table(table), gpu.drop_stream(stream), gpu.unmap(mapped), gpu.close()
+assert posting.post(zeros, starts, starts + second, np.array([70, 30])) == 1  # it wants a table
+assert posting.give(table.numbers, table.device) == 1  # the second span is a part of its own
+made = [[3 + second, 3 + mapped, 64], [67 + second, 67 + mapped, 6]]
+sent = np.frombuffer(bytes_at(table.device, 48), np.int64).reshape(2, 3).tolist()
+assert sorted(sent) == made, sent
+other = gpu.make_table(8)
+assert posting.give(other.numbers, other.device) == 0
+assert np.frombuffer(bytes_at(other.device, 24), np.int64).tolist() == [700 + second, 700 + mapped, 30]
+gpu.drop_table(table), gpu.drop_table(other), gpu.drop_event(event), gpu.unmap(mapped), gpu.close()
+[gpu.drop_stream(stream) for stream in streams]
 """
     run(libraries, program, version)
 

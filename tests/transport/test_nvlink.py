@@ -17,9 +17,7 @@ from pdkv.transport.conformance_rig import Rig
 from pdkv.transport.conformance_target import SpawnedTarget, TransportSpec
 from pdkv.transport.gpu import Exported
 from pdkv.transport.nvlink import NvlinkTransport
-from pdkv.transport.nvlink_spans import FEW_BYTES, PIECE_BYTES, Fragments, SpanBounds, growing_parts, rows_of
 from pdkv.transport.process_life import Life, ProcessHome
-from pdkv.transport.ranges import fault_of
 
 from .host_gpu import HostGpu, HostGpuMemory
 from .reading import ended, span
@@ -69,122 +67,22 @@ def mortal():
     made.kill()
 
 
-# ---- spans ----
-
-
-BASES = np.array([10_000, 5_000_000])
-"""Of the two memories that spans below name."""
-
-
-def _batch(*spans: tuple[int, int, int, int]) -> ReadBatch:
-    """(memory, remote, local, length) each."""
-    return ReadBatch(*(np.array(column, dtype=np.int64) for column in zip(*spans, strict=True)))
-
-
-def _pieces(batch: ReadBatch, row_bytes: int, num_bytes: int, capacity: int) -> list[list[int]]:
-    """All pieces, by tables of so many."""
-    fragments, table, made = Fragments(batch, BASES, row_bytes, num_bytes), np.zeros(3 * capacity, np.int64), []
-    while count := fragments.fill(table):
-        made += table[: 3 * count].reshape(-1, 3).tolist()
-    return made
-
-
-@pytest.mark.parametrize("capacity", [1, 3, 100])
-def test_cutting_keeps_every_byte_in_order_and_leaves_rows_out(capacity: int) -> None:
-    few = PIECE_BYTES // 8
-    spans = [
-        (0, 5000, 100, 7),
-        (1, 10, 300, few),
-        (0, 20, 70_000, few + 1),
-        (1, 0, 0, 3 * few),
-        (0, 900, 600, 3 * few - 1),
-    ]
-    made = _pieces(_batch(*spans), 3 * few, 1000, capacity)
-    wanted = []
-    for memory, remote, local, length in spans:
-        if length < 3 * few:
-            source = int(BASES[memory]) + remote
-            wanted += [[local + at, source + at, min(few, length - at)] for at in range(0, length, few)]
-    assert made == wanted
-
-
-def test_rows_are_told_by_addresses() -> None:
-    batch = _batch((0, 5, 100, 7), (1, 10, 300, 8), (0, 20, 400, 9))
-    rows = rows_of(batch, BASES, 8)
-    assert (rows.to.tolist(), rows.source.tolist(), rows.length.tolist()) == ([300, 400], [5_000_010, 10_020], [8, 9])
-    assert rows_of(batch, BASES, 1).count == 3
-
-
-def test_much_is_cut_into_longer_pieces_than_little() -> None:
-    batch = _batch((0, 0, 0, 4 * PIECE_BYTES))
-    assert {length for _, _, length in _pieces(batch, 1 << 40, FEW_BYTES, 10)} == {PIECE_BYTES}
-    assert {length for _, _, length in _pieces(batch, 1 << 40, FEW_BYTES - 1, 100)} == {PIECE_BYTES // 8}
-
-
-def test_short_pieces_go_together() -> None:
-    fragments = Fragments(_batch((0, 0, 0, 1)), BASES, 1 << 40, FEW_BYTES)
-
-    def together(*lengths: int) -> int:
-        return fragments.together(np.array([[0, 0, length] for length in lengths]).ravel())
-
-    assert together(PIECE_BYTES) == together(PIECE_BYTES, PIECE_BYTES - 1) == 1
-    assert together(512, PIECE_BYTES // 2) == 3
-    assert together(512, 512) == 8
-
-
-def test_looks_at_batches_of_many_spans_as_the_plain_check_does() -> None:
-    """Over thousands of spans of two memories a side, where one at a time is spoilt: each way that can be."""
-    count = 5000
-    theirs = tuple(MemoryDescriptor(1, size, b"") for size in (1 << 30, 1 << 20))
-    ours = (LocalMemory(1 << 40, 1 << 30, "cuda:0"), LocalMemory(1 << 41, 1 << 20, "cuda:0"))
-    random = np.random.default_rng(0)
-    memory = (np.arange(count) // 700 % 2).astype(np.int64)
-    length = random.integers(1, 2000, count)
-    room = np.array([1 << 30, 1 << 20])[memory] - length
-    start = np.array([1 << 40, 1 << 41])[memory]
-    batch = ReadBatch(memory, random.integers(0, room + 1), start + random.integers(0, room + 1), length)
-    look = SpanBounds(theirs, ours).look
-    seen = look(batch, 1 << 20)
-    assert (seen.fault, seen.has_rows, seen.has_fragments, seen.num_bytes) == ("", False, True, int(length.sum()))
-    assert look(batch, 1).has_rows
-    assert not look(batch, 1).has_fragments
-    assert look(batch, 1000).has_rows
-    assert look(batch, 1000).has_fragments
-    most, least = (1 << 63) - 1, -(1 << 63)
-    bad = {
-        "memory": (2, -1, most, least),
-        "remote": (-1, 1 << 30, most, least),
-        "local": (0, -1, (1 << 40) - 1, (1 << 41) + (1 << 20), most, least),
-        "length": (0, -1, (1 << 30) + 1, most, least),
-    }
-    for name, values in bad.items():
-        for value in values:
-            spoilt = getattr(batch, name).copy()
-            spoilt[random.integers(0, count)] = value
-            changed = msgspec.structs.replace(batch, **{name: spoilt})
-            fault = look(changed, 1 << 20).fault
-            assert fault == fault_of(changed, theirs, ours) != "", (name, value)
-
-
-def test_parts_grow_to_the_most() -> None:
-    assert [part.stop - part.start for part in growing_parts(1000, 10, 8, 300)] == [10, 80, 300, 300, 300, 10]
-    assert list(growing_parts(10, 10, 1, 10)) == [slice(0, 10)]
-    assert not list(growing_parts(0, 10, 2, 10))
+# ---- parts ----
 
 
 def test_rows_go_in_batches_that_grow(reader: Reader, target: SpawnedTarget) -> None:
     """So that the first are copied while the driver is told of the others."""
     peer = reader.transport.connect(target.address)
     assert reader.read(peer, *[4096] * 1000).status is ReadStatus.OK
-    assert [spans for spans, _ in reader.gpu.copies] == [16, 64, 256, 664]
+    assert [spans for spans, _ in reader.gpu.copies] == [4, 16, 64, 256, 660]
 
 
 def test_fragments_go_in_kernels_that_grow_on_both_streams(reader: Reader, target: SpawnedTarget) -> None:
     peer = reader.transport.connect(target.address)
     assert reader.read(peer, *[64] * 50_000).status is ReadStatus.OK
-    pieces, together, blocks, streams = zip(*reader.gpu.gathers, strict=True)
-    assert pieces == (2048, 8192, 32768, 6992)
-    assert set(together) == {8}
+    pieces, num_long, blocks, streams = zip(*reader.gpu.gathers, strict=True)
+    assert pieces == (1024, 4096, 16384, 28496)
+    assert set(num_long) == {0}
     assert set(blocks) == {1}, "two kernels at a time have as many blocks as were asked for"
     assert streams[0] == streams[2] != streams[1] == streams[3]
 
@@ -210,6 +108,28 @@ def test_tables_are_used_again(reader: Reader, target: SpawnedTarget) -> None:
         assert np.array_equal(reader.into.bytes[: wanted.size], wanted)
         made.append(len(reader.transport._tables))
     assert made[0] == made[1] > 1
+
+
+def test_a_bad_span_far_behind_fails_the_read_and_nothing_after_it_lands(reader: Reader, target: SpawnedTarget) -> None:
+    """Parts before it have been launched: the read ends when they have, and has touched nothing else."""
+    peer = reader.transport.connect(target.address)
+    count, bad = 20_000, 15_000
+    at = np.arange(count, dtype=np.int64) * 64
+    local = at + reader.into.memory.address
+    local[bad] = reader.into.memory.address + reader.into.memory.length - 63
+    reader.into.fill(0xEE)
+    reader.transport.submit(peer, ReadBatch(np.zeros_like(at), at, local, np.full(count, 64)))
+    completion = ended(reader.transport)
+    assert (completion.status, completion.error) == (
+        ReadStatus.FAILED,
+        "the destination lies outside registered memory",
+    )
+    with Rig(SPEC) as rig:
+        wanted = rig.expected(target, 0)
+    landed = 64 * (1024 + 4096)  # the parts before the one of the bad span
+    assert np.array_equal(reader.into.bytes[:landed], wanted[:landed])
+    assert (reader.into.bytes[landed:] == 0xEE).all()
+    assert reader.read(peer, 5000, 40).status is ReadStatus.OK
 
 
 # ---- refusals ----
@@ -302,12 +222,23 @@ def test_refuses_damaged_keys_and_offsets(reader: Reader, target: SpawnedTarget)
 # ---- failures of the driver ----
 
 
-@pytest.mark.parametrize("call", ["copy", "gather", "wait"])
-def test_what_the_driver_refuses_fails_its_read_only(reader: Reader, target: SpawnedTarget, call: str) -> None:
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        ("push", "cuCtxPushCurrent"),
+        ("copy", "cuMemcpyBatchAsync"),
+        ("gather", "cuLaunchKernel"),
+        ("mark", "cuEventRecord"),
+        ("wait", "cuEventSynchronize"),
+    ],
+)
+def test_what_the_driver_refuses_fails_its_read_only(
+    reader: Reader, target: SpawnedTarget, call: str, name: str
+) -> None:
     peer = reader.transport.connect(target.address)
     reader.gpu.refuse.add(call)
     failed = reader.read(peer, 5000, 40)
-    assert (failed.status, failed.error) == (ReadStatus.FAILED, f"CUDA refuses: {call}")
+    assert (failed.status, failed.error) == (ReadStatus.FAILED, f"CUDA refuses: {name}, 999")
     assert reader.transport.path(peer) == "unknown"
     reader.gpu.refuse.clear()
     assert reader.read(peer, 5000, 40).status is ReadStatus.OK

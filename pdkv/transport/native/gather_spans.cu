@@ -1,9 +1,9 @@
 /* Copies scattered spans from anywhere the GPU can read to anywhere it can write, with as few thread blocks as asked.
  *
- * Each warp takes `each` neighbouring spans, then those so many further on, and copies them by itself: no two threads
- * write the same byte, none waits for another. The host cuts long spans beforehand and says how many short ones go
- * together, so that warps end at about the same time. Built at run time by NVRTC; tests build it as plain C++ and run its
- * threads one after another, so it keeps to what both understand.
+ * Each warp copies spans by itself: no two threads write the same byte, none waits for another. The host cuts long spans
+ * beforehand and puts short ones last: a warp takes the longer ones one at a time and the short ones four at a time, so all
+ * have as many of either, and end at about the same time. Built at run time by NVRTC; tests build it as plain C++ and run
+ * its threads one after another, so it keeps to what both understand.
  */
 typedef unsigned long long u64;
 typedef unsigned char u8;
@@ -98,31 +98,25 @@ static __device__ __forceinline__ void copy_short(const Span *some, unsigned lan
     }
 }
 
-extern "C" __global__ void __launch_bounds__(512) gather_spans(const Span *spans, unsigned count, unsigned each)
+extern "C" __global__ void __launch_bounds__(512) gather_spans(const Span *spans, unsigned num_long, unsigned count)
 {
     const unsigned lane = threadIdx.x % WARP;
-    const unsigned first = (blockIdx.x * blockDim.x + threadIdx.x) / WARP * each;
-    const unsigned step = gridDim.x * blockDim.x / WARP * each;
-    if (first >= count)
-        return;
-    Span span = spans[first];
-    for (unsigned begin = first; begin < count; begin += step) {
-        const unsigned end = begin + each < count ? begin + each : count;
-        for (unsigned i = begin; i < end;) {
-            const bool together = span.length <= SHORT_BYTES && i + AHEAD <= end && are_short(spans + i);
+    const unsigned warp = (blockIdx.x * blockDim.x + threadIdx.x) / WARP;
+    const unsigned warps = gridDim.x * blockDim.x / WARP;
+    if (warp < num_long) {
+        Span span = spans[warp];
+        for (unsigned i = warp; i < num_long; i += warps) {
             /* The next span's numbers are on their way while this one is copied. */
-            unsigned next = i + (together ? AHEAD : 1);
-            if (next >= end)
-                next = begin + step < count ? begin + step : i;
-            const Span following = spans[next];
-            if (together) {
-                copy_short(spans + i, lane);
-                i += AHEAD;
-            } else {
-                copy_span(span, lane);
-                i++;
-            }
+            const Span following = spans[i + warps < num_long ? i + warps : i];
+            copy_span(span, lane);
             span = following;
         }
+    }
+    for (unsigned i = num_long + AHEAD * warp; i < count; i += AHEAD * warps) {
+        if (i + AHEAD <= count && are_short(spans + i))
+            copy_short(spans + i, lane);
+        else
+            for (unsigned j = i; j < count && j < i + AHEAD; j++)
+                copy_span(spans[j], lane);
     }
 }

@@ -69,30 +69,33 @@ pdkv_survey pdkv_survey_spans(const pdkv_spans *spans, const pdkv_bounds *bounds
     return all;
 }
 
-size_t pdkv_cut_spans(pdkv_cutter *cutter, int64_t *table, size_t capacity)
+size_t pdkv_cut_spans(pdkv_cutter *cutter, int64_t *table, size_t capacity, int64_t short_bytes, size_t *num_long)
 {
     const pdkv_spans spans = cutter->spans;
     const int64_t piece_bytes = cutter->piece_bytes, long_bytes = cutter->long_bytes;
-    size_t next = cutter->next, made = 0;
-    int64_t done = cutter->done;
-    while (next < spans.count && made < capacity) {
-        const int64_t left = spans.length[next] - done;
+    size_t next = cutter->next;
+    int64_t done = cutter->done, *front = table, *back = table + 3 * capacity;
+    while (next < spans.count && front < back) {
+        const int64_t left = spans.length[next] - done, bytes = left <= piece_bytes ? left : piece_bytes;
         if (spans.length[next] >= long_bytes) {
             next++;
             continue;
         }
-        int64_t *piece = table + 3 * made++;
+        const int is_short = bytes <= short_bytes;
+        back -= is_short ? 3 : 0;
+        int64_t *piece = is_short ? back : front;
+        front += is_short ? 0 : 3;
         piece[0] = spans.local[next] + done;
         piece[1] = cutter->bases[spans.memory[next]] + spans.remote[next] + done;
-        piece[2] = left <= piece_bytes ? left : piece_bytes;
-        if (left <= piece_bytes) {
+        piece[2] = bytes;
+        done += bytes;
+        if (done == spans.length[next]) {
             next++;
             done = 0;
-        } else {
-            done += piece_bytes;
         }
     }
     cutter->next = next;
     cutter->done = done;
-    return made;
+    *num_long = (size_t)(front - table) / 3;
+    return capacity - (size_t)(back - table) / 3;
 }

@@ -23,8 +23,9 @@ typedef struct pdkv_cutter {
     int64_t done; /* bytes of the next span */
 } pdkv_cutter;
 
-/* Writes the next pieces, three numbers each: where to, where from, how many bytes. Returns how many; fewer than
- * `capacity` at the end only. */
-size_t pdkv_cut_spans(pdkv_cutter *cutter, int64_t *table, size_t capacity);
+/* Writes the next pieces, three numbers each: where to, where from, how many bytes. Those of more than `short_bytes` from
+ * the table's beginning, the others from its end backwards, until they meet or none is left. Returns how many are short,
+ * and in `num_long` how many are not. */
+size_t pdkv_cut_spans(pdkv_cutter *cutter, int64_t *table, size_t capacity, int64_t short_bytes, size_t *num_long);
 
 #endif
