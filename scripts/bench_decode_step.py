@@ -142,6 +142,7 @@ def _worker_row(model: M3Model, options: argparse.Namespace, batch: int, *, over
     """As a decode worker, with its role and its link to a front: every prompt's state is in its pages already."""
     gc.collect()  # what is timed refers to itself, and the last worker's arena is in the way
     worker = _Worker(model, options, batch, overlap=overlap)
+    gc.collect()  # all came at once: the collector's first look at their prompts would fall to one step
     steps, hosts = [], []
     for number in range(_WARM + options.steps):
         before, busy, begin = worker.clock.read(), time.thread_time(), time.perf_counter()
