@@ -18,7 +18,8 @@ class Scorer:
     def __init__(self, model: M3Model, length: int, chunk: int, stored: tuple[str, str]) -> None:
         """``length``: of a prompt and its answer, at most; ``chunk``: prompt tokens computed at once; ``stored``:
         dtypes of K/V and of index keys."""
-        num_pages = -(-length // model.config.block_size)
+        self._block_size = model.config.block_size
+        num_pages = -(-length // self._block_size)
         settings = EngineSettings(max_model_len=length, max_batch=1, prefill_chunk=chunk)
         self._runner = local_worker(model, num_pages, settings, *stored).runner
         self._pages = tuple(range(num_pages))
@@ -34,14 +35,22 @@ class Scorer:
             self._runner.run([self._part(known[begin : begin + self._chunk], begin)])
         return {answer: self._behind(prompt, answer) for answer in set(answers)}
 
+    def damaged(self, prompt: Sequence[int], other: Sequence[int], answer: tuple[int, ...]) -> Scored:
+        """What it says of ``answer`` where the page in the middle of its prompt, or half of a shorter one, is of
+        ``other``, a prompt of the same length."""
+        size = min(self._block_size, (len(prompt) + 1) // 2)
+        begin = (len(prompt) - size) // 2
+        mixed = (*prompt[:begin], *other[begin : begin + size], *prompt[begin + size :])
+        return self.score(mixed, [answer])[answer]
+
     def _behind(self, prompt: Sequence[int], answer: tuple[int, ...]) -> Scored:
         part = self._part((prompt[-1], *answer[:-1]), len(prompt) - 1, answer)
         scored = self._runner.run([part]).scored[_ID]
         if not isinstance(scored, PromptScored):
             raise ModelError(f"an answer cannot be judged: {scored.message}")
         own, tops = scored.logprobs.unpack()
-        best, second = zip(*(top.logprobs for top in tops), strict=True)
-        return Scored(tuple(own), best, second, tuple(top.token_ids[0] for top in tops))
+        best = tuple(top.logprobs[0] for top in tops)
+        return Scored(tuple(own), best, tuple(top.token_ids[0] for top in tops))
 
     def _part(self, tokens: tuple[int, ...], start: int, targets: tuple[int, ...] = ()) -> Run:
-        return Run(id=_ID, tokens=tokens, start=start, pages=self._pages, sampling=None, targets=targets, prompt_top=2)
+        return Run(id=_ID, tokens=tokens, start=start, pages=self._pages, sampling=None, targets=targets, prompt_top=1)

@@ -23,11 +23,10 @@ class Answer(msgspec.Struct, frozen=True):
 
 
 class Scored(msgspec.Struct, frozen=True):
-    """What the judge says of an answer's tokens, one entry each: the log-probability of the token, and the best two."""
+    """What the judge says of an answer's tokens, one entry each: log-probability of the token, and of the best one."""
 
     own: tuple[float, ...]
     best: tuple[float, ...]
-    second: tuple[float, ...]
     best_ids: tuple[int, ...]
 
     def off(self, answer: Answer) -> list[float]:
@@ -49,13 +48,13 @@ class Rounding(msgspec.Struct, frozen=True):
     """What a single token may be off by: both that are compared by the most that was seen."""
     answer_margin: float
     """What half of an answer's tokens may be off by: twice the most that any answer's median was."""
-    gap: float
-    """Median distance of the best two tokens. State that is damaged moves all tokens behind it by about as much."""
+    damage: float
+    """The same median where one page of the prompt is another prompt's, of answers in the median: damaged state."""
 
     @property
     def decides(self) -> bool:
-        """Answers from damaged state would be seen."""
-        return self.answer_margin < self.gap
+        """Answers from damaged state would be seen, most of them."""
+        return self.answer_margin < self.damage
 
 
 class Judged(msgspec.Struct, frozen=True):
@@ -74,8 +73,14 @@ class Judged(msgspec.Struct, frozen=True):
     wrong: tuple[str, ...]
 
 
-def rounding_of(answers: Sequence[Answer], scored: Sequence[Scored], last_place: float = LOGIT_TOLERANCE) -> Rounding:
-    """``answers`` with their log-probabilities, as one engine gave them that had nothing else to do.
+def rounding_of(
+    answers: Sequence[Answer],
+    scored: Sequence[Scored],
+    damaged: Sequence[Scored],
+    last_place: float = LOGIT_TOLERANCE,
+) -> Rounding:
+    """``answers`` with their log-probabilities, as one engine gave them that had nothing else to do; ``damaged``: of
+    the first of them, behind prompts one page of which is another's.
 
     ``last_place``: a unit in the last place of 1 in what the model is held in. No margin is below one of a number as
     large as the log-probabilities are: a rounding that goes the other way may have been seen nowhere.
@@ -89,7 +94,7 @@ def rounding_of(answers: Sequence[Answer], scored: Sequence[Scored], last_place:
         max=seen[-1],
         token_margin=max(least, 2 * seen[-1]),
         answer_margin=max(least, 2 * max(median(some) for some in each)),
-        gap=median(a - b for its in scored for a, b in zip(its.best, its.second, strict=True)),
+        damage=median(median(its.off(answer)) for answer, its in zip(answers, damaged, strict=False)),
     )
 
 

@@ -16,6 +16,8 @@ from pdkv.daemons.local import deployed
 from pdkv.errors import ConfigError
 
 SCHEMA = "pdkv.bench.serve/1"
+_DAMAGED = 8
+"""Answers at most of which is looked at what a wrong page does to them."""
 
 
 class ServePlan(msgspec.Struct, frozen=True):
@@ -147,7 +149,14 @@ def _undivided(
         scorer.score(question.prompt, [own.tokens, *(some[n].tokens for some in given.values() if n in some)])
         for n, (question, own) in enumerate(zip(questions, by_itself, strict=False))
     ]
-    return side, _judged(given, by_itself, scored, engine.last_place)
+    damaged = [
+        scorer.damaged(questions[n].prompt, questions[n + 1].prompt, own.tokens)
+        for n, own in enumerate(by_itself[:_DAMAGED])
+    ]
+    rounding = rounding_of(
+        by_itself, [its[own.tokens] for own, its in zip(by_itself, scored, strict=True)], damaged, engine.last_place
+    )
+    return side, _judged(given, by_itself, scored, rounding)
 
 
 def _known(questions: Sequence[Question], sides: Mapping[str, Sequence[Served]]) -> Answers:
@@ -171,10 +180,9 @@ def _judged(
     given: Mapping[str, dict[int, Answer]],
     alone: Sequence[Answer],
     scored: Sequence[dict[tuple[int, ...], Scored]],
-    last_place: float,
+    rounding: Rounding,
 ) -> Answers:
     """The divided side comes first. ``scored``: of each question, by answer."""
-    rounding = rounding_of(alone, [its[own.tokens] for own, its in zip(alone, scored, strict=True)], last_place)
     judged = [
         judge(name, some, alone, {n: scored[n][one.tokens] for n, one in some.items()}, rounding)
         for name, some in given.items()
@@ -188,8 +196,8 @@ def _summed(judged: Sequence[Judged], rounding: Rounding | None = None) -> Answe
     undecided = ""
     if rounding is not None and not rounding.decides:
         undecided = (
-            f"half of one answer's tokens differ by {rounding.answer_margin / 2:.3g} by rounding alone, and the best "
-            f"two tokens are {rounding.gap:.3g} apart; ask with --batch-invariant"
+            f"half of an answer's tokens differ by {rounding.answer_margin / 2:.3g} by rounding alone, and by "
+            f"{rounding.damage:.3g} where a page is wrong; ask with --batch-invariant"
         )
     return Answers(judged[0].compared, judged[0].equal, near_ties, wrong, undecided, rounding, tuple(judged))
 
@@ -257,8 +265,8 @@ def _verdict(answers: Answers) -> list[str]:
         by = answers.rounding
         lines.append(
             f"rounding: that engine differs from itself by {by.p50:.2g} (median) to {by.max:.2g} in {by.tokens} "
-            f"tokens, which explains {by.token_margin:.2g} in one and {by.answer_margin:.2g} in half of an answer; the "
-            f"best two are {by.gap:.2g} apart (median)"
+            f"tokens, which explains {by.token_margin:.2g} in one and {by.answer_margin:.2g} in half of an answer; one "
+            f"wrong page of the prompt makes it {by.damage:.2g} in half of an answer"
         )
     if answers.undecided:
         lines.append(f"UNDECIDED: {answers.undecided}")

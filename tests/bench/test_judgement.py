@@ -2,6 +2,7 @@
 
 import copy
 
+import msgspec
 import pytest
 import torch
 
@@ -16,29 +17,31 @@ from tests.soak import write_tiny_checkpoint
 
 PROMPT = tuple(range(20, 320))
 STORED = ("auto", "auto")
-LIMITS = Rounding(tokens=100, p50=0.001, max=0.025, token_margin=0.05, answer_margin=0.02, gap=0.2)
+LIMITS = Rounding(tokens=100, p50=0.001, max=0.025, token_margin=0.05, answer_margin=0.02, damage=0.2)
 
 
-def scored(*behind: float, gap: float = 0.5) -> Scored:
+def scored(*behind: float) -> Scored:
     """Best tokens at -1, those of the answer so far behind."""
     count = len(behind)
-    return Scored(tuple(-1 - b for b in behind), (-1.0,) * count, (-1.0 - gap,) * count, (7,) * count)
+    return Scored(tuple(-1 - b for b in behind), (-1.0,) * count, (7,) * count)
 
 
 def test_rounding_is_what_one_engine_differs_from_itself_by():
     answers = [Answer((1, 2), (-1.0, -1.03)), Answer((3, 4), (-1.01, -0.95))]
-    seen = rounding_of(answers, [scored(0, 0), scored(0, 0)])
+    right, damaged = [scored(0, 0)] * 2, [scored(0.2, 0.4)] * 2
+    seen = rounding_of(answers, right, damaged)
     assert (seen.tokens, seen.p50, seen.max, seen.token_margin) == pytest.approx((4, 0.02, 0.05, 0.1))
     assert seen.answer_margin == pytest.approx(2 * 0.03), "twice that of the answer that is off most"
+    assert seen.damage == pytest.approx((0.285 + 0.32) / 2)
     assert seen.decides
-    assert not rounding_of(answers, [scored(0, 0, gap=0.05)] * 2).decides
-    exact = rounding_of([Answer((1,), (-1.0,))], [scored(0)])
-    assert exact.token_margin == exact.answer_margin == LOGIT_TOLERANCE, (
-        "where nothing was seen, sums of float32 may still differ"
-    )
-    assert rounding_of(answers, [scored(0, 0)] * 2, 0.2).answer_margin == 0.2
+    assert not rounding_of(answers, right, [scored(0.05, 0.06)] * 2).decides, "damage that looks like rounding"
+    exact = rounding_of([Answer((1,), (-1.0,))], [scored(0)], damaged=[scored(1)])
+    assert exact.token_margin == LOGIT_TOLERANCE, "where nothing was seen, sums of float32 may still differ"
+    assert exact.answer_margin == LOGIT_TOLERANCE
+    assert rounding_of(answers, right, damaged, 0.2).answer_margin == 0.2
     far = [Answer((1,), (-5.0,)), Answer((2,), (-5.0,))]
-    assert rounding_of(far, [scored(4), scored(4)], 0.2).answer_margin == 1.0, "a last place of numbers as large as -5"
+    as_far = rounding_of(far, [scored(4), scored(4)], [scored(9)], 0.2)
+    assert as_far.answer_margin == 1.0, "a last place of numbers as large as -5"
 
 
 def test_an_answer_that_went_another_way_by_rounding_is_judged_behind_its_own_text():
@@ -94,10 +97,11 @@ def test_where_bits_are_compared_no_rounding_is_let_pass():
 
 def test_a_run_in_which_rounding_hides_everything_says_so():
     alone = {0: Answer((1, 2), (-1.0, -1.0))}
-    noisy = [{(1, 2): scored(0.3, 0.3, gap=0.5)}]
-    answers = serve._judged({"divided": alone}, [alone[0]], noisy, LOGIT_TOLERANCE)
-    assert answers.undecided.startswith("half of one answer's tokens differ by 0.3 by rounding alone")
-    assert serve._judged({"divided": alone}, [alone[0]], [{(1, 2): scored(0.2, 0.2)}], 0.0).undecided == ""
+    right = [{(1, 2): scored(0, 0)}]
+    assert serve._judged({"divided": alone}, [alone[0]], right, LIMITS).undecided == ""
+    noisy = msgspec.structs.replace(LIMITS, answer_margin=0.6)
+    answers = serve._judged({"divided": alone}, [alone[0]], right, noisy)
+    assert answers.undecided.startswith("half of an answer's tokens differ by 0.3 by rounding alone, and by 0.2 where")
 
 
 def test_what_failed_is_not_judged():
@@ -136,7 +140,9 @@ def test_the_state_of_one_other_token_shows_in_the_log_probabilities(model):
         for one in (complete_with(model, prompt, 5, ignore_eos=True) for prompt in (PROMPT, other))
     )
     its = scorer.score(PROMPT, [alone.tokens, damaged.tokens])
-    rounding = rounding_of([alone], [its[alone.tokens]])
+    damaged_state = scorer.damaged(PROMPT, PROMPT[::-1], alone.tokens)
+    rounding = rounding_of([alone], [its[alone.tokens]], [damaged_state])
+    assert rounding.damage > 10 * rounding.answer_margin
     found = judge("divided", {0: damaged}, [alone], {0: its[damaged.tokens]}, rounding)
     assert len(found.wrong) == 1
     assert found.typical_deviation > 10 * rounding.token_margin
