@@ -35,6 +35,8 @@ _ROOT = Path(__file__).parents[2]
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 _MEMORY = re.compile(r"\b(LDG|STG|LD|ST|LDGSTS|ATOMG?|RED|UBLKCP|UTMALDG)\b")
 _WAIT = "ACQBULK"
+HINTING = {"index_topk_decode._scan_kernel"}
+"""Kernels that read memory before their turn: only to hint to the cache, from numbers that they read again in it."""
 _MOST_PROGRAMS = 65_535
 """Of a grid, in its second and third dimension."""
 

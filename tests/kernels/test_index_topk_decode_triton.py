@@ -88,7 +88,15 @@ def test_real_dimensions(device: str, dtype: torch.dtype, heads: int, query_len:
 
 
 @pytest.mark.parametrize(("device", "dtype"), ANY)
-@pytest.mark.parametrize("plan", [ScanPlan(3, 4, 3, ahead=2), ScanPlan(1, 4, 4, ahead=16)])
+@pytest.mark.parametrize(
+    "plan",
+    [
+        ScanPlan(3, 4, 3, ahead=2),
+        ScanPlan(1, 4, 4, ahead=16, early_tiles=2),
+        ScanPlan(4, 4, 3, early_tiles=1, registers=64),
+        ScanPlan(2, 4, 3, requests=True),
+    ],
+)
 def test_every_way_to_scan_chooses_the_same(device: str, dtype: torch.dtype, plan: ScanPlan):
     case = make_decode(device, dtype, [1500, 300, 0, 127], dim=32)
     rule = SelectionRule(4, 0, 1)

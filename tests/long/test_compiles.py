@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
-from tests.kernels.compiled import TARGETS, Compiled, compiled, launched_kernels
+from tests.kernels.compiled import HINTING, TARGETS, Compiled, compiled, launched_kernels
 
 pytestmark = pytest.mark.timeout(7200)
 _SPILLS = {
@@ -36,7 +36,8 @@ def test_everything_launched_compiles_and_fits(target: str, found: dict[str, Fut
     assert [one for one in made if one.error] == []
     assert {one.kernel for one in made} == launched_kernels(), "a kernel without a case in launch_cases.cases"
     assert [one for one in made if one.shared > TARGETS[target][1]] == []
-    assert [one for one in made if one.early] == [], "memory is touched before the kernel in front has ended"
+    early = [one for one in made if one.early and one.kernel not in HINTING]
+    assert early == [], "memory is touched before the kernel in front has ended"
 
 
 def test_registers_suffice_on_hopper_but_where_spilling_was_measured_to_pay(
