@@ -132,6 +132,7 @@ double pdkv_now_s(void);
 void pdkv_peer_open(pdkv_peer *peer);
 void pdkv_peer_submit(pdkv_peer *peer, pdkv_batch *batch);
 void pdkv_peer_lose(pdkv_peer *peer, const char *why);
+int pdkv_peer_has_ended(const pdkv_peer *peer);
 void pdkv_peer_bury(pdkv_peer *peer); /* its process has ended */
 void pdkv_peer_drain(pdkv_peer *peer);
 int pdkv_peer_post(pdkv_peer *peer);

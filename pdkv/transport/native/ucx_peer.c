@@ -33,7 +33,7 @@ static void spoil_batch(pdkv_batch *batch, ucs_status_t status)
                   peer->engine->ucx.ucs_status_string(status));
 }
 
-static int has_ended(const pdkv_peer *peer)
+int pdkv_peer_has_ended(const pdkv_peer *peer)
 {
     struct pollfd life = {.fd = peer->life_fd, .events = POLLIN};
     return peer->life_fd == PDKV_ENDED || (peer->life_fd >= 0 && poll(&life, 1, 0) > 0);
@@ -44,7 +44,7 @@ static int has_ended(const pdkv_peer *peer)
 static void confirm_batch(pdkv_batch *batch)
 {
     pdkv_peer *peer = batch->peer;
-    if (has_ended(peer))
+    if (pdkv_peer_has_ended(peer))
         pdkv_peer_bury(peer);
     else if (peer->is_mapped && peer->life_fd == PDKV_UNWATCHED)
         pdkv_peer_lose(peer, "UCX maps its memory, and its process cannot be watched from here");
@@ -94,7 +94,7 @@ void pdkv_peer_open(pdkv_peer *peer)
         .err_mode = UCP_ERR_HANDLING_MODE_PEER,
         .err_handler = {.cb = on_error, .arg = peer},
     };
-    if (has_ended(peer)) {
+    if (pdkv_peer_has_ended(peer)) {
         pdkv_peer_bury(peer);
         return;
     }

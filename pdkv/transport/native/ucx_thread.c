@@ -11,7 +11,7 @@
 
 #include "ucx_internal.h"
 
-enum { CLOSE_PATIENCE_S = 10 };
+enum { CLOSE_PATIENCE_S = 10, LOOK_MS = 5 };
 
 double pdkv_now_s(void)
 {
@@ -239,19 +239,33 @@ static void drain_peers(pdkv_engine *engine)
     }
 }
 
+/* Whoever is awake is not told of deaths: a stream keeps the thread from its sleep, and so does, for ever, a queue whose
+ * next element was left half written by a sender that was killed. */
+static void look_for_deaths(pdkv_engine *engine)
+{
+    for (pdkv_peer *peer = engine->peers; peer != NULL; peer = peer->next)
+        if (pdkv_peer_has_ended(peer))
+            pdkv_peer_bury(peer);
+}
+
 void *pdkv_engine_run(void *argument)
 {
     pdkv_engine *engine = argument;
     if (reserve_poll_fd(engine) != 0)
         abort(); /* not a hundred bytes left at the start */
-    double last_moved_s = pdkv_now_s();
+    double last_moved_s = pdkv_now_s(), last_looked_s = last_moved_s;
     while (!engine->stopping) {
         int moved = run_commands(engine);
         moved |= serve_peers(engine);
         moved |= engine->ucx.ucp_worker_progress(engine->worker) != 0;
+        double now_s = pdkv_now_s();
+        if (now_s - last_looked_s > 1e-3 * LOOK_MS) {
+            look_for_deaths(engine);
+            last_looked_s = now_s;
+        }
         if (moved)
-            last_moved_s = pdkv_now_s();
-        else if (!engine->stopping && pdkv_now_s() - last_moved_s > 1e-6 * engine->limits.linger_us)
+            last_moved_s = now_s;
+        else if (!engine->stopping && now_s - last_moved_s > 1e-6 * engine->limits.linger_us)
             sleep_until_event(engine);
     }
     drain_peers(engine);
