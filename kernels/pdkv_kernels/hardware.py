@@ -18,6 +18,11 @@ class Hardware:
     def nvidia(self) -> bool:
         return self.capability > 0
 
+    @property
+    def wide_float64(self) -> bool:
+        """Whether float64 is half as fast as float32, or faster: NVIDIA's for data centres."""
+        return self.capability in {80, 90, 100, 103}
+
 
 _INTERPRETER = Hardware(0, False, 1 << 40)
 

@@ -141,7 +141,8 @@ def select_blocks(
         scores, out, queries.query_starts, queries.context_lens, scores.stride(0), out.stride(0), out.stride(1),
         queries.context_lens.numel(), *rows, init_blocks, local_blocks,
         HEADS=heads, TOPK=topk, TOPK_P=triton.next_power_of_2(topk), BLOCK=BLOCK,
-        COLUMNS=_LANES // splits, SPLITS=splits, EARLY=early, **launch_options(early, 1, 1),
+        COLUMNS=_LANES // splits, SPLITS=splits, WIDE=hardware().wide_float64,
+        EARLY=early, **launch_options(early, 1, 1),
     )  # fmt: skip
 
 
@@ -219,28 +220,35 @@ def _score_blocks(
 
 @triton.jit
 def _visible_blocks(row, query_starts, context_lens, num_seqs, end_row, BLOCK: tl.constexpr):
-    """How many blocks each row sees; 0 behind the last row."""
-    seq = tl.zeros_like(row)
+    """How many blocks each row sees; 0 behind the last row. All that it hangs on is asked for at once."""
+    position = tl.full(row.shape, -1, tl.int32)
     for first_seq in range(0, num_seqs, 16):
         some = first_seq + tl.arange(0, 16)
-        ends = tl.load(query_starts + some + 1, mask=some < num_seqs, other=2147483647)
-        seq += tl.sum((row[:, None] >= ends[None, :]).to(tl.int32), axis=1)
-    exists = (row < end_row) & (seq < num_seqs)
-    start = tl.load(query_starts + seq, mask=exists, other=0)
-    position = row - start + tl.load(context_lens + seq, mask=exists, other=0)
-    return tl.where(exists, position // BLOCK + 1, 0)
+        there = some < num_seqs
+        begins = tl.load(query_starts + some, mask=there, other=0)[None, :]
+        ends = tl.load(query_starts + some + 1, mask=there, other=0)[None, :]
+        before = tl.load(context_lens + some, mask=there, other=0)[None, :]
+        mine = (row[:, None] >= begins) & (row[:, None] < ends)
+        position = tl.maximum(position, tl.max(tl.where(mine, row[:, None] - begins + before, -1), axis=1))
+    return tl.where((row < end_row) & (position >= 0), position // BLOCK + 1, 0)
 
 
 @triton.jit
-def _key_of(score, block, visible, init_blocks, local_blocks):
-    """int64 that orders blocks as ``select_blocks_ref`` does: rank above, complement of the block's number below."""
+def _key_of(score, block, visible, init_blocks, local_blocks, WIDE: tl.constexpr):
+    """A positive number that orders blocks as ``select_blocks_ref`` does: rank above, the block's complement below.
+
+    WIDE: as float64, which orders positive numbers by their bits. One instruction compares two, beside those that move
+    them; int64 takes two of the same kind as the moves.
+    """
     bits = (score + 0.0).to(tl.int32, bitcast=True)  # adding +0 turns -0 into +0
-    rank = tl.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
-    rank = tl.where(score != score, -0x7FFFFFF0, rank)
-    rank = tl.where(block >= visible - local_blocks, 0x7FFFFFF0, rank)
-    rank = tl.where(block < init_blocks, 0x7FFFFFF1, rank)
-    rank = tl.where(block < visible, rank, -0x7FFFFFFF)  # below all that are seen
-    return (rank.to(tl.int64) << 32) | (0x7FFFFFFF - block).to(tl.int64)
+    rank = (bits ^ ((bits >> 31) | -0x80000000)).to(tl.uint32, bitcast=True)  # infinity is 0xFF800000
+    rank = tl.where(score != score, 2, rank)
+    # Above infinity, and below what would be NaN as float64.
+    rank = tl.where(block >= visible - local_blocks, 0xFF800001, rank)
+    rank = tl.where(block < init_blocks, 0xFF800002, rank)
+    rank = tl.where(block < visible, rank, 1)  # below all that are seen
+    key = (rank.to(tl.int64) << 31) | (0x7FFFFFFF - block).to(tl.int64)
+    return key.to(tl.float64, bitcast=True) if WIDE else key
 
 
 @triton.jit
@@ -256,7 +264,7 @@ def _select_blocks(
     scores, out, query_starts, context_lens, scores_block, out_row, out_head, num_seqs, first_row, end_row,
     init_blocks, local_blocks,
     HEADS: tl.constexpr, TOPK: tl.constexpr, TOPK_P: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
-    SPLITS: tl.constexpr, EARLY: tl.constexpr,
+    SPLITS: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The best of some columns, each thread a column or a part of one: runs of TOPK_P blocks are sorted and merged."""
     if EARLY:
@@ -272,12 +280,12 @@ def _select_blocks(
     at = scores + block.to(tl.int64) * scores_block + column[:, None]
     best: tl.tuple = ()
     for _ in tl.static_range(TOPK_P):
-        best = best + (tl.full([COLUMNS, SPLITS], -(1 << 63), tl.int64),)
+        best = best + (tl.zeros([COLUMNS, SPLITS], tl.float64 if WIDE else tl.int64),)
     coming = _next_scores(at, block, visible, scores_block, TOPK_P)
     for _ in range(0, most, TOPK_P * SPLITS):
         keys: tl.tuple = ()
         for nth in tl.static_range(TOPK_P):
-            keys = keys + (_key_of(coming[nth], block + nth, visible, init_blocks, local_blocks),)
+            keys = keys + (_key_of(coming[nth], block + nth, visible, init_blocks, local_blocks, WIDE),)
         # Scores of the next run travel while this one is sorted.
         at += TOPK_P * SPLITS * scores_block
         block += TOPK_P * SPLITS
@@ -286,8 +294,8 @@ def _select_blocks(
     best = best_of_parts(best, TOPK_P, SPLITS)
     chosen: tl.tuple = ()
     for nth in tl.static_range(TOPK_P):
-        number = 0x7FFFFFFF - (best[nth] & 0x7FFFFFFF)
-        chosen = chosen + (tl.where(best[nth] >= (-0x7FFFFFFE << 32), number, -1).to(tl.int32),)
+        key = best[nth].to(tl.int64, bitcast=True)
+        chosen = chosen + (tl.where(key >= 2 << 31, 0x7FFFFFFF - (key & 0x7FFFFFFF), -1).to(tl.int32),)
     place = tl.arange(0, TOPK_P)
     wanted = (row < end_row)[:, None] & (place[None, :] < TOPK)
     tl.store(to[:, None] + place[None, :], side_by_side(chosen, TOPK_P), mask=wanted)

@@ -1,4 +1,4 @@
-"""Sorting networks inside Triton kernels: a tuple of integer tensors is sorted element by element.
+"""Sorting networks inside Triton kernels: a tuple of tensors is sorted element by element.
 
 Every element of the tensors has a column of keys of its own, one in each tensor. Nothing is shared between elements, so
 a thread sorts its columns in registers, without a branch; the interpreter does the same.
@@ -23,8 +23,21 @@ def best_of_both(one, other, COUNT: tl.constexpr):
     """The COUNT largest of twice as many: both tuples sorted, and so is the result."""
     best = one[0:0]
     for nth in tl.static_range(COUNT):
-        best = best + (tl.maximum(one[nth], other[COUNT - 1 - nth]),)
+        best = best + (_exchange(one[nth], other[COUNT - 1 - nth])[0],)
     return _bitonic(best, COUNT)
+
+
+@triton.jit
+def _best_of_sixteen(
+    a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11, a12, a13, a14, a15,
+    b0, b1, b2, b3, b4, b5, b6, b7, b8, b9, b10, b11, b12, b13, b14, b15,
+):  # fmt: skip
+    """``best_of_both`` as a reduction wants it."""
+    one = (a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11, a12, a13, a14, a15)
+    other = (b0, b1, b2, b3, b4, b5, b6, b7, b8, b9, b10, b11, b12, b13, b14, b15)
+    best = best_of_both(one, other, 16)
+    return (best[0], best[1], best[2], best[3], best[4], best[5], best[6], best[7],
+            best[8], best[9], best[10], best[11], best[12], best[13], best[14], best[15])  # fmt: skip
 
 
 @triton.jit
@@ -32,6 +45,12 @@ def best_of_parts(keys, COUNT: tl.constexpr, PARTS: tl.constexpr):
     """Sorted columns in PARTS parts each, along the last dimension: the best of each whole, [rows, 1]."""
     if PARTS == 1:
         return keys
+    elif COUNT == 16:  # M3's: by shuffles alone
+        whole = tl.reduce(keys, 1, _best_of_sixteen)
+        columns = keys[0:0]
+        for nth in tl.static_range(COUNT):
+            columns = columns + (whole[nth][:, None],)
+        return columns
     else:
         one = keys[0:0]
         other = keys[0:0]
@@ -56,8 +75,8 @@ def side_by_side(values, COUNT: tl.constexpr):
 
 @triton.jit
 def _exchange(a, b):
-    top = tl.maximum(a, b)
-    return top, a ^ b ^ top
+    more = a > b
+    return tl.where(more, a, b), tl.where(more, b, a)
 
 
 @triton.jit
