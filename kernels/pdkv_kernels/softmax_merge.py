@@ -10,8 +10,6 @@ from torch import Tensor
 from pdkv_kernels.launch import chained, launch_options
 
 _MANY = 512
-"""From so many results on, what follows may start before the parts are there. Successors of fewer would crowd on the
-multiprocessors that are free at that time, which costs more than their launch."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +37,15 @@ class MergeWorkspace:
         return Parts(self._out[:splits], self._lse[:splits])
 
 
+def few_results(num_rows: int, num_heads: int) -> bool:
+    """Whether kernels hold back what follows until they end. With more results it may start before the parts are there.
+
+    Successors of few programs would crowd on the multiprocessors that are free at that time, some of them taking two
+    where others have none, which costs more than their launch.
+    """
+    return num_rows * num_heads < _MANY
+
+
 def merge_parts(out: Tensor, lse: Tensor, parts: Parts) -> None:
     """Write the weighted mean of the parts to out [num_rows, num_heads, dim] and lse [num_rows, num_heads], base e."""
     num_rows, num_heads, dim = out.shape
@@ -59,7 +66,7 @@ def merge_parts(out: Tensor, lse: Tensor, parts: Parts) -> None:
         SPLIT_TILE=triton.next_power_of_2(splits),
         DIM=dim,
         EARLY=early,
-        AT_ONCE=num_rows * num_heads >= _MANY,
+        AT_ONCE=not few_results(num_rows, num_heads),
         **launch_options(early, 1 if splits * dim <= 512 else 4, 1),
     )
 
@@ -84,7 +91,7 @@ def _merge_kernel(
     SPLIT_TILE: tl.constexpr,
     DIM: tl.constexpr,
     EARLY: tl.constexpr,
-    AT_ONCE: tl.constexpr,  # successors may start before the wait
+    AT_ONCE: tl.constexpr,  # successors may start before the wait, otherwise at the end
 ):
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
@@ -94,8 +101,6 @@ def _merge_kernel(
         if AT_ONCE:
             tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-        if not AT_ONCE:
-            tl.extra.cuda.gdc_launch_dependents()
     parts_lse_at = parts_lse_ptr + row * parts_lse_row_stride + head * parts_lse_head_stride
     logs = tl.load(parts_lse_at + split * parts_lse_split_stride, mask=split < SPLITS, other=float("-inf"))
     parts_at = parts_ptr + row * parts_row_stride + head * parts_head_stride + dims[None, :]
@@ -108,5 +113,7 @@ def _merge_kernel(
     empty = total == 0.0
     merged = tl.sum(parts * weights[:, None], axis=0) / tl.where(empty, 1.0, total)
     tl.store(out_ptr + row * out_row_stride + head * out_head_stride + dims, merged.to(out_ptr.dtype.element_ty))
+    if EARLY and not AT_ONCE:
+        tl.extra.cuda.gdc_launch_dependents()
     log_sum = tl.where(empty, float("-inf"), (top + tl.log2(tl.where(empty, 1.0, total))) * 0.6931471805599453)
     tl.store(lse_ptr + row * lse_row_stride + head * lse_head_stride, log_sum)

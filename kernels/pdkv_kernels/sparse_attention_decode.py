@@ -17,7 +17,7 @@ from pdkv_kernels.decode_tile import attend_tile, finish, prepare_q
 from pdkv_kernels.fp8_bits import fp8_pairs
 from pdkv_kernels.launch import chained, launch_options
 from pdkv_kernels.paged import BLOCK, PagedKv, RaggedQueries
-from pdkv_kernels.softmax_merge import MergeWorkspace, merge_parts
+from pdkv_kernels.softmax_merge import MergeWorkspace, few_results, merge_parts
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,7 @@ def sparse_attention_decode_into(
         TOKENS=BLOCK,
         TILE=plan.tile,
         EARLY=early,
+        LATE=plan.splits > 1 and few_results(num_rows, num_heads),
         **launch_options(early, plan.num_warps, tile_stages(plan.num_stages, share_tile, plan.tile, q, kv)),
     )
     if plan.splits > 1:
@@ -106,9 +107,9 @@ def attend_plan(groups: int, topk: int, k: Tensor) -> AttendPlan:
     target = max(1, min(topk, (256 if groups >= 64 else 128) // groups))
     splits = 1 << (target.bit_length() - 1)
     if fp8_pairs(k)[0]:
-        return AttendPlan(splits, 64, 2, 3) if groups >= 64 else AttendPlan(splits, BLOCK, 8 if groups <= 4 else 4, 2)
+        return AttendPlan(splits, 64, 2, 3) if groups >= 64 else AttendPlan(splits, BLOCK, 8 if groups <= 8 else 4, 2)
     if k.element_size() == 1:
-        return AttendPlan(splits, BLOCK, 8 if groups <= 4 else 4, 2)
+        return AttendPlan(splits, BLOCK, 8 if groups <= 8 else 4, 2)
     if k.dtype == torch.float32:  # twice the shared memory
         return AttendPlan(splits, 64, 4, 2)
     if groups < 64:
@@ -165,6 +166,7 @@ def _attend_kernel(
     TOKENS: tl.constexpr,
     TILE: tl.constexpr,
     EARLY: tl.constexpr,
+    LATE: tl.constexpr,  # the merge may start at the end alone
 ):
     row = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -175,7 +177,8 @@ def _attend_kernel(
     token = tl.arange(0, TILE)
     if EARLY:
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+        if not LATE:
+            tl.extra.cuda.gdc_launch_dependents()
     visible = tl.load(seq_lens_ptr + seq) - query_len + row % query_len + 1
     num_blocks = (visible + TOKENS - 1) // TOKENS
     q_at = q_ptr + row.to(tl.int64) * q_row_stride + (kv_head * SHARE + heads[:, None]) * q_head_stride + dims[None, :]
@@ -218,6 +221,8 @@ def _attend_kernel(
         top, total, sums, odds = attend_tile(
             q, unit, k, v, k_scale, v_scale, mask[None, :], top, total, sums, odds, CODE, PAIRS, SCALED
         )
+    if EARLY and LATE:
+        tl.extra.cuda.gdc_launch_dependents()
     result, log_sum = finish(top, total, sums, odds, PAIRS)
     head = kv_head * SHARE + heads
     real = heads < SHARE
