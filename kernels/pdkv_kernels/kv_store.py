@@ -161,8 +161,8 @@ def _kv_store(
 ):  # fmt: skip
     """Some vectors: heads of q, or, in the first programs, all other heads of some rows."""
     if EARLY:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     nth = tl.arange(0, VECTORS)
     column = tl.arange(0, HALF_P)
     if tl.program_id(0) >= other_programs:
