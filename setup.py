@@ -59,7 +59,12 @@ setup(
                 ),
                 ("pull", "pull_device", "pull_host", "pull_internal", "pull_landing", "pull_outbox", "pull_wire"),
             ),
-            extension("_spans", ("spans", "nvlink_posting", "nvlink_watch"), ("spans", "nvlink_posting", "nvlink_watch"), "-O3"),
+            extension(
+                "_spans",
+                ("spans", "nvlink_posting", "nvlink_watch"),
+                ("spans", "nvlink_posting", "nvlink_watch"),
+                "-O3",
+            ),
         ],
         language_level=3,
     ),
