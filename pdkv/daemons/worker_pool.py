@@ -14,10 +14,18 @@ from pdkv.daemons.worker_api import INFO_PATH, WorkerInfo
 from pdkv.daemons.worker_client import WorkerClient, WorkerLostError
 from pdkv.metric_table import DECODE, PREFILL, WORKERS
 
-_POLL_TIMEOUT_S = 2.0
 _QUICK_S = 0.2
 """Between looks at a worker that is not ready."""
 _log = structlog.get_logger(__name__)
+
+
+class Patience(NamedTuple):
+    """How long a worker may take to answer a look: on a machine whose cores all compute, seconds, and it is well."""
+
+    slow_s: float = 2.0
+    """Longer, and others come first. After a request that failed: longer, and it is not used."""
+    lost_s: float = 10.0
+    """Longer, and it is not used until it answers again."""
 
 
 class Worker:
@@ -29,6 +37,8 @@ class Worker:
         self.info: WorkerInfo | None = None
         """None while it cannot be used; ``problem`` then says why."""
         self.problem = "not asked yet"
+        self.is_slow = False
+        """It is long in answering, and ``problem`` says so; it is used where no other is at hand."""
         self.num_doubts = 0
         self.kick = asyncio.Event()
 
@@ -41,6 +51,10 @@ class Pair(NamedTuple):
     prefill_control: str
     prefill_incarnation: str
 
+    @property
+    def num_slow(self) -> int:
+        return self.prefill.is_slow + self.decode.is_slow
+
 
 class WorkerView(msgspec.Struct, frozen=True):
     """One worker, for ``GET /health``."""
@@ -49,6 +63,7 @@ class WorkerView(msgspec.Struct, frozen=True):
     role: str
     ready: bool
     problem: str
+    """Why it is not ready; or, of one that is, why others come first."""
     incarnation: str
     manifest_digest: str
 
@@ -74,7 +89,7 @@ class Roster:
     def ready(self) -> list[Worker]:
         """Each life once, also when it has several addresses."""
         first: dict[str, Worker] = {}
-        for worker in self.workers:
+        for worker in sorted(self.workers, key=lambda worker: worker.is_slow):
             if worker.info:
                 first.setdefault(worker.info.incarnation, worker)
         return list(first.values())
@@ -95,8 +110,10 @@ class WorkerPool:
         decode: Sequence[str],
         poll_interval_s: float,
         resolve: Resolve = resolve_by_system,
+        patience: Patience = Patience(),  # noqa: B008 - of numbers, and frozen
     ) -> None:
         self._client = client
+        self._patience = patience
         self._poll_interval_s = poll_interval_s
         self._rosters = {PREFILL: Roster(PREFILL, prefill, resolve), DECODE: Roster(DECODE, decode, resolve)}
         self._watches: dict[Worker, asyncio.Task[None]] = {}
@@ -151,10 +168,12 @@ class WorkerPool:
         return [pair for _, _, pair in sorted(found, key=lambda entry: entry[:2])]
 
     def next_pair(self) -> Pair | None:
-        """The pair whose turn it is; None when there is none."""
+        """The pair whose turn it is, of those with the fewest slow workers; None when there is none."""
         pairs = self.pairs()
         if not pairs:
             return None
+        least = min(pair.num_slow for pair in pairs)
+        pairs = [pair for pair in pairs if pair.num_slow == least]
         self._turn += 1
         return pairs[(self._turn - 1) % len(pairs)]
 
@@ -187,7 +206,7 @@ class WorkerPool:
             worker.num_doubts += 1
             worker.info, worker.problem = None, reason
             worker.kick.set()
-        await asyncio.gather(*(self._poll(worker) for worker in workers))
+        await asyncio.gather(*(self._poll(worker, self._patience.slow_s) for worker in workers))
 
     async def _follow(self, roster: Roster, lookup: Lookup, group: asyncio.TaskGroup) -> None:
         while True:
@@ -203,26 +222,39 @@ class WorkerPool:
 
     async def _watch(self, worker: Worker) -> None:
         while True:
-            await self._poll(worker)
+            await self._poll(worker, self._patience.lost_s)
             worker.kick.clear()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._poll_interval_s if worker.info else _QUICK_S):
                     await worker.kick.wait()
 
-    async def _poll(self, worker: Worker) -> None:
+    async def _poll(self, worker: Worker, limit_s: float) -> None:
         num_doubts = worker.num_doubts
-        info, problem = await self._ask(worker)
+        loop = asyncio.get_running_loop()
+        silence = loop.call_later(self._patience.slow_s, self._note_silence, worker, num_doubts)
+        try:
+            info, problem = await self._ask(worker, limit_s)
+        finally:
+            silence.cancel()
         if num_doubts != worker.num_doubts:
             return  # the question was put before the doubt arose
         before = worker.info
-        worker.info, worker.problem = info, problem
+        if worker.is_slow:
+            _log.info("worker answered at last", url=worker.url, worker=worker.role, problem=problem)
+        worker.info, worker.problem, worker.is_slow = info, problem, False
         if (before and before.incarnation) != (info and info.incarnation):
             log = _log.info if info else _log.warning
             log("worker ready" if info else "worker not ready", url=worker.url, worker=worker.role, problem=problem)
 
-    async def _ask(self, worker: Worker) -> tuple[WorkerInfo | None, str]:
+    def _note_silence(self, worker: Worker, num_doubts: int) -> None:
+        if worker.info and num_doubts == worker.num_doubts:
+            worker.is_slow = True
+            worker.problem = f"slow: has not answered for {self._patience.slow_s:g} s"
+            _log.warning("worker slow", url=worker.url, worker=worker.role, problem=worker.problem)
+
+    async def _ask(self, worker: Worker, limit_s: float) -> tuple[WorkerInfo | None, str]:
         try:
-            answer = await self._client.ask("GET", worker.url + INFO_PATH, _POLL_TIMEOUT_S)
+            answer = await self._client.ask("GET", worker.url + INFO_PATH, limit_s)
             info = msgspec.json.decode(answer.body, type=WorkerInfo)
         except WorkerLostError as exc:
             return None, str(exc)
