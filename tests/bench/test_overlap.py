@@ -24,6 +24,7 @@ def test_a_long_prompt_is_hidden_and_hops_are_timed() -> None:
     assert min(hops.granted_ms, hops.posted_ms, hops.first_step_ms, hops.prefill_ms, hops.undivided_ms) > 0
     assert hops.right  # of the undivided worker too
     assert hops.added_p10_ms <= hops.added_ms <= hops.added_p90_ms
+    assert hops.added_low_ms <= hops.added_ms <= hops.added_high_ms
     parts = hops.client_ms + hops.router_ms + hops.workers_ms
     assert parts == pytest.approx(hops.control_ms, abs=0.01)
     assert min(hops.router_ms, hops.workers_ms, hops.undivided_http_ms) > 0
