@@ -76,8 +76,10 @@ class Meter:
     def count(self, metric: Metric, *labels: str, by: float = 1) -> None:
         """Add to a counter; ``by`` may be 0 and is never negative."""
         assert metric.kind is Kind.COUNTER, f"{metric.name} is a {metric.kind}"
-        key = _key(metric, labels)
-        self._values[key] = self._values.get(key, 0.0) + by
+        key = metric.name, labels
+        if key not in self._values:
+            self._values[_key(metric, labels)] = 0.0
+        self._values[key] += by
 
     def set(self, metric: Metric, *labels: str, to: float) -> None:
         """Set a gauge, or a counter that somebody else keeps."""
@@ -87,10 +89,10 @@ class Meter:
     def observe(self, metric: Metric, *labels: str, value: float, times: int = 1) -> None:
         """Put a value into a histogram, ``times`` times."""
         assert metric.kind is Kind.HISTOGRAM, f"{metric.name} is a {metric.kind}"
-        key = _key(metric, labels)
+        key = metric.name, labels
         histogram = self._histograms.get(key)
         if histogram is None:
-            histogram = self._histograms[key] = _Histogram(len(metric.buckets))
+            histogram = self._histograms[_key(metric, labels)] = _Histogram(len(metric.buckets))
         histogram.counts[bisect_left(metric.buckets, value)] += times
         histogram.total += value * times
 

@@ -259,8 +259,8 @@ class DecodeAgent(Agent[DecodeCommand]):
                     self._queue.put(transfer_id, instruction, self._bytes_per_block(layers))
                 case Resume(token=token, logprob=logprob, attachment=attachment):
                     facts = transfer.account.facts(at, transfer.session.cached_tokens)
-                    self._meter.arrived(facts)
                     self._emit(TransferArrived(transfer_id, token, logprob, facts, attachment))
+                    self._meter.arrived(facts)
                 case Report(outcome=outcome):
                     if outcome.code is not None:
                         self._meter.failed(transfer.link.path, outcome.code, transfer.account.seconds(at))

@@ -30,7 +30,7 @@ from pdkv.core.lease import HeldLease
 from pdkv.core.residency import Residency, WantedBlocks
 from pdkv.errors import FailureCode
 from pdkv.wire.messages import Ack, Acquire, Body, Cancel, Done, Failed, Granted, Refused, Release, Renew, Watermark
-from pdkv.wire.outbox import Copy, Outbox
+from pdkv.wire.outbox import Copy, Outbox, OwedAcks
 
 
 class DecodeState(Enum):
@@ -51,6 +51,8 @@ class DecodeSession:
         self._deadline = now + deadline_s
         self._ack_by = now + policy.lease.ttl_s
         self._outbox = Outbox(policy.resend)
+        self._owed = OwedAcks(policy.resend)
+        """Of Granted and Watermark: a short prompt's are spared by Release."""
         self._lease = HeldLease(policy.lease)
         self._renew_at: float | None = None
         self._residency = Residency(wanted.num_blocks, wanted.first)
@@ -87,13 +89,14 @@ class DecodeSession:
             case PeerLost(message=message):
                 self._peer_lost = True
                 self._outbox.clear()
+                self._owed.take()
                 self._fail(FailureCode.PEER_LOST, message, now)
         self._drain(now)
         return self._out
 
     def next_wakeup(self) -> float | None:
         """When to bring the next ``Tick`` at the latest."""
-        times = [self._outbox.next_due()]
+        times = [self._outbox.next_due(), self._owed.due]
         if self.state is DecodeState.ENDED:
             times.append(self._forget_at)
         elif self.state is DecodeState.FAILING:
@@ -123,6 +126,8 @@ class DecodeSession:
             elif self._renew_at is not None and now >= self._renew_at:
                 self._renew_at = None  # set again by the acknowledgement
                 self._put(Renew(ttl_s=self._policy.lease.ttl_s), now)
+        if self._owed.due is not None and now >= self._owed.due:
+            self._acknowledge()
         for copy in self._outbox.due(now):
             self._send(copy)
 
@@ -149,11 +154,12 @@ class DecodeSession:
             return
         if not isinstance(body, Granted | Watermark | Done | Failed | Refused):
             return
-        self._send(self._outbox.once(Ack(seq=seq)))
         if self.state is DecodeState.ENDED:
+            self._send(self._outbox.once(Ack(seq=seq)))
             if not isinstance(body, Failed | Refused):
                 self._send(self._outbox.once(self._farewell()))
             return
+        self._owed.owe(seq, now)
         match body:
             case Granted():
                 self._on_granted(body, now)
@@ -164,7 +170,9 @@ class DecodeSession:
             case Failed(code=code, message=message) | Refused(code=code, message=message):
                 self._fail(code, f"prefill: {message}", now)
         self._read_what_is_complete(now)
-        self._succeed_if_complete(now)  # of whole blocks only, all may have landed before Done
+        self._succeed_if_complete(now)  # all may have landed before Done
+        if self.state is not DecodeState.RECEIVING or isinstance(body, Done):
+            self._acknowledge()
 
     def _on_ack(self, seq: int, now: float) -> None:
         settled = self._outbox.acknowledge(seq)
@@ -240,17 +248,23 @@ class DecodeSession:
         self.state = DecodeState.FAILING
         self._close_at = now + self._policy.close_grace_s
         self._outbox.clear()
+        self._acknowledge()
         self._settle(Outcome(code, message))
 
     def _end(self, now: float) -> None:
         self.state = DecodeState.ENDED
         self._outbox.clear()
+        self._owed.take()  # Release, or Cancel, says as much
         self._forget_at = max(now, self._deadline) + self._policy.resend.horizon_s
 
     def _settle(self, outcome: Outcome) -> None:
         assert self.outcome is None, "a session reports one outcome"
         self.outcome = outcome
         self._out.append(Report(outcome))
+
+    def _acknowledge(self) -> None:
+        for seq in self._owed.take():
+            self._send(self._outbox.once(Ack(seq=seq)))
 
     def _farewell(self) -> Body:
         outcome = self.outcome

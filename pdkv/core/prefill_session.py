@@ -42,7 +42,7 @@ from pdkv.wire.messages import (
     Renew,
     Watermark,
 )
-from pdkv.wire.outbox import Copy, Outbox
+from pdkv.wire.outbox import Copy, Outbox, OwedAcks
 
 
 class PrefillState(Enum):
@@ -65,6 +65,8 @@ class PrefillSession:
         """It ended by time, not by D's word."""
         self._policy = policy
         self._outbox = Outbox(policy.resend)
+        self._owed = OwedAcks(policy.resend)
+        """Of Acquire alone: it leaves with Granted, or when its time has come."""
         self._lease = GrantedLease()
         self._num_tokens: int | None = None
         self._watermark = [0] * len(policy.layer_groups)
@@ -99,7 +101,7 @@ class PrefillSession:
 
     def next_wakeup(self) -> float | None:
         """When to bring the next ``Tick`` at the latest."""
-        times = [self._outbox.next_due()]
+        times = [self._outbox.next_due(), self._owed.due]
         if self.state is PrefillState.ENDED:
             times.append(self._forget_at)
         else:
@@ -130,6 +132,8 @@ class PrefillSession:
                 self._refuse(FailureCode.UNKNOWN_TRANSFER, "no request came for this transfer", now)
             elif self._deadline is not None and now >= self._deadline:
                 self._fail(FailureCode.DEADLINE, "the request's deadline has passed", now)
+        if self._owed.due is not None and now >= self._owed.due:
+            self._acknowledge()
         for copy in self._outbox.due(now):
             self._send(copy)
 
@@ -170,6 +174,7 @@ class PrefillSession:
             cached_tokens=cached_tokens,
             layer_groups=self._policy.layer_groups,
         )
+        self._acknowledge()  # D reads under a lease, so it wants this first
         self._put(granted, now)
 
     def _on_progress(self, tokens: int, num_groups: int | None, now: float) -> None:
@@ -205,7 +210,6 @@ class PrefillSession:
         if self.state in (PrefillState.FAILING, PrefillState.ENDED):
             self._send(self._outbox.once(self._farewell()))  # not acknowledged: an ended transfer is never revived
             return
-        self._send(self._outbox.once(Ack(seq=seq)))
         first = self._lease.until is None
         self._lease.extend(now, ttl_s)
         if first and isinstance(body, Acquire):
@@ -213,6 +217,13 @@ class PrefillSession:
                 self._start()
             else:
                 self._request_by = now + ttl_s
+        self._owed.owe(seq, now)
+        if self.state is not PrefillState.QUEUED or not isinstance(body, Acquire):
+            self._acknowledge()  # else Granted may be as near as the engine's next turn
+
+    def _acknowledge(self) -> None:
+        for seq in self._owed.take():
+            self._send(self._outbox.once(Ack(seq=seq)))
 
     def _outcome_of(self, body: Release | Cancel) -> Outcome:
         if isinstance(body, Cancel):
@@ -250,6 +261,7 @@ class PrefillSession:
             self._out.append(FreePages())
         for kind in (Granted, Watermark, Done):
             self._outbox.withdraw(kind)
+        self._owed.take()  # how it ended is the answer
         self.state = PrefillState.ENDED
         horizon = self._policy.resend.horizon_s
         self._forget_at = max(now, self._deadline or now) + horizon

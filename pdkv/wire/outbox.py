@@ -25,6 +25,12 @@ class ResendPolicy(msgspec.Struct, frozen=True):
     horizon_s: float = 30.0
     """A message that nobody acknowledged for so long is given up."""
 
+    @property
+    def owe_s(self) -> float:
+        """How long an acknowledgement may wait for company: short of half of what its sender waits, so that there is
+        time for the way there and back too."""
+        return 0.4 * self.first_s
+
 
 class _Pending:
     def __init__(self, body: Body, now: float, wait_s: float) -> None:
@@ -98,3 +104,28 @@ class Outbox:
         copy = self.once(pending.body)
         pending.copies[copy.seq] = now
         return copy
+
+
+class OwedAcks:
+    """Copies that are to be acknowledged, but not at once: with the next message, or when ``due``. One that says as
+    much spares them. Owned by the session that owes.
+
+    Every message wakes two threads on both sides, and nobody waits for an acknowledgement that comes in time.
+    """
+
+    def __init__(self, policy: ResendPolicy) -> None:
+        self._policy = policy
+        self._seqs: list[int] = []
+        self.due: float | None = None
+        """When all of them must leave; None while there are none."""
+
+    def owe(self, seq: int, now: float) -> None:
+        """Copy ``seq`` has come."""
+        self._seqs.append(seq)
+        if self.due is None:
+            self.due = now + self._policy.owe_s
+
+    def take(self) -> list[int]:
+        """Whatever is owed, oldest first: the caller sends it, or something that spares it."""
+        seqs, self._seqs, self.due = self._seqs, [], None
+        return seqs

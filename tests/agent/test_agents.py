@@ -264,6 +264,7 @@ def test_a_prefill_worker_that_stops_answering_loses_its_lease(make: Make) -> No
     prefill.expect_transfer(TWO)
     prefill.expect(e.PrefillWanted, TWO)
     prefill.loop.post(e.GrantPages(TWO, (3, 4, 9), 0))
+    prefill.statistics()  # answered when Granted has left, and the lease with it
     prefill.channel.send = lambda *_: None  # type: ignore[method-assign]  # deaf and dumb from here on
     assert decode.expect_failure(TWO).code is FailureCode.LEASE_EXPIRED
     prefill.close()
