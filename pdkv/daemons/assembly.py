@@ -50,7 +50,7 @@ class Assembly(msgspec.Struct, frozen=True):
     """The parts of one engine process. Engine and pool are the engine thread's, the rest of the agent thread's."""
 
     engine: Engine
-    arena: Arena
+    memory: RankMemory
     pool: PagePool
     layout: RowLayout
     identity: WorkerIdentity
@@ -100,7 +100,7 @@ def assemble(settings: WorkerSettings, emit: Emit, others: OtherRanks, transport
     loop: AgentLoop[object] = AgentLoop(channel, transport)
     return Assembly(
         engine=Engine(RankedRunner(_runner(settings, share.model, arena, bounds, loop), others), pool, bounds),
-        arena=arena,
+        memory=memory,
         pool=pool,
         layout=share.layout,
         identity=identity,

@@ -92,7 +92,7 @@ class EngineSide:
 
     @property
     def arena(self) -> Arena:
-        return self._parts.arena
+        return self._parts.memory.arena
 
     def hear(self, message: ToEngine) -> None:
         """Queue a message of the front."""
@@ -125,6 +125,7 @@ class EngineSide:
         """Let the other ranks end; end the agent thread, and with it channel and transport."""
         self._others.close()
         self._parts.loop.stop()
+        self._parts.memory.stop_touching()
 
     def ready(self) -> EngineReady:
         """Who this worker is, for the front."""

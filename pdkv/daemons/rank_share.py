@@ -16,7 +16,7 @@ from pdkv.memory.arena import Arena
 from pdkv.memory.manifest import build_manifest
 from pdkv.memory.probe import ProbePages
 from pdkv.memory.row import RowLayout
-from pdkv.memory.touch import touch_ahead
+from pdkv.memory.touch import TouchAhead
 from pdkv.schema import Incarnation, KvLayout
 from pdkv.transport.base import Transport
 from pdkv.wire.messages import RankOffer
@@ -44,6 +44,12 @@ class RankMemory(msgspec.Struct, frozen=True):
     arena: Arena
     probe: ProbePages
     offer: RankOffer
+    touching: TouchAhead | None = None
+
+    def stop_touching(self) -> None:
+        """Before the process ends."""
+        if self.touching is not None:
+            self.touching.stop()
 
 
 def load_share(settings: WorkerSettings, group: Group) -> RankShare:
@@ -100,9 +106,10 @@ def furnish(settings: WorkerSettings, layout: RowLayout, transport: Transport, o
     arena = Arena.allocate(layout, order.num_pages, device_of(settings, layout.tp_rank))
     transport.register(arena.memory)
     probe = ProbePages(arena)
+    touching = None
     if settings.role == "prefill":
         probe.fill(Incarnation(order.incarnation))
     elif arena.memory.device == "cpu":
-        touch_ahead(arena)  # what prefill computes it writes itself; what decode reads has to land somewhere
+        touching = TouchAhead(arena)  # what prefill computes it writes itself; what decode reads has to land somewhere
     manifest = build_manifest(arena, layout.kv, order.fingerprint)
-    return RankMemory(arena, probe, RankOffer(manifest, transport.address()))
+    return RankMemory(arena, probe, RankOffer(manifest, transport.address()), touching)

@@ -111,6 +111,7 @@ class RankSide:
         while (step := self._steps.get()) is not None:
             runner.run(step.runs)
             self._link.send(StepEnded())
+        memory.stop_touching()
 
     def _expect(self, kind: type[Message]) -> Message | None:
         """The next message, before the link has a thread of its own; None when rank 0 is gone."""

@@ -1,12 +1,13 @@
 """Memory of the host that is touched before a transfer needs it."""
 
 import os
+import threading
 
 import pytest
 
 from pdkv.memory.arena import Arena
 from pdkv.memory.row import RowLayout
-from pdkv.memory.touch import touch_ahead
+from pdkv.memory.touch import TouchAhead
 from tests.layouts import make_layout
 
 
@@ -24,12 +25,21 @@ def arena() -> Arena:
 def test_touches_all_and_changes_nothing(arena: Arena) -> None:
     assert held_bytes(arena) == 0
     arena.rows()[0] = 7
-    touch_ahead(arena).join()
+    TouchAhead(arena).wait()
     assert held_bytes(arena) >= arena.memory.length
     assert (arena.rows()[0] == 7).all()
     assert not arena.rows()[1:].any()
 
 
 def test_takes_no_more_than_it_may(arena: Arena) -> None:
-    touch_ahead(arena, most_bytes=1 << 20).join()
+    TouchAhead(arena, most_bytes=1 << 20).wait()
     assert held_bytes(arena) == 1 << 20
+
+
+def test_stops_when_told_to(arena: Arena) -> None:
+    touching = TouchAhead(arena)
+    touching.stop()
+    held = held_bytes(arena)
+    touching.stop()
+    assert held_bytes(arena) == held, "nobody touches on behind the end"
+    assert "pdkv-touch" not in {thread.name for thread in threading.enumerate()}
