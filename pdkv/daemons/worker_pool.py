@@ -240,7 +240,7 @@ class WorkerPool:
             return  # the question was put before the doubt arose
         before = worker.info
         if worker.is_slow:
-            _log.info("worker answered at last", url=worker.url, worker=worker.role, problem=problem)
+            _log.info("worker answers again", url=worker.url, worker=worker.role, problem=problem)
         worker.info, worker.problem, worker.is_slow = info, problem, False
         if (before and before.incarnation) != (info and info.incarnation):
             log = _log.info if info else _log.warning
