@@ -1,4 +1,4 @@
-"""What liveness and readiness of each role hang on, as named conditions."""
+"""What liveness and readiness of a worker hang on, as named conditions; the router's are in ``router_health``."""
 
 import asyncio
 import contextlib
@@ -10,7 +10,6 @@ import msgspec
 from pdkv.daemons.engine_link import EngineGoneError, EngineLink
 from pdkv.daemons.lifecycle import Lifecycle
 from pdkv.daemons.link import Beat
-from pdkv.daemons.worker_pool import WorkerPool
 
 _BEAT_EVERY_S = 1.0
 
@@ -89,22 +88,3 @@ class WorkerHealth:
     def problem(self) -> str:
         """Why it is not ready, empty when it is."""
         return "; ".join(condition.message for condition in self.ready() if not condition.ok)
-
-
-class RouterHealth:
-    """A router is ready while it has a pair of workers to send requests to."""
-
-    def __init__(self, pool: WorkerPool, lifecycle: Lifecycle) -> None:
-        self._pool = pool
-        self._lifecycle = lifecycle
-
-    def live(self) -> list[Condition]:
-        return [Condition("event_loop", True)]
-
-    def ready(self) -> list[Condition]:
-        missing = self._pool.missing()
-        draining = self._lifecycle.draining
-        return [
-            Condition("workers", not missing, "; ".join(missing)),
-            Condition("not_draining", not draining, "draining" if draining else ""),
-        ]

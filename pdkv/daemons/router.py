@@ -18,9 +18,9 @@ from pdkv.daemons import http_server, openai_api, worker_api
 from pdkv.daemons.admin import AdminDesk, create_admin_app
 from pdkv.daemons.attempt import Asked, AttemptFailedError, Upstream, attempt
 from pdkv.daemons.config import Address, RouterConfig
-from pdkv.daemons.health import RouterHealth
 from pdkv.daemons.lifecycle import Lifecycle, background
 from pdkv.daemons.openai_api import ApiError, ErrorBody
+from pdkv.daemons.router_health import RouterHealth
 from pdkv.daemons.router_metrics import RouterMetrics
 from pdkv.daemons.text_proxy import TextProxy
 from pdkv.daemons.traffic import Traffic, note_failure
