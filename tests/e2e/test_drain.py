@@ -22,7 +22,7 @@ NUM_TOKENS = 8
 
 @pytest.fixture(scope="module")
 def fleet(link_chasing_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trio]:
-    flags = ("--max-model-len", "8192", "--lease-ttl", str(LEASE_S))
+    flags = ("--max-model-len", "8192", "--num-pages", "200", "--lease-ttl", str(LEASE_S))
     router_flags = ("--request-timeout", "120", "--drain-timeout", "120", "--poll-interval", "0.2")
     with trio(link_chasing_model, tmp_path_factory.mktemp("drain"), *flags, router_flags=router_flags) as processes:
         yield processes

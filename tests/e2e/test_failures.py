@@ -30,7 +30,7 @@ Answer = Future[httpx.Response]
 
 @pytest.fixture(scope="module")
 def fleet(link_chasing_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trio]:
-    flags = ("--max-model-len", "8192", "--lease-ttl", str(LEASE_S))
+    flags = ("--max-model-len", "8192", "--num-pages", "200", "--lease-ttl", str(LEASE_S))
     router_flags = ("--request-timeout", str(DEADLINE_S), "--poll-interval", "0.2")
     with trio(link_chasing_model, tmp_path_factory.mktemp("failures"), *flags, router_flags=router_flags) as processes:
         yield processes
