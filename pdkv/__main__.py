@@ -1,5 +1,6 @@
 """Entry point of the ``pdkv`` command: says what to install when the command line's own libraries are missing."""
 
+import gc
 import os
 import sys
 
@@ -9,6 +10,7 @@ def main() -> None:
     # Before torch is loaded, here or in a child: its threads would spin while they wait, and beside other workers on
     # the same cores that made a prefill ten times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    gc.set_threshold(50_000, 20, 20)  # Python's 700 make loading a daemon's modules a tenth slower
     try:
         from pdkv.cli import app  # noqa: PLC0415
     except ModuleNotFoundError as exc:

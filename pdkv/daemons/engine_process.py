@@ -5,6 +5,11 @@ meet only at queues. Where the worker has several ranks this process is rank 0 a
 when the front goes, when the agent dies, when a rank is lost, or when it cannot start.
 """
 
+import gc
+
+if __name__ == "__main__":
+    gc.disable()  # while modules load: nothing of theirs is garbage, and looking for it is an eighth of torch's loading
+
 import argparse
 import logging
 import os
@@ -71,6 +76,8 @@ def main() -> int:
     settings = msgspec.msgpack.decode(body, type=WorkerSettings)
     configure_logging(settings.log_level, settings.role)
     sys.setswitchinterval(_SWITCH_S)
+    gc.freeze()  # what has been loaded stays: a look at all of it is 0.1 s in which nobody else of this process runs
+    gc.enable()
     try:
         serve(settings, link)
     except PdkvError as exc:
