@@ -90,7 +90,7 @@ PrefillCommand = ExpectTransfer | GrantPages | RaiseWatermark | FinishPrefill | 
 
 
 class PrefillWanted(msgspec.Struct, frozen=True):
-    """Request and Acquire are both here: compute."""
+    """Request and Acquire are both here: compute, unless that is under way. From here on D may read."""
 
     transfer: TransferId
 

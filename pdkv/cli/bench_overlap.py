@@ -64,7 +64,7 @@ def overlap(  # noqa: PLR0913  a command's parameters are its flags
                 "model": model,
                 "port": 0,
                 "max_model_len": tokens + bench.STEPS,
-                "max_batch": 1,
+                "max_batch": 2,  # room for another prompt beside the longest, as a worker in use has
                 "request_timeout": 1800.0,
                 "transport": transport,
                 "prefill_chunk": prefill_chunk,

@@ -68,7 +68,8 @@ class RequestArrived(msgspec.Struct, frozen=True):
 
 
 class PagesReserved(msgspec.Struct, frozen=True):
-    """The engine took pages for the prompt, in block order."""
+    """The engine took pages for the prompt, in block order. It may do so as soon as the request is here; until
+    ``StartPrefill`` it takes them back by itself when the outcome is reported."""
 
     pages: tuple[int, ...]
     cached_tokens: int
@@ -118,7 +119,7 @@ class Report(msgspec.Struct, frozen=True):
 
 
 class StartPrefill(msgspec.Struct, frozen=True):
-    """Both the request and the Acquire are here: queue it at the engine."""
+    """Both the request and the Acquire are here: queue it at the engine, if that has not begun already."""
 
 
 class FreePages(msgspec.Struct, frozen=True):

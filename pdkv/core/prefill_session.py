@@ -4,6 +4,9 @@
     WAITING_ACQUIRE --Acquire-->   |                   |                        |
           anything that goes wrong once pages are granted: FAILING (pages stay until D lets go or the lease ends)
 
+An idle engine may begin before Acquire is here. What it has by then, and has done, is told in answer to Acquire, and
+not before; until then nobody may read its pages, so they come back at once when the transfer ends.
+
 A session that has ended stays as a tombstone for a while and answers late messages with how it ended.
 """
 
@@ -69,6 +72,9 @@ class PrefillSession:
         """Of Acquire alone: it leaves with Granted, or when its time has come."""
         self._lease = GrantedLease()
         self._num_tokens: int | None = None
+        self._early: Granted | None = None
+        """Of pages that the engine took before Acquire."""
+        self._done: Done | None = None
         self._watermark = [0] * len(policy.layer_groups)
         self._deadline: float | None = None
         self._request_by: float | None = None
@@ -157,39 +163,59 @@ class PrefillSession:
         if self._lease.until is None:
             self.state = PrefillState.WAITING_ACQUIRE
         else:
-            self._start()
+            self._start(now)
 
-    def _start(self) -> None:
+    def _start(self, now: float) -> None:
         self.state = PrefillState.QUEUED
         self._out.append(StartPrefill())
+        if self._early is not None:
+            self._grant(self._early, now)
 
     def _on_pages(self, pages: tuple[int, ...], cached_tokens: int, now: float) -> None:
-        if self.state is not PrefillState.QUEUED:
+        if self.state not in (PrefillState.WAITING_ACQUIRE, PrefillState.QUEUED):
             return
         assert self._num_tokens is not None
-        self.state = PrefillState.PREFILLING
         granted = Granted(
             pages=pages,
             num_tokens=self._num_tokens,
             cached_tokens=cached_tokens,
             layer_groups=self._policy.layer_groups,
         )
+        if self.state is PrefillState.QUEUED:
+            self._grant(granted, now)
+        else:
+            self._early = granted
+
+    def _grant(self, granted: Granted, now: float) -> None:
+        """From here on D may read; what is done already it may read at once."""
+        self.state = PrefillState.PREFILLING
         self._acknowledge()  # D reads under a lease, so it wants this first
         self._put(granted, now)
+        if self._done is not None:
+            self._tell_done(self._done, now)
+        elif any(self._watermark):
+            self._put(Watermark(tokens=tuple(self._watermark)), now)
 
     def _on_progress(self, tokens: int, num_groups: int | None, now: float) -> None:
-        if self.state is not PrefillState.PREFILLING:
+        is_early = self.state is PrefillState.WAITING_ACQUIRE and self._early is not None
+        if self.state is not PrefillState.PREFILLING and not is_early:
             return
         for group in range(len(self._watermark))[:num_groups]:
             self._watermark[group] = max(self._watermark[group], tokens)
-        self._put(Watermark(tokens=tuple(self._watermark)), now)
+        if self.state is PrefillState.PREFILLING:
+            self._put(Watermark(tokens=tuple(self._watermark)), now)
 
     def _on_prefilled(self, ended: PrefillEnded, now: float) -> None:
-        if self.state is not PrefillState.PREFILLING:
-            return
+        done = Done(ended.token, ended.logprob, ended.attachment)
+        if self.state is PrefillState.PREFILLING:
+            self._tell_done(done, now)
+        elif self.state is PrefillState.WAITING_ACQUIRE and self._early is not None:
+            self._done = done
+
+    def _tell_done(self, done: Done, now: float) -> None:
         self.state = PrefillState.DONE
         self._outbox.withdraw(Watermark)
-        self._put(Done(ended.token, ended.logprob, ended.attachment), now)
+        self._put(done, now)
 
     # ---- D's messages
 
@@ -212,12 +238,12 @@ class PrefillSession:
             return
         first = self._lease.until is None
         self._lease.extend(now, ttl_s)
+        self._owed.owe(seq, now)
         if first and isinstance(body, Acquire):
             if self.state is PrefillState.WAITING_ACQUIRE:
-                self._start()
+                self._start(now)
             else:
                 self._request_by = now + ttl_s
-        self._owed.owe(seq, now)
         if self.state is not PrefillState.QUEUED or not isinstance(body, Acquire):
             self._acknowledge()  # else Granted may be as near as the engine's next turn
 
@@ -257,7 +283,8 @@ class PrefillSession:
         self._end(Outcome(code, message), now)
 
     def _end(self, outcome: Outcome, now: float) -> None:
-        if self.state in (PrefillState.QUEUED, PrefillState.PREFILLING, PrefillState.DONE, PrefillState.FAILING):
+        holding = (PrefillState.QUEUED, PrefillState.PREFILLING, PrefillState.DONE, PrefillState.FAILING)
+        if self.state in holding or (self._early is not None and self.state is PrefillState.WAITING_ACQUIRE):
             self._out.append(FreePages())
         for kind in (Granted, Watermark, Done):
             self._outbox.withdraw(kind)

@@ -90,8 +90,9 @@ async def attempt(
     }
     structlog.contextvars.bind_contextvars(transfer=transfer)
     upstream = _Workers(client, metrics, asked.body, common)
-    decode = asyncio.create_task(upstream.post("decode", pair.decode.url + asked.path))
+    # P first: if it is idle it computes as soon as it knows the prompt, and D has until its first pages are complete.
     prefill = asyncio.create_task(_prefill(upstream, pair.prefill.url + PREFILL_PATHS[asked.path]))
+    decode = asyncio.create_task(upstream.post("decode", pair.decode.url + asked.path))
     try:
         await asyncio.sleep(0)  # both leave first
         _log.info("asking", prefill=pair.prefill.url, decode=pair.decode.url)

@@ -87,8 +87,12 @@ class EngineSide:
         self._engine = self._parts.engine
         post = self._journal.posting(self._parts.loop.post)
         parts = EngineParts(engine=self._engine, post=post, send=self._send, meter=self._journal.meter)
-        role = PrefillRole if settings.role == "prefill" else DecodeRole
-        self._role: Role = role(parts, self._parts.layout.kv.block_size)
+        block_size = self._parts.layout.kv.block_size
+        self._role: Role = (
+            PrefillRole(parts, block_size, settings.max_model_len)
+            if settings.role == "prefill"
+            else DecodeRole(parts, block_size)
+        )
 
     @property
     def arena(self) -> Arena:

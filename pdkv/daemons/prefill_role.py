@@ -35,12 +35,21 @@ from pdkv.schema import TransferId
 
 
 class PrefillRole(Role):
-    """A job is here until the front has its last message; its pages are the engine's until the agent frees them."""
+    """A job is here until the front has its last message; its pages are the engine's until the agent frees them.
 
-    def __init__(self, parts: EngineParts, block_size: int) -> None:
+    An engine that has nothing else to do begins with a job before its Acquire has come: of one job at a time, and only
+    where the longest prompt still finds room beside it. So nobody ever waits for pages of a job that waits for D.
+    """
+
+    def __init__(self, parts: EngineParts, block_size: int, max_model_len: int) -> None:
         self._parts = parts
         self._block_size = block_size
+        self._most_blocks = -(-max_model_len // block_size)
         self._jobs: dict[TransferId, PrefillJob] = {}
+        self._held: set[TransferId] = set()
+        """Whose requests the engine has."""
+        self._early: TransferId | None = None
+        """One of them that the agent has not asked for yet."""
         self._scored: dict[TransferId, list[PromptLogprobs]] = {}
         """Of prompts that are being computed and scored."""
 
@@ -50,6 +59,9 @@ class PrefillRole(Role):
                 transfer = TransferId(message.transfer)
                 self._jobs[transfer] = message
                 self._parts.post(ExpectTransfer(transfer, len(message.prompt), message.deadline_s))
+                if self._may_begin(transfer, len(message.prompt)):
+                    self._early = transfer
+                    self._begin(transfer, message)
             case AbortJob(transfer=raw):
                 self._parts.post(AbandonTransfer(TransferId(raw), FailureCode.CANCELLED, "the router gave up"))
             case _:
@@ -57,12 +69,15 @@ class PrefillRole(Role):
 
     def on_agent(self, event: PrefillAgentEvent | DecodeAgentEvent) -> None:
         match event:
+            case PrefillWanted(transfer=transfer) if transfer == self._early:
+                self._early = None
             case PrefillWanted(transfer=transfer):
                 self._start(transfer)
             case PagesFreed(transfer=transfer):
-                self._scored.pop(transfer, None)
-                self._parts.engine.release(RequestId(transfer))
+                self._release(transfer)
             case TransferEnded(transfer=transfer, code=code, message=message):
+                if transfer == self._early:  # its pages may be unknown to the agent, and nobody else ever was told
+                    self._release(transfer)
                 if self._jobs.pop(transfer, None) is not None:
                     self._parts.send(job_failed(transfer, code or FailureCode.INTERNAL, message))
             case _:
@@ -96,11 +111,23 @@ class PrefillRole(Role):
     def on_step(self, at: float) -> None:
         """Only decode counts the time until a request's first step."""
 
+    def _may_begin(self, transfer: TransferId, num_tokens: int) -> bool:
+        engine = self._parts.engine
+        if self._early is not None or transfer in self._held or engine.has_work:
+            return False
+        told = engine.statistics()
+        num_blocks = -(-num_tokens // self._block_size)
+        return not told.num_queued and told.num_pages_free >= num_blocks + self._most_blocks
+
     def _start(self, transfer: TransferId) -> None:
         job = self._jobs.get(transfer)
         if job is None:
             self._parts.post(AbandonTransfer(transfer, FailureCode.CANCELLED, "the request has ended"))
             return
+        self._begin(transfer, job)
+
+    def _begin(self, transfer: TransferId, job: PrefillJob) -> None:
+        self._held.add(transfer)
         if job.prompt_top is not None:
             self._scored[transfer] = []
         request = PrefillRequest(
@@ -112,6 +139,13 @@ class PrefillRole(Role):
         )
         self.on_engine(self._parts.engine.submit(request))
 
+    def _release(self, transfer: TransferId) -> None:
+        self._scored.pop(transfer, None)
+        self._held.discard(transfer)
+        if transfer == self._early:
+            self._early = None
+        self._parts.engine.release(RequestId(transfer))
+
     def _finished(self, event: PrefillFinished) -> FinishPrefill:
         transfer = TransferId(event.id)
         scored = self._scored.pop(transfer, None)
@@ -119,7 +153,7 @@ class PrefillRole(Role):
         return FinishPrefill(transfer, event.token, event.logprob, attachment.encode(extras), now())
 
     def _refuse(self, transfer: TransferId, message: str, *, never: bool) -> None:
-        self._scored.pop(transfer, None)
+        self._release(transfer)
         code = FailureCode.INTERNAL if never else FailureCode.NO_CAPACITY
         if self._jobs.pop(transfer, None) is not None:
             self._parts.send(job_failed(transfer, code, message, 400 if never else None))

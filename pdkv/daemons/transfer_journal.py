@@ -52,7 +52,7 @@ class TransferJournal:
     def agent_said(self, event: PrefillAgentEvent | DecodeAgentEvent) -> None:
         match event:
             case PrefillWanted(transfer=transfer):
-                if (times := self._jobs.get(transfer)) is not None:
+                if (times := self._jobs.get(transfer)) is not None and not times.has_pages:
                     times.since = time.monotonic()
                 _log("acquired", transfer)
             case TransferArrived(transfer=transfer, facts=facts):

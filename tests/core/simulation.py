@@ -63,6 +63,8 @@ class World:
     """First layers of the groups in which P tells of a chunk."""
     all_chunks: bool = False
     """It tells so of every chunk, not of the last alone."""
+    early: bool = False
+    """P's engine begins when it has the router's request, and does not wait for Acquire."""
     sampling_time: float = 0.0
     """From the last watermark to the first token."""
     deadline: float = 40.0
@@ -109,6 +111,11 @@ class Simulation:
     returned: int = 0
     freed: int = 0
     prefill_dead: bool = False
+    has_begun: bool = False
+    is_wanted: bool = False
+    """P's session has told its engine to compute."""
+    let_go: bool = False
+    """The transfer ended before it did."""
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.world.seed)
@@ -125,7 +132,7 @@ class Simulation:
         self.wake_decode()
         world = self.world
         if world.request_at is not None:
-            self.at(world.request_at, lambda: self.to_prefill(RequestArrived(world.num_tokens, world.deadline)))
+            self.at(world.request_at, self.request)
         for when, action in (
             (world.cancel_at, lambda: self.to_decode(LocalFailure(FailureCode.CANCELLED, "client gone"))),
             (world.abort_at, lambda: self.to_prefill(LocalFailure(FailureCode.CANCELLED, "router gave up"))),
@@ -231,7 +238,9 @@ class Simulation:
                 case Send(seq=seq, body=body):
                     self.transmit(lambda s=seq, b=body: self.to_decode(MessageArrived(s, b)))
                 case StartPrefill():
-                    self.at(self.random.uniform(0, 0.1), self.reserve)
+                    assert not self.is_wanted, "wanted twice"
+                    self.is_wanted = True
+                    self.begin()
                 case FreePages():
                     assert not self.freed, "freed twice"
                     self.freed += 1
@@ -240,6 +249,9 @@ class Simulation:
                     self.owned.clear()
                 case Report(outcome=outcome):
                     self.prefill_reports.append(outcome)
+                    if not self.is_wanted:
+                        self.let_go = True
+                        self.owned.clear()
 
     def transmit(self, deliver: Callable[[], None]) -> None:
         for _ in range(2 if self.random.random() < self.world.duplicates else 1):
@@ -248,8 +260,22 @@ class Simulation:
 
     # ---- P's engine
 
+    @property
+    def computes(self) -> bool:
+        return not (self.freed or self.prefill_dead or self.let_go)
+
+    def request(self) -> None:
+        self.to_prefill(RequestArrived(self.world.num_tokens, self.world.deadline))
+        if self.world.early and not self.let_go:
+            self.begin()
+
+    def begin(self) -> None:
+        if not self.has_begun:
+            self.has_begun = True
+            self.at(self.random.uniform(0, 0.1), self.reserve)
+
     def reserve(self) -> None:
-        if self.freed or self.prefill_dead:
+        if not self.computes:
             return
         pages = tuple(self.random.sample(range(1, 500), -(-self.world.num_tokens // BLOCK)))
         self.owned = set(pages)
@@ -267,7 +293,7 @@ class Simulation:
             self.end_chunk(tokens)
 
     def compute_group(self, tokens: int, group: int) -> None:
-        if self.freed or self.prefill_dead:
+        if not self.computes:
             return
         self.written[group] = tokens
         self.to_prefill(Progressed(tokens, group + 1))
@@ -278,7 +304,7 @@ class Simulation:
             self.end_chunk(tokens)
 
     def end_chunk(self, tokens: int) -> None:
-        if self.freed or self.prefill_dead:
+        if not self.computes:
             return
         tokens = min(tokens, self.world.num_tokens)
         self.written = [tokens] * len(self.written)

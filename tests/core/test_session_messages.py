@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from pdkv.core.decode_session import DecodeSession
 from pdkv.core.events import (
+    FreePages,
     LocalFailure,
     MessageArrived,
     PagesReserved,
@@ -12,6 +13,7 @@ from pdkv.core.events import (
     Progressed,
     Read,
     ReadEnded,
+    Report,
     RequestArrived,
     Resume,
     Send,
@@ -110,3 +112,37 @@ def test_done_is_acknowledged_at_once_when_reads_are_still_under_way() -> None:
 def test_a_transfer_that_fails_acknowledges_what_it_owes() -> None:
     failed = receiving().handle(LocalFailure(FailureCode.CANCELLED, "enough"), 0.0)
     assert sent(failed) == [Ack(2), Cancel(FailureCode.CANCELLED, "enough")]
+
+
+def begun_early() -> PrefillSession:
+    """Its engine has pages before Acquire."""
+    session = PrefillSession(POLICY)
+    session.handle(RequestArrived(TOKENS, 60.0), 0.0)
+    assert session.handle(PagesReserved((4,), 0), 0.0) == []
+    return session
+
+
+def test_what_began_early_is_told_when_acquire_comes() -> None:
+    session = begun_early()
+    assert session.handle(Progressed(64, None), 0.0) == []
+    acquired = session.handle(MessageArrived(7, Acquire(10.0)), 0.1)
+    assert isinstance(acquired[0], StartPrefill)
+    assert sent(acquired) == [Ack(7), Granted((4,), TOKENS, 0), Watermark((64,))]
+    assert sent(session.handle(PrefillEnded(5, -0.5, b""), 0.1)) == [Done(5, -0.5)]
+
+
+def test_what_was_done_before_acquire_came_is_told_at_once() -> None:
+    session = begun_early()
+    session.handle(Progressed(TOKENS, None), 0.0)
+    assert session.handle(PrefillEnded(5, -0.5, b"more"), 0.0) == []
+    acquired = session.handle(MessageArrived(7, Acquire(10.0)), 0.1)
+    assert sent(acquired) == [Ack(7), Granted((4,), TOKENS, 0), Done(5, -0.5, b"more")]
+
+
+def test_pages_that_were_never_granted_come_back_as_soon_as_the_transfer_ends() -> None:
+    given_up = begun_early().handle(LocalFailure(FailureCode.CANCELLED, "the router gave up"), 1.0)
+    assert [type(one) for one in given_up] == [FreePages, Report]
+    session = begun_early()
+    deadline = session.next_wakeup()
+    assert deadline == 60.0
+    assert [type(one) for one in session.handle(Tick(), deadline)] == [FreePages, Report]

@@ -33,6 +33,7 @@ worlds = st.builds(
     chunk_time=st.sampled_from([0.01, 0.5]),
     layer_groups=layer_groups,
     all_chunks=st.booleans(),
+    early=st.booleans(),
     sampling_time=st.sampled_from([0.0, 0.3]),
     deadline=st.sampled_from([5.0, 40.0]),
     request_at=st.one_of(st.just(0.0), times),
@@ -72,6 +73,7 @@ def test_any_world_ends_well_on_both_sides(world: World) -> None:
         longest_read=st.sampled_from([0.001, 0.5]),
         layer_groups=layer_groups,
         all_chunks=st.booleans(),
+        early=st.booleans(),
     )
 )
 @settings(deadline=None, max_examples=120)
