@@ -18,8 +18,8 @@ import msgspec
 from pdkv.errors import PdkvError
 from pdkv.transport.base import Transport
 from pdkv.transport.conformance_checks import CHECKS, SEPARATE_PROCESS_CHECKS
-from pdkv.transport.conformance_rig import ConformanceFailure, Rig
-from pdkv.transport.conformance_target import TransportSpec
+from pdkv.transport.conformance_rig import ConformanceFailure, Rig, Start
+from pdkv.transport.conformance_target import SpawnedTarget, TransportSpec
 
 __all__ = ["CheckResult", "ConformanceFailure", "TransportSpec", "check_names", "run_check", "run_conformance"]
 
@@ -76,9 +76,9 @@ def check_names(spec: TransportSpec) -> list[str]:
     return [name for name in CHECKS if spec.separate_process or name not in SEPARATE_PROCESS_CHECKS]
 
 
-def run_check(spec: TransportSpec, name: str) -> None:
+def run_check(spec: TransportSpec, name: str, start: Start = SpawnedTarget) -> None:
     """Run one check. Raises ``ConformanceFailure`` saying which promise was broken, or what the transport raised."""
-    with Rig(spec) as rig:
+    with Rig(spec, start) as rig:
         CHECKS[name](rig)
 
 

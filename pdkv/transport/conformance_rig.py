@@ -2,6 +2,7 @@
 
 import select
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -14,11 +15,15 @@ from pdkv.transport.conformance_target import (
     PATIENCE_S,
     Bytes,
     LocalTarget,
+    RemoteTarget,
     SpawnedTarget,
     Target,
     TransportSpec,
     pattern,
 )
+
+Start = Callable[[TransportSpec, int], RemoteTarget]
+"""Makes a target of a seed in a process of its own."""
 
 POISON = 0xEE
 """What destinations hold before a read; no target holds it."""
@@ -34,10 +39,14 @@ def require(kept: bool, promise: str) -> None:
 
 
 class Rig:
-    """One reader and its targets, for one check. A context manager: everything made through it ends with it."""
+    """One reader and its targets, for one check. A context manager: everything made through it ends with it.
 
-    def __init__(self, spec: TransportSpec) -> None:
+    ``start`` makes a target in a process of its own.
+    """
+
+    def __init__(self, spec: TransportSpec, start: Start = SpawnedTarget) -> None:
         self.spec = spec
+        self._start = start
         self.reader: Transport = spec.make()
         self.destination = spec.allocate(2 * MEMORY_SIZES[0])
         self.destination.fill(POISON)
@@ -45,7 +54,6 @@ class Rig:
         self.completions: dict[ReadId, Completion] = {}
         self._targets: list[Target] = []
         self._submitted: set[ReadId] = set()
-        self._expected: dict[tuple[int, int], Bytes] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -65,8 +73,8 @@ class Rig:
             self._targets.append(made)
         return made
 
-    def spawn(self, seed: int = 1) -> SpawnedTarget:
-        made = SpawnedTarget(self.spec, seed)
+    def spawn(self, seed: int = 1) -> RemoteTarget:
+        made = self._start(self.spec, seed)
         self._targets.append(made)
         return made
 
@@ -74,10 +82,7 @@ class Rig:
         return self.reader.connect(target.address)
 
     def expected(self, target: Target, memory: int) -> Bytes:
-        key = (target.seed, memory)
-        if key not in self._expected:
-            self._expected[key] = pattern(*key)
-        return self._expected[key]
+        return pattern(target.seed, memory)
 
     # ---- reads ----
 
@@ -130,7 +135,7 @@ class Rig:
         ):
             got = held[local - base : local - base + length]
             wanted = self.expected(target, memory)[remote : remote + length]
-            require(np.array_equal(got, wanted), f"wrong bytes from memory {memory}, offset {remote}, {length} bytes")
+            require(got.data == wanted.data, f"wrong bytes from memory {memory}, offset {remote}, {length} bytes")
 
     def require_untouched(self, start: int = 0, end: int | None = None) -> None:
         require(bool((self.destination.bytes[start:end] == POISON).all()), "bytes were written that no read asked for")

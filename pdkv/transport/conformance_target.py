@@ -1,5 +1,6 @@
 """The far end of the conformance kit: memory with a known pattern behind a transport, in this process or another."""
 
+import functools
 import importlib
 import mmap
 import os
@@ -90,13 +91,15 @@ class SharedArray:
         self.bytes[:] = values
 
 
+@functools.lru_cache(maxsize=2 * len(MEMORY_SIZES))
 def pattern(seed: int, memory: int) -> Bytes:
-    """What a target of that seed holds in that memory: no byte is 0xEE, the poison of destinations."""
+    """What a target of that seed holds in that memory, read-only: no byte is 0xEE, the poison of destinations."""
     size = MEMORY_SIZES[memory]
     words = np.arange((size + 7) // 8, dtype=np.uint64)
     words = (words + np.uint64(seed * 1000 + memory)) * np.uint64(0x9E3779B97F4A7C15)
     filled = (words ^ (words >> np.uint64(29))).view(np.uint8)[:size]
     filled[filled == 0xEE] = 0x11
+    filled.flags.writeable = False
     return filled
 
 
@@ -111,6 +114,22 @@ class Target(Protocol):
 
     def close(self) -> None:
         """End it in good order."""
+
+
+class RemoteTarget(Target, Protocol):
+    """One in a process of its own, which does as the lines that it is sent say."""
+
+    def send(self, line: str) -> None: ...
+
+    def answer(self) -> bytes:
+        """The target's next line; an error if it does not come."""
+
+    def has_answered(self) -> bool: ...
+
+    def stop(self) -> None:
+        """Let the process run no more, until ``resume``."""
+
+    def resume(self) -> None: ...
 
 
 class LocalTarget:
@@ -205,8 +224,9 @@ class SpawnedTarget:
                 pipe.close()
 
 
-def _serve(spec: TransportSpec, seed: int) -> None:
-    """Hold the memory until standard input ends. "hold-gil" keeps the interpreter busy for a while, then answers."""
+def serve(spec: TransportSpec, seed: int) -> None:
+    """Be the target's process: hold the memory until standard input ends. "hold-gil" keeps the interpreter busy for a
+    while, then answers."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # libraries may print what they like
     target = LocalTarget(spec, seed)
@@ -223,4 +243,4 @@ def _serve(spec: TransportSpec, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    _serve(msgspec.json.decode(sys.argv[1], type=TransportSpec), int(sys.argv[2]))
+    serve(msgspec.json.decode(sys.argv[1], type=TransportSpec), int(sys.argv[2]))

@@ -8,6 +8,7 @@ from pdkv.errors import TransportError
 from pdkv.transport.conformance import check_names, main, run_check, run_conformance
 from pdkv.transport.conformance_rig import ConformanceFailure
 from pdkv.transport.conformance_target import TransportSpec
+from tests.transport.forked import ForkedTarget
 
 KIT = "pdkv.transport.conformance"
 
@@ -49,7 +50,7 @@ def cases():
 
 @pytest.mark.parametrize(("spec", "name"), list(cases()))
 def test_conforms(spec: TransportSpec, name: str):
-    run_check(spec, name)
+    run_check(spec, name, ForkedTarget)
 
 
 def make_lossy(_argument: str):
