@@ -1,5 +1,6 @@
 """Torch's own threads, before anything imports torch: several test processes share the cores."""
 
+import ctypes
 import os
 from collections import Counter
 from pathlib import Path
@@ -11,9 +12,18 @@ from xdist.scheduler import LoadScopeScheduling
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import torch  # noqa: E402
 
-if not torch.cuda.is_available():
+def _has_gpu() -> bool:
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False  # told without torch, whose loading would hold up the process that directs the others
+    import torch
+
+    return torch.cuda.is_available()
+
+
+if not _has_gpu():
     # Kernels run in Triton's interpreter. Triton reads this when it is imported itself, for its own library too, and
     # any test module may be the first to do so.
     os.environ["TRITON_INTERPRET"] = "1"
