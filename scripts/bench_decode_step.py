@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from pdkv_kernels.decode_rows_ref import GROWS
 
 from pdkv.agent.events import StartTransfer, TransferArrived, TransferFacts
 from pdkv.agent.loop import now
@@ -42,7 +43,6 @@ from pdkv.daemons.roles import EngineParts
 from pdkv.daemons.transfer_journal import TransferJournal
 from pdkv.m3.config import kv_layout
 from pdkv.m3.decode_graphs import DecodeGraphs, DecodeShapes
-from pdkv.m3.decode_rows import GROWS
 from pdkv.m3.engine import Engine
 from pdkv.m3.model import M3Model, load_model
 from pdkv.m3.requests import EngineEvent, EngineSettings, RequestId
@@ -127,11 +127,11 @@ def _row(model: M3Model, options: argparse.Namespace, batch: int, query_len: int
     runs = [random_run(number, blocks, options.context, query_len) for number in range(batch)]
     eager = DecodeGraphs(model, arena, shapes, replays=False)
     flight = eager.launch(runs)
-    wanted, wanted_hidden = flight.wait(), flight.hidden()
+    wanted, wanted_hidden = flight.wait().samples(), flight.hidden()
     eager_ms = 1e3 * _median(lambda: eager.launch(runs).wait(), 10)
     graphs = DecodeGraphs(model, arena, shapes)
     flight = graphs.launch(runs)
-    equal = flight.wait() == wanted and torch.equal(flight.hidden(), wanted_hidden)
+    equal = flight.wait().samples() == wanted and torch.equal(flight.hidden(), wanted_hidden)
     step_ms = 1e3 * _median(lambda: graphs.launch(runs).wait(), 30)
     gpu_ms = _graph_ms(graphs)
     told = f"{eager_ms:9.2f} {step_ms:8.3f} {gpu_ms:8.3f} {1e3 * (step_ms - gpu_ms):8.0f} {equal!s:>6}"
@@ -355,7 +355,7 @@ def _median(step: Callable[[], object], count: int) -> float:
 
 def _graph_ms(graphs: DecodeGraphs) -> float:
     """Of the only graph, replayed on and on, at the same tokens."""
-    graphs._numbers[:, GROWS] = 0
+    graphs._buffers.numbers[:, :, GROWS] = 0
     ((graph, _),) = graphs._graphs.values()
     times = []
     for _ in range(12):

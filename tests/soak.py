@@ -15,6 +15,7 @@ from pdkv.daemons.engine_side import EngineSide
 from pdkv.daemons.link import (
     AbortJob,
     DecodeJob,
+    GroupTokens,
     JobFailed,
     JobFinished,
     PrefillJob,
@@ -23,6 +24,7 @@ from pdkv.daemons.link import (
     StatusQuery,
     StepTokens,
     ToFront,
+    TokenReader,
     TokensOut,
     TransferReport,
     WorkerSettings,
@@ -115,6 +117,7 @@ class Pair:
         """``pages``: of P's arena and of D's, the probe's two included; ``tp``: ranks of each, threads of this process.
         ``faults``: of D's reads. ``settings``: other fields of both workers."""
         self._heard: list[ToFront] = []
+        self._reader = TokenReader()
         self._status: list[Status] = []
         self._round = 0
         self.most_jobs_told = 0
@@ -194,9 +197,10 @@ class Pair:
             side.turn(0.001)
         while self._heard:
             message = self._heard.pop(0)
-            if isinstance(message, StepTokens):
-                self.most_jobs_told = max(self.most_jobs_told, len(set(message.transfers)))
-                self._heard[:0] = message.each()
+            if isinstance(message, StepTokens | GroupTokens):
+                told = list(self._reader.each(message))
+                self.most_jobs_told = max(self.most_jobs_told, len({one.transfer for one in told}))
+                self._heard[:0] = told
             elif isinstance(message, Status):
                 self._status.append(message)
             elif isinstance(message, TokensOut | JobFinished | JobFailed) and self._is_current(message.transfer):

@@ -6,7 +6,8 @@ QUEUED --pages--> FETCHING --state arrived--> DECODING --last token--> gone
 """
 
 import heapq
-from collections.abc import Iterable, Sequence
+from array import array
+from collections.abc import Sequence
 from enum import Enum
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ from pdkv.daemons.link import (
     AbortJob,
     DecodeJob,
     FinishJob,
+    GroupTokens,
     JobFinished,
     StepTokens,
     ToEngine,
@@ -62,7 +64,9 @@ class Stage(Enum):
 
 class _Job:
     def __init__(self, job: DecodeJob, at: float, number: int) -> None:
-        self.job = job
+        self.job = msgspec.structs.replace(job, prompt=[])
+        """Without the prompt, which the engine has: so many numbers take long to let go."""
+        self.num_prompt_tokens = job.num_prompt_tokens
         self.number = number
         """Of all jobs of this worker's life."""
         self.deadline = at + job.deadline_s
@@ -88,6 +92,8 @@ class DecodeRole(Role):
         """Requests that no step has decoded yet: when their state was here, by the agent's clock."""
         self._now = 0.0
         self._num_jobs = 0
+        self._told_ids: list[RequestId] | None = None
+        """Whom the front knows by their places in a step."""
         self._deadlines: list[tuple[float, TransferId, int]] = []
         """A heap: of every job, also of those that are over; its number last."""
 
@@ -120,25 +126,42 @@ class DecodeRole(Role):
     def on_engine(self, events: Sequence[EngineEvent]) -> None:
         """All tokens go to the front first, in one message but for those that come with more than themselves. None of
         a job's comes behind its end."""
-        if len(events) == 1 and isinstance(events[0], TokensGenerated):  # the commonest step, as it is
-            self._parts.send(StepTokens(events[0].ids, events[0].tokens, events[0].logprobs))
+        if len(events) == 1 and isinstance(events[0], TokensGenerated):  # the commonest step
+            self._tell_group(events[0])
             return
-        plain, rich, others = _Told([], [], []), dict[TransferId, list[TokenGenerated]](), list[RequestEvent]()
+        tokens: list[TokenGenerated] = []
+        others: list[RequestEvent] = []
         for event in events:
             if isinstance(event, TokensGenerated):  # of requests that ask for nothing besides
-                plain.add(event.ids, event.tokens, event.logprobs)
-            elif not isinstance(event, TokenGenerated):
+                self._tell_group(event)
+            elif isinstance(event, TokenGenerated):
+                tokens.append(event)
+            else:
                 others.append(event)
-            elif self._jobs[TransferId(event.id)].tells_more:
+        if tokens:
+            self._tell_each(tokens)
+        for other in others:
+            self._on_event(TransferId(other.id), other)
+
+    def _tell_each(self, events: Sequence[TokenGenerated]) -> None:
+        plain, rich = _Told([], [], []), dict[TransferId, list[TokenGenerated]]()
+        for event in events:
+            if self._jobs[TransferId(event.id)].tells_more:
                 rich.setdefault(TransferId(event.id), []).append(event)
             else:
-                plain.add((event.id,), (event.token,), (event.logprob,))
+                plain.add(event)
         if plain.transfers:
             self._parts.send(StepTokens(tuple(plain.transfers), plain.tokens, plain.logprobs))
         for transfer, tokens in rich.items():
             self._send_tokens(transfer, tokens)
-        for other in others:
-            self._on_event(TransferId(other.id), other)
+
+    def _tell_group(self, event: TokensGenerated) -> None:
+        """Who they are is said when it changes."""
+        transfers: list[bytes] | None = None
+        if event.ids is not self._told_ids:
+            self._told_ids = event.ids
+            transfers = [*event.ids]
+        self._parts.send(GroupTokens(transfers, event.tokens.tobytes(), event.logprobs.tobytes()))
 
     def _on_event(self, transfer: TransferId, event: RequestEvent) -> None:
         match event:
@@ -179,7 +202,7 @@ class DecodeRole(Role):
         heapq.heappush(self._deadlines, (job.deadline, transfer, job.number))
         request = DecodeRequest(
             id=RequestId(transfer),
-            prompt=tuple(message.prompt),
+            prompt=_packed(message.prompt),
             max_tokens=message.max_tokens,
             sampling=sampling_params(message.sampling),
             ignore_eos=message.ignore_eos,
@@ -191,7 +214,7 @@ class DecodeRole(Role):
         """Ask for what the prefix cache lacks. The pages that it has are held already, so they stay."""
         job = self._jobs[transfer]
         job.stage = Stage.FETCHING
-        num_tokens = job.job.num_prompt_tokens
+        num_tokens = job.num_prompt_tokens
         self._parts.post(
             StartTransfer(
                 transfer=transfer,
@@ -212,7 +235,7 @@ class DecodeRole(Role):
         job.stage = Stage.DECODING
         asked = job.job
         try:
-            extras = attachment.decode(event.attachment, asked.num_prompt_tokens, asked.num_top, asked.prompt_top)
+            extras = attachment.decode(event.attachment, job.num_prompt_tokens, asked.num_top, asked.prompt_top)
         except TransferError as exc:
             self._give_up(event.transfer, exc.code, str(exc))
             return
@@ -270,10 +293,19 @@ class _Told(NamedTuple):
     tokens: list[int]
     logprobs: list[float]
 
-    def add(self, transfers: Iterable[bytes], tokens: Iterable[int], logprobs: Iterable[float]) -> None:
-        self.transfers.extend(transfers)
-        self.tokens.extend(tokens)
-        self.logprobs.extend(logprobs)
+    def add(self, event: TokenGenerated) -> None:
+        self.transfers.append(event.id)
+        self.tokens.append(event.token)
+        self.logprobs.append(event.logprob)
+
+
+def _packed(tokens: list[int]) -> Sequence[int]:
+    """As numbers of four bytes: thousands of Python's would be let go one by one when a request ends, beside a step.
+    What does not fit is no token, which the engine finds."""
+    try:
+        return array("I", tokens)
+    except OverflowError:
+        return tokens
 
 
 def _report(facts: TransferFacts) -> TransferReport:

@@ -19,6 +19,7 @@ from pdkv.daemons.link import (
     EngineFatal,
     EngineReady,
     FinishJob,
+    GroupTokens,
     JobFailed,
     JobFinished,
     PrefillJob,
@@ -26,6 +27,7 @@ from pdkv.daemons.link import (
     StatusQuery,
     StepTokens,
     ToFront,
+    TokenReader,
     TokensOut,
     WorkerSettings,
     encode_frame,
@@ -60,6 +62,7 @@ class EngineLink:
         self._reader = reader
         self._writer = writer
         self._decoder = msgspec.msgpack.Decoder(ToFront)
+        self._tokens = TokenReader()
         self._jobs: dict[bytes, _OpenJob] = {}
         self._queries: dict[int, asyncio.Future[Status | Beat]] = {}
         self._num_queries = 0
@@ -209,8 +212,8 @@ class EngineLink:
                 answer = self._queries.get(message.query)
                 if answer is not None and not answer.done():
                     answer.set_result(message)
-            case StepTokens():
-                for told in message.each():
+            case StepTokens() | GroupTokens():
+                for told in self._tokens.each(message):
                     self._tell(told)
             case _:
                 self._tell(message)

@@ -243,6 +243,36 @@ class StepTokens(msgspec.Struct, frozen=True, tag="step"):
             yield TokensOut(transfer, list(tokens), list(logprobs))
 
 
+class GroupTokens(msgspec.Struct, frozen=True, tag="group"):
+    """What a step generated for jobs that decode step after step: one token of each, and as little as can be said."""
+
+    transfers: list[bytes] | None
+    """By place; None: as the last such message said."""
+    tokens: bytes
+    """By place, native integers of eight bytes; -1: none of that job."""
+    logprobs: bytes
+    """By place, native doubles."""
+
+
+class TokenReader:
+    """Tells single jobs' tokens from what the engine process says of several. Owned by whoever reads the link: it has
+    to see every message, in order."""
+
+    def __init__(self) -> None:
+        self._transfers: list[bytes] = []
+
+    def each(self, message: StepTokens | GroupTokens) -> Iterator[TokensOut]:
+        """What is told of each job."""
+        if isinstance(message, StepTokens):
+            return message.each()
+        if message.transfers is not None:
+            self._transfers = message.transfers
+        told = zip(
+            self._transfers, memoryview(message.tokens).cast("q"), memoryview(message.logprobs).cast("d"), strict=True
+        )
+        return (TokensOut(transfer, [token], [logprob]) for transfer, token, logprob in told if token >= 0)
+
+
 class JobFinished(msgspec.Struct, frozen=True, tag="finished"):
     """The job's last message. On P: the prompt's state is ready for D. On D: the last token has been sent."""
 
@@ -300,7 +330,7 @@ class Beat(msgspec.Struct, frozen=True, tag="beat"):
     agent_age_s: float
 
 
-ToFront = EngineReady | EngineFatal | TokensOut | StepTokens | JobFinished | JobFailed | Status | Beat
+ToFront = EngineReady | EngineFatal | TokensOut | StepTokens | GroupTokens | JobFinished | JobFailed | Status | Beat
 
 
 def encode_frame(message: msgspec.Struct) -> bytes:

@@ -1,35 +1,30 @@
 """Decode steps in fixed shapes on a GPU: captured once as CUDA graphs, replayed with whatever the buffers hold.
 
-A step in which all go on that were in the step before is one replay and nothing else: the device has taken their
-numbers further, has their tokens, and copies what it has chosen to where the host reads it. One in which somebody joins
-or leaves takes a copy to the device before (numbers of all sequences), and one for each that joins (its page table).
-The next step may be launched before anybody has read this one's tokens.
+A step is one replay and nothing else: the device takes the numbers of its sequences further by itself and has their
+tokens, its first kernel reads what the host says of those that have joined or left, and its last tells what was chosen,
+both in the host's memory. The next step may be launched before anybody has read this one's tokens.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+from pdkv_kernels.decode_rows_ref import BEHIND, PAGES, TOKENS, RowBuffers, RowInputs, begin_rows_ref, end_rows_ref
+from pdkv_kernels.greedy_ref import greedy_ref
 from torch import Tensor
 
 from pdkv.m3.attention import KvViews, StepBatch
-from pdkv.m3.decode_rows import BEHIND, END, GROWS, START, TOKENS, DecodeRows, Numbers, Rows, TableChanges
+from pdkv.m3.decode_rows import DecodeRows, Rows, Said
 from pdkv.m3.model import M3Model
 from pdkv.m3.requests import EngineSettings
 from pdkv.m3.run import Onward, Run
-from pdkv.m3.sampling import GreedyChoices
+from pdkv.m3.sampling import GreedyChoices, Logprobs
 
 MAX_QUERY_LEN = 8
 _ROWS_AT_ONCE = 64
 """Rows of logits held at once inside a step."""
-
-_EMPTY = [0, 0, -1, 0] + [0] * MAX_QUERY_LEN
-"""What the row of no sequence says: nothing before it, nothing of it stored."""
-
-_DAMAGED = -1
-"""Told instead of a token where logits are not finite."""
 
 MaybeDecodes = Sequence[Run] | Onward
 
@@ -56,37 +51,71 @@ class DecodeShapes:
         return cls(tuple(sorted(sizes)), tuple(sorted(query_lens)), blocks)
 
 
-class _Side:
-    """What the host writes for a step and reads of it. There are two: one is written while the other is copied."""
+class _Kernels(Protocol):
+    """What begins and ends a step: of ``decode_rows`` and ``greedy``, or their references."""
 
-    def __init__(self, shapes: "DecodeShapes", device: torch.device, told: Tensor) -> None:
-        """told: int64 [2, batch * query_len], tokens and the bits of their log-probabilities, as the device copies them
-        there."""
-        most, longest = shapes.batch_sizes[-1], shapes.query_lens[-1]
-        # Pinned, or a copy would wait for the device and be no part of the stream's order.
-        on_gpu = device.type == "cuda"
-        self.numbers = torch.zeros(most, TOKENS + longest, dtype=torch.int32, pin_memory=on_gpu)
-        self.tables = torch.zeros(most, shapes.max_blocks, dtype=torch.int32, pin_memory=on_gpu)
-        self.numbers_of = {batch: self.numbers[:batch] for batch in shapes.batch_sizes}
-        self.rows: Numbers = self.numbers.numpy()
-        self.table_rows: Numbers = self.tables.numpy()
-        self.tokens: Rows = told[0].numpy()
-        self.logprobs: np.ndarray[tuple[int], np.dtype[np.float64]] = told[1].view(torch.float64).numpy()
-        self.ended = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
+    def begin(self, buffers: RowBuffers, batch: int, query_len: int, /) -> RowInputs: ...
+
+    def choose(self, out: Tensor, logits: Tensor, /) -> None: ...
+
+    def end(self, buffers: RowBuffers, chosen: Tensor, batch: int, query_len: int, /) -> None: ...
+
+
+class _References:
+    begin, choose, end = staticmethod(begin_rows_ref), staticmethod(greedy_ref), staticmethod(end_rows_ref)
+
+
+def _kernels_for(device: torch.device) -> _Kernels:
+    if device.type != "cuda":
+        return _References()
+    from pdkv_kernels import decode_rows, greedy  # noqa: PLC0415  need Triton, which a CPU goes without
+
+    class Kernels:
+        begin, choose = staticmethod(decode_rows.begin_rows), staticmethod(greedy.greedy)
+        end = staticmethod(decode_rows.end_rows)
+
+    return Kernels()
+
+
+def _row_buffers(shapes: "DecodeShapes", device: torch.device) -> RowBuffers:
+    """Of rows that are nobody's."""
+    most, longest, blocks = shapes.batch_sizes[-1], shapes.query_lens[-1], shapes.max_blocks
+    pinned = device.type == "cuda"  # the device reads and writes it
+    buffers = RowBuffers(
+        said_at=torch.full((2, most), -1, dtype=torch.int64, pin_memory=pinned),
+        said=torch.zeros(2, most, TOKENS + longest, dtype=torch.int32, pin_memory=pinned),
+        said_pages=torch.zeros(2, most, blocks, dtype=torch.int32, pin_memory=pinned),
+        step=torch.zeros(1, dtype=torch.int64, device=device),
+        numbers=torch.zeros(2, most, PAGES, dtype=torch.int32, device=device),
+        tables=torch.zeros(most, blocks, dtype=torch.int32, device=device),
+        last=torch.zeros(most, dtype=torch.int64, device=device),
+        told=torch.zeros(2, 2, most * longest, dtype=torch.int64, pin_memory=pinned),
+    )
+    buffers.numbers[:, :, BEHIND] = -1
+    return buffers
+
+
+class _Side:
+    """What the host says to a step and reads of it. There are two: one is written while the device is at the other."""
+
+    def __init__(self, buffers: RowBuffers, half: int, device: torch.device) -> None:
+        self.said = Said(buffers.said_at[half].numpy(), buffers.said[half].numpy(), buffers.said_pages[half].numpy())
+        self.tokens: Rows = buffers.told[half, 0].numpy()
+        self.logprobs: Logprobs = buffers.told[half, 1].view(torch.float64).numpy()
+        self.ended = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self.is_in_use = False
 
 
 class _Shape(NamedTuple):
     """What is the same in every step of so many sequences and rows of each."""
 
-    before: Tensor  # int64 [query_len]: how far before its sequence's end each row stands
     query_starts: Tensor  # int32 [batch + 1]
     all_rows: Tensor  # int64 [batch * query_len]
 
     @classmethod
     def of(cls, batch: int, query_len: int, device: torch.device) -> "_Shape":
         starts = torch.arange(0, batch * query_len + 1, query_len, dtype=torch.int32, device=device)
-        return cls(torch.arange(-query_len, 0, device=device), starts, torch.arange(batch * query_len, device=device))
+        return cls(starts, torch.arange(batch * query_len, device=device))
 
 
 class _Form(NamedTuple):
@@ -100,9 +129,9 @@ class _Form(NamedTuple):
     """The same, as it is quicker to look up."""
 
     @classmethod
-    def of(cls, batch: int, query_len: int, rows: Rows) -> "_Form":
-        is_in_order = bool((rows == np.arange(len(rows))).all())
-        return cls(batch, query_len, rows, slice(len(rows)) if is_in_order else rows)
+    def of(cls, batch: int, rows: DecodeRows) -> "_Form":
+        """One row of each."""
+        return cls(batch, 1, rows.index, slice(rows.count) if rows.is_in_order else rows.index)
 
 
 class DecodeInFlight:
@@ -120,13 +149,9 @@ class DecodeInFlight:
         side, places = self._side, self._form.places
         if side.ended is not None:
             side.ended.synchronize()
-        tokens: list[int] = side.tokens[places].tolist()
-        logprobs: list[float] = side.logprobs[places].tolist()
+        choices = GreedyChoices(side.tokens[places].copy(), side.logprobs[places].copy())
         side.is_in_use = False
-        if _DAMAGED not in tokens:
-            return GreedyChoices(tokens, logprobs)
-        damaged = [place for place, token in enumerate(tokens) if token == _DAMAGED]
-        return GreedyChoices(tokens, logprobs, frozenset(damaged))
+        return choices
 
     def hidden(self, which: Sequence[int] | None = None) -> Tensor:  # [len(which), hidden], as lm_head takes it
         """Rows behind the tokens ``which``, counted over all runs; None: behind all. Only until the next launch."""
@@ -150,26 +175,16 @@ class DecodeGraphs:
         """With what each leaves behind: hidden [batch * query_len, hidden]."""
         self._shapes_made: dict[tuple[int, int], _Shape] = {}
         self._pool = torch.cuda.graph_pool_handle() if replays else None
-        device, most, longest = model.device, shapes.batch_sizes[-1], shapes.query_lens[-1]
-        self._rows = DecodeRows(most)
+        self._kernels = _kernels_for(model.device)
+        self._buffers = _row_buffers(shapes, model.device)
+        self._rows = DecodeRows(shapes.batch_sizes[-1])
         self._form: _Form | None = None
         """Of the latest step."""
-        self._numbers = torch.zeros(most, TOKENS + longest, dtype=torch.int32, device=device)
-        self._numbers_of = {batch: self._numbers[:batch] for batch in shapes.batch_sizes}
-        self._tables = torch.zeros(most, shapes.max_blocks, dtype=torch.int32, device=device)
-        self._own_rows = torch.arange(most, dtype=torch.int32, device=device)
-        self._last = torch.zeros(most, dtype=torch.int64, device=device)
-        """What the latest step chose behind each sequence's last token."""
-        # What steps tell, by turns in one half and the other. Both are copied every time, so that a graph need not know
-        # whose turn it is; the half that the host may be reading keeps its bytes.
-        self._told = torch.zeros(2, 2, most * longest, dtype=torch.int64, device=device)
-        self._told_host = torch.zeros(self._told.shape, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self._turn = torch.zeros(1, dtype=torch.int64, device=device)
-        """The half of the step that is computed next."""
-        self._sides = (_Side(shapes, device, self._told_host[0]), _Side(shapes, device, self._told_host[1]))
+        self._sides = _Side(self._buffers, 0, model.device), _Side(self._buffers, 1, model.device)
         self._stream: torch.cuda.Stream | None = None
         """On which steps are computed."""
         self._num_launched = 0
+        """As ``self._buffers.step``, when all that was launched has been computed."""
 
     def takes(self, step: MaybeDecodes) -> bool:
         """Whether ``launch`` can: a token is wanted behind every row, and there is a shape for them."""
@@ -196,50 +211,43 @@ class DecodeGraphs:
 
     def launch(self, step: MaybeDecodes) -> DecodeInFlight:
         """One step that ``takes`` accepts. One other may be in flight: runs may take its tokens for theirs."""
-        side = self._sides[self._num_launched % 2]
+        number = self._num_launched
+        side = self._sides[number % 2]
         assert not side.is_in_use, "two steps are in flight"
-        changes, query_len = self._enter(step, side)
-        if changes is not None:
-            self._form = self._tell(step, query_len, changes, side)
         form = self._form
+        if not isinstance(step, Onward):
+            form = self._enter(step, side.said, number)
+        elif step.left or step.joined:
+            form = self._go_on(step, side.said, number)
         assert form is not None, "nobody is there to go on"
         hidden = self._computed(form.batch, form.query_len)
         if side.ended is not None:
             side.ended.record(self._stream)
         side.is_in_use = True
-        self._num_launched += 1
+        self._form = form
+        self._num_launched = number + 1
         return DecodeInFlight(side, form, hidden)
 
-    def _enter(self, step: MaybeDecodes, side: _Side) -> tuple[TableChanges | None, int]:
-        """Who is in the step, and how many rows each has. None: as in the step before, and the device knows."""
-        if isinstance(step, Onward):
-            return self._rows.go_on(step, side.rows), 1
-        longest = max(len(run.tokens) for run in step)
-        query_len = next(n for n in self._shapes.query_lens if n >= longest)
-        return self._rows.enter(step, side.rows, query_len), query_len
-
-    @torch.inference_mode()
-    def _tell(self, step: MaybeDecodes, query_len: int, changes: TableChanges, side: _Side) -> _Form:
-        """Give the device the numbers of all sequences, and what of its page tables is new."""
+    def _enter(self, runs: Sequence[Run], said: Said, number: int) -> _Form:
         if self._model.device.type == "cuda":
             self._stream = torch.cuda.current_stream(self._model.device)
-        index = self._rows.index
-        count = len(index)
-        batch = next(n for n in self._shapes.batch_sizes if n >= count)
-        if count < batch:
-            side.rows[count:batch] = _EMPTY[: side.rows.shape[1]]
-        self._numbers_of[batch].copy_(side.numbers_of[batch], non_blocking=True)
-        for row, source in changes.moved:
-            self._tables[row].copy_(self._tables[source])
-        for row, pages in changes.written:
-            side.table_rows[row, : len(pages)] = pages
-            self._tables[row, : len(pages)].copy_(side.tables[row, : len(pages)], non_blocking=True)
-        lengths = [] if isinstance(step, Onward) else [len(run.tokens) for run in step]
-        if query_len > 1:
-            return _Form.of(batch, query_len, _last_rows(index.tolist(), lengths, query_len))
-        if self._form is not None and self._form.rows is index:
-            return self._form
-        return _Form.of(batch, query_len, index)
+        lengths = [len(run.tokens) for run in runs]
+        longest = max(lengths)
+        query_len = next(n for n in self._shapes.query_lens if n >= longest)
+        batch = self._batch_of(len(runs))
+        self._rows.enter(runs, said, number, (batch, query_len))
+        if query_len == 1:
+            return _Form.of(batch, self._rows)
+        rows = _last_rows(self._rows.index.tolist(), lengths, query_len)
+        return _Form(batch, query_len, rows, rows)
+
+    def _go_on(self, step: Onward, said: Said, number: int) -> _Form:
+        batch = self._batch_of(self._rows.count - len(step.left) + len(step.joined))
+        self._rows.go_on(step, said, number, batch)
+        return _Form.of(batch, self._rows)
+
+    def _batch_of(self, count: int) -> int:
+        return next(n for n in self._shapes.batch_sizes if n >= count)
 
     def _computed(self, batch: int, query_len: int) -> Tensor:
         """Or about to be."""
@@ -256,7 +264,8 @@ class DecodeGraphs:
     def _captured(self, batch: int, query_len: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         device = self._model.device
         # A step that is tried out must leave what the real one begins with.
-        kept = [(buffer, buffer.clone()) for buffer in (self._numbers, self._last, self._turn)]
+        buffers = self._buffers
+        kept = [(buffer, buffer.clone()) for buffer in (buffers.step, buffers.numbers, buffers.tables, buffers.last)]
         aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         aside.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(aside):  # what compiles, loads or measures itself at first use does so here
@@ -278,44 +287,29 @@ class DecodeGraphs:
 
     def _compute(self, batch: int, query_len: int) -> Tensor:  # [batch * query_len, hidden], as lm_head takes it
         """All from the buffers, nothing from the host: this is what a graph holds."""
-        rows, shape = self._numbers[:batch], self._shape_of(batch, query_len)
-        positions = rows[:, END, None] + shape.before  # int64 [batch, query_len]; negative where there is no token
-        behind = rows[:, BEHIND]
-        tokens = rows[:, TOKENS : TOKENS + query_len].long()
-        chosen = self._last.index_select(0, behind.clamp(min=0))
-        tokens[:, -1] = torch.where(behind >= 0, chosen, tokens[:, -1])
+        shape = self._shape_of(batch, query_len)
+        inputs = self._kernels.begin(self._buffers, batch, query_len)
         hidden = self._model.hidden(
             StepBatch(
-                token_ids=tokens.flatten(),
-                positions=positions.flatten(),
+                token_ids=inputs.token_ids,
+                positions=inputs.positions,
                 query_starts=shape.query_starts,
-                context_lens=rows[:, END] - query_len,
-                page_table=self._tables[:batch],
+                context_lens=inputs.context_lens,
+                page_table=self._buffers.tables[:batch],
                 logits_rows=shape.all_rows,
                 query_len=query_len,
-                stored_from=rows[:, START],
+                stored_from=inputs.stored_from,
             ),
             self._cache,
         )
-        parts = [self._greedy(some) for some in torch.split(hidden, _ROWS_AT_ONCE)]
-        told = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        self._last[:batch].copy_(told[0, query_len - 1 :: query_len])
-        self._told[:, :, : batch * query_len].index_copy_(0, self._turn, told[None, 1:])
-        self._told_host.copy_(self._told, non_blocking=True)
-        self._turn.bitwise_xor_(1)
-        rows[:, :BEHIND].add_(rows[:, GROWS, None])  # END and START, for the step behind
-        rows[:, BEHIND].copy_(self._own_rows[:batch])
+        chosen = torch.empty(3, batch * query_len, dtype=torch.int64, device=hidden.device)
+        for begin in range(0, batch * query_len, _ROWS_AT_ONCE):
+            few = slice(begin, begin + _ROWS_AT_ONCE)
+            logits = self._model.logits(hidden[few])
+            assert logits is not None, "graphs are for models that are not divided"
+            self._kernels.choose(chosen[:, few], logits)
+        self._kernels.end(self._buffers, chosen, batch, query_len)
         return hidden
-
-    def _greedy(self, hidden: Tensor) -> Tensor:  # [num_rows, hidden] -> int64 [3, num_rows]
-        """A token, the same as the host is told it, and the bits of its log-probability in float64. Of equal logits the
-        lowest token, as everywhere."""
-        logits = self._model.logits(hidden)
-        assert logits is not None, "graphs are for models that are not divided"
-        token = logits.argmax(dim=-1)
-        logprob = logits.gather(1, token[:, None])[:, 0] - logits.logsumexp(dim=-1)
-        told = torch.where(logits.isfinite().all(dim=-1), token, _DAMAGED)
-        return torch.stack((token, told, logprob.double().view(torch.int64)))
 
 
 def _last_rows(places: Sequence[int], lengths: Sequence[int], query_len: int) -> Rows:

@@ -4,109 +4,136 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from pdkv_kernels.decode_rows_ref import BEHIND, END, GROWS, PAGES, START, TOKENS
 
 from pdkv.m3.requests import RequestId
-from pdkv.m3.run import Onward, Run, staying
-
-END, START, BEHIND, GROWS, TOKENS = 0, 1, 2, 3, 4
-"""Columns of a sequence's row of numbers: where its tokens end, from which position on they are stored, the row of the
-step before whose choice is its last token (-1: it is among its tokens), 1 (0 in the row of no sequence), its tokens.
-With every step the device takes its own copy one token further: the first two grow, the third becomes the row itself.
-"""
+from pdkv.m3.run import Onward, Run, Seating, seated, seating
 
 Rows = np.ndarray[tuple[int], np.dtype[np.int64]]
 Numbers = np.ndarray[tuple[int, int], np.dtype[np.int32]]
 Pages = tuple[int, ...]
 
+_NOBODY = np.array([0, 0, -1, 0, 0], dtype=np.int32)
+"""What is said of the row of no sequence: nothing before it, nothing of it stored."""
 
-class TableChanges(NamedTuple):
-    """What of the page tables is another than it was."""
 
-    moved: Sequence[tuple[int, int]]
-    """Rows whose content is now that of another one, which is none of these: to, from."""
-    written: Sequence[tuple[int, Pages]]
-    """Rows, and what is in them now."""
+class Said(NamedTuple):
+    """What the host says to one step, row by row; the device reads it when it comes to that step."""
+
+    at: Rows  # [most]: the step, by its number, to which something is said of the row
+    lines: Numbers  # int32 [most, TOKENS + longest], columns as in ``pdkv_kernels.decode_rows_ref``
+    pages: Numbers  # int32 [most, max_blocks]
 
 
 class DecodeRows:
     """Rows of sequences in steps that follow one another, and the page tables in them. Owned by the engine thread.
 
-    Rows of a step are its first, without a gap. Whoever stays keeps its row, unless it is beyond the step's last.
+    Rows of a step are its first, without a gap; rows behind them, up to its shape's size, are nobody's. Whoever stays
+    keeps its row, unless it is beyond the step's last. The device takes every row one token further by itself, so it is
+    told of those that change.
     """
 
     def __init__(self, most: int) -> None:
         """``most``: sequences of a step."""
         self._ids: list[RequestId] = []
         self.index: Rows = np.zeros(0, dtype=np.int64)
-        """The row of each run of the latest step."""
-        self._lines: Numbers = np.zeros((0, TOKENS), dtype=np.int32)
-        """What each run was told when something was told last, but its tokens."""
-        self._num_silent = 0
-        """Steps since then."""
+        """The row of each run of the latest step. Not written to again: whoever has it may keep it."""
+        self.is_in_order = True
+        """Each run's row is its place."""
+        self._in_order: Rows = np.arange(most)
+        self._batch = 0
+        """Rows of the latest step's shape."""
         self._pages: list[Pages] = [() for _ in range(most)]
 
-    def enter(self, runs: Sequence[Run], numbers: Numbers, query_len: int) -> TableChanges:
-        """Write what a step is told of ``runs`` but their pages.
+    @property
+    def count(self) -> int:
+        """Sequences of the latest step."""
+        return len(self._ids)
 
-        A run of fewer tokens than ``query_len`` has them last: rows before them repeat what is stored already.
+    def enter(self, runs: Sequence[Run], said: Said, number: int, shape: tuple[int, int]) -> None:
+        """Say all of ``runs`` to the step of that number; ``shape``: its sequences, and rows of each.
+
+        A run of fewer tokens than the shape's rows has them last: rows before them repeat what is stored already.
         """
-        before, self._num_silent = self.index, 0
+        batch, query_len = shape
+        before, count_before = self.index, self.count
         self._place(runs)
+        index, lines = self.index, said.lines
         lengths = [len(run.tokens) for run in runs]
-        begin = TOKENS + query_len
+        starts = np.array([run.start for run in runs], dtype=np.int32)
+        lines[index, START] = starts
+        lines[index, END] = starts + np.array(lengths, dtype=np.int32)
+        lines[index, BEHIND] = [-1 if run.behind is None else before[run.behind] for run in runs]
+        lines[index, GROWS], lines[index, PAGES] = 1, 0
+        end = TOKENS + query_len
         if min(lengths) == query_len:
-            numbers[self.index, TOKENS:begin] = [run.tokens for run in runs]
+            lines[index, TOKENS:end] = [run.tokens for run in runs]
         else:
-            for row, run in zip(self.index.tolist(), runs, strict=True):
-                numbers[row, begin - len(run.tokens) : begin] = run.tokens
-        self._lines = _lines(runs, lengths)
-        self._lines[:, BEHIND] = [-1 if run.behind is None else before[run.behind] for run in runs]
-        numbers[self.index, :TOKENS] = self._lines
-        return TableChanges((), self._written(self.index.tolist(), runs))
+            for row, run in zip(index.tolist(), runs, strict=True):
+                lines[row, end - len(run.tokens) : end] = run.tokens
+        said.at[: len(runs)] = number
+        for row, run in zip(index.tolist(), runs, strict=True):
+            self._say_pages(row, run.pages, said)
+        self._empty(said, number, batch, count_before)
 
-    def go_on(self, step: Onward, numbers: Numbers) -> TableChanges | None:
-        """Write what the step behind the latest is told, in which whoever stays takes its token from there. None: it is
-        told nothing, since all go on and the device has their numbers."""
-        self._num_silent += 1
-        if not (step.left or step.joined):
-            return None
-        lines = self._lines
-        lines[:, :BEHIND] += self._num_silent
-        lines[:, BEHIND] = self.index
-        self._num_silent = 0
-        changes = self._change(step)
-        if step.joined:
-            numbers[self.index[-len(step.joined) :], TOKENS] = [run.tokens[0] for run in step.joined]
-        numbers[self.index, :TOKENS] = self._lines
-        return changes
+    def go_on(self, step: Onward, said: Said, number: int, batch: int) -> None:
+        """Say to the step behind the latest, in which whoever stays takes its token from there, who comes and who goes.
 
-    def _change(self, step: Onward) -> TableChanges:
-        """Let some leave, and others join behind those that stay."""
-        stays = np.ones(len(self._ids), dtype=bool)
-        stays[list(step.left)] = False
-        rows, ids = self.index[stays], staying(self._ids, step.left)
-        count = len(ids) + len(step.joined)
-        is_free = np.ones(max(count, len(self._ids)), dtype=bool)
-        is_free[rows] = False
-        free = is_free[:count].nonzero()[0]
-        beyond = (rows >= count).nonzero()[0]
-        new = free[len(beyond) :]
-        moved = list(zip(free.tolist(), rows[beyond].tolist(), strict=False))
-        rows[beyond] = free[: len(beyond)]
+        Nothing where all go on: then the device knows."""
+        count, joined = self.count, step.joined
+        seats = seating(count, step.left, len(joined))
+        self._ids = seated(self._ids, seats, [run.id for run in joined])
+        if self.is_in_order:
+            rows, moved = seats.joined, seats.moved
+            self.index = self._in_order[: seats.num_places]
+        else:
+            rows, moved = self._give_rows(step, seats)
+        for row, run in zip(rows, joined, strict=True):
+            self._say(row, run, said, number)
         for to, source in moved:
-            self._pages[to] = self._pages[source]
-        self._ids = ids + [run.id for run in step.joined]
-        self.index = np.concatenate((rows, new))
-        self._lines = np.concatenate((self._lines[stays], _lines(step.joined, 1)))
-        return TableChanges(moved, self._written(new.tolist(), step.joined))
+            self._move(source, to, said, number)
+        self._empty(said, number, batch, count)
 
-    def _written(self, rows: Sequence[int], runs: Sequence[Run]) -> list[tuple[int, Pages]]:
-        known, written = self._pages, []
-        for row, run in zip(rows, runs, strict=True):
-            if run.pages is not known[row] and run.pages != known[row]:
-                written.append((row, run.pages))
-            known[row] = run.pages
-        return written
+    def _give_rows(self, step: Onward, seats: Seating) -> tuple[list[int], list[tuple[int, int]]]:
+        """Where places are no rows: the rows of those that join, in order, and who goes on in another one: to, from."""
+        count, num_joined = len(self.index), len(step.joined)
+        index = np.concatenate((self.index, np.arange(count, max(count, seats.num_places))))
+        free = sorted(index[[*step.left]].tolist()) + list(range(count, seats.num_places))
+        index[seats.joined] = free[:num_joined]
+        for to, source in seats.moved:
+            index[to] = index[source]
+        self.index = index[: seats.num_places]
+        beyond = (self.index >= seats.num_places).nonzero()[0]
+        moved = list(zip(free[num_joined:], self.index[beyond].tolist(), strict=False))
+        self.index[beyond] = [to for to, _ in moved]
+        return free[:num_joined], moved
+
+    def _say(self, row: int, run: Run, said: Said, number: int) -> None:
+        """A run of one token that is known."""
+        (token,) = run.tokens
+        said.lines[row, : TOKENS + 1] = (run.end, run.start, -1, 1, 0, token)
+        said.at[row] = number
+        self._say_pages(row, run.pages, said)
+
+    def _say_pages(self, row: int, pages: Pages, said: Said) -> None:
+        if pages is not self._pages[row] and pages != self._pages[row]:
+            said.pages[row, : len(pages)] = pages
+            said.lines[row, PAGES] = len(pages)
+        self._pages[row] = pages
+
+    def _move(self, source: int, to: int, said: Said, number: int) -> None:
+        said.lines[to, PAGES] = -1 - source
+        said.at[to] = number
+        self._pages[to] = self._pages[source]
+
+    def _empty(self, said: Said, number: int, batch: int, count_before: int) -> None:
+        """Say that rows are nobody's: those that were somebody's, and those that the last step's shape did not have."""
+        for begin, end in ((self.count, min(count_before, batch)), (max(self.count, self._batch), batch)):
+            if begin < end:
+                said.lines[begin:end, :TOKENS] = _NOBODY
+                said.lines[begin:end, TOKENS:] = 0
+                said.at[begin:end] = number
+        self._batch = batch
 
     def _place(self, runs: Sequence[Run]) -> None:
         ids = [run.id for run in runs]
@@ -119,12 +146,4 @@ class DecodeRows:
         free = iter([row for row in range(count) if row not in taken])
         self._ids = ids
         self.index = np.array([row if row < count else next(free) for row in places], dtype=np.int64)
-
-
-def _lines(runs: Sequence[Run], lengths: Sequence[int] | int) -> Numbers:
-    """Of runs of so many tokens, all of which are known."""
-    lines = np.full((len(runs), TOKENS), -1, dtype=np.int32)
-    lines[:, GROWS] = 1
-    lines[:, START] = [run.start for run in runs]
-    lines[:, END] = lines[:, START] + lengths
-    return lines
+        self.is_in_order = bool((self.index == self._in_order[:count]).all())

@@ -1,13 +1,13 @@
 """What goes into the engine and what comes out of it: requests, events and settings, values only."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from enum import StrEnum
 from typing import NewType
 
 import msgspec
 
 from pdkv.m3.logprobs import NO_TOP, PromptLogprobs, TopLogprobs
-from pdkv.m3.sampling import SamplingParams
+from pdkv.m3.sampling import NO_TOKEN, Logprobs, SamplingParams, Tokens
 
 RequestId = NewType("RequestId", bytes)
 """Chosen by the caller, unique among the requests that the engine holds."""
@@ -62,7 +62,8 @@ class DecodeRequest(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     id: RequestId
-    prompt: tuple[int, ...]
+    prompt: Sequence[int]
+    """Not to be changed; an array takes least."""
     max_tokens: int
     sampling: SamplingParams
     ignore_eos: bool = False
@@ -155,9 +156,10 @@ class TokensGenerated(msgspec.Struct, frozen=True, gc=False):
     """``TokenGenerated`` of several requests, entry by entry: what one step chose for all that go on, and no object for
     each."""
 
-    ids: tuple[RequestId, ...]
-    tokens: list[int]
-    logprobs: list[float]
+    ids: list[RequestId]
+    """The same list as with the last such event, while they are the same in the same places. Not to be changed."""
+    tokens: Tokens  # int64 [num_ids]; NO_TOKEN where nothing is told of the request
+    logprobs: Logprobs  # float64 [num_ids]
 
 
 RequestEvent = (
@@ -170,7 +172,8 @@ def singly(events: Iterable[EngineEvent]) -> Iterator[RequestEvent]:
     """In the same order, each of one request."""
     for event in events:
         if isinstance(event, TokensGenerated):
-            yield from map(TokenGenerated, event.ids, event.tokens, event.logprobs)
+            told = map(TokenGenerated, event.ids, event.tokens.tolist(), event.logprobs.tolist())
+            yield from (one for one in told if one.token != NO_TOKEN)
         else:
             yield event
 

@@ -1,7 +1,7 @@
 """What one step computes of one request, as plain numbers: small enough to be sent to every rank."""
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import msgspec
 
@@ -66,20 +66,45 @@ class Onward(msgspec.Struct, frozen=True):
     """The runs of the step in flight once more, each one token further: its only token is what that step chooses.
 
     What a step of many sequences costs the host is work for each of them, so the commonest step says nothing of most.
+    Whoever stays keeps its place, but for the last of them where others have left gaps (``seating``).
     """
 
     left: tuple[int, ...] = ()
     """Places in that step, ascending, of those that have come to their end: they have no run any more."""
     joined: tuple[Run, ...] = ()
-    """Behind all that stay. Their tokens are known, one each."""
+    """Their tokens are known, one each."""
 
 
-def staying(entries: Sequence[_T], left: Sequence[int]) -> list[_T]:
-    """All entries but those at the places ``left``, which ascend."""
-    stay = list(entries)
-    for place in reversed(left):
-        del stay[place]
-    return stay
+class Seating(NamedTuple):
+    """Who has which place in a step, of which some are others' than in the step before."""
+
+    num_places: int
+    joined: list[int]
+    """Place of each that joins, in order: first of those that have left, then behind all."""
+    moved: list[tuple[int, int]]
+    """Places that whoever was last has now: to, from. Gaps that nobody joins in are filled so."""
+
+
+def seating(count: int, left: Sequence[int], num_joined: int) -> Seating:
+    """Of a step behind one of ``count`` places, of which ``left`` become free, in ascending order."""
+    after = count - len(left) + num_joined
+    if num_joined >= len(left):
+        return Seating(after, [*left, *range(count, after)], [])
+    gaps = [place for place in left[num_joined:] if place < after]
+    gone = set(left)
+    last = [place for place in range(after, count) if place not in gone]
+    return Seating(after, list(left[:num_joined]), list(zip(gaps, last, strict=True)))
+
+
+def seated(entries: Sequence[_T], seats: Seating, joined: Sequence[_T]) -> list[_T]:
+    """Entries by place as ``seats`` has them; a new list."""
+    now = [*entries, *joined[len(joined) - max(0, seats.num_places - len(entries)) :]]
+    for place, entry in zip(seats.joined, joined, strict=True):
+        now[place] = entry
+    for to, source in seats.moved:
+        now[to] = now[source]
+    del now[seats.num_places :]
+    return now
 
 
 Step = list[Run] | Onward

@@ -5,10 +5,17 @@ from collections.abc import Sequence
 import msgspec
 import numpy as np
 import torch
+from pdkv_kernels.greedy_ref import NOT_FINITE
 from torch import Tensor
 
 from pdkv.errors import ModelError, RequestError
 from pdkv.m3.logprobs import NO_TOP, TopLogprobs
+
+Tokens = np.ndarray[tuple[int], np.dtype[np.int64]]
+Logprobs = np.ndarray[tuple[int], np.dtype[np.float64]]
+
+NO_TOKEN = NOT_FINITE
+"""In an array of tokens: none."""
 
 _SEED_BITS = 64
 _NUMBERS_AT_ONCE = 1 << 22
@@ -44,15 +51,13 @@ class Sample(msgspec.Struct, frozen=True, gc=False):
 class GreedyChoices(msgspec.Struct, frozen=True, gc=False):
     """The likeliest tokens behind rows of a step, as a device told them: entry by entry, and no object for each."""
 
-    tokens: list[int]
-    logprobs: list[float]
-    damaged: frozenset[int] = frozenset()
-    """Entries whose logits are not finite: nothing can be chosen there."""
+    tokens: Tokens  # int64 [num_entries]; NO_TOKEN where logits are not finite, and nothing can be chosen
+    logprobs: Logprobs  # float64 [num_entries]
 
     def samples(self) -> list[Sample | None]:
-        """One for each entry; None for those that are damaged."""
-        told = enumerate(zip(self.tokens, self.logprobs, strict=True))
-        return [None if place in self.damaged else Sample(token, logprob) for place, (token, logprob) in told]
+        """One for each entry; None where there is no token."""
+        told = zip(self.tokens.tolist(), self.logprobs.tolist(), strict=True)
+        return [None if token == NO_TOKEN else Sample(token, logprob) for token, logprob in told]
 
 
 def sample(

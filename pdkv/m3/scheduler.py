@@ -17,6 +17,7 @@ from pdkv.m3.requests import (
     EngineRequest,
     EngineSettings,
     EngineStatistics,
+    FinishReason,
     PagesReserved,
     PrefillFinished,
     PrefillProgress,
@@ -27,8 +28,8 @@ from pdkv.m3.requests import (
     TokenGenerated,
     TokensGenerated,
 )
-from pdkv.m3.run import NOT_FINITE, Onward, Run, Step, TokenBounds, staying
-from pdkv.m3.sampling import GreedyChoices, Sample
+from pdkv.m3.run import NOT_FINITE, Onward, Run, Step, TokenBounds
+from pdkv.m3.sampling import NO_TOKEN, GreedyChoices, Sample
 from pdkv.m3.sequence import Sequence, Stage
 from pdkv.m3.under_way import DecodeGroup, UnderWay
 from pdkv.memory.pages import PagePool
@@ -67,8 +68,13 @@ class Scheduler:
         self._under_way: deque[UnderWay] = deque()
         self._prompts_turn = False
         """Where steps are of one prompt or of decodes: whose the next one is if both want it."""
-        self._num_changes = 0
-        """How often a request began or ended to decode."""
+        self._group: DecodeGroup | None = None
+        """Of the latest step, if that was one of a group."""
+        self._joining: dict[Sequence, None] = {}
+        """Who decodes and is not in the group, in order; known from its second step on."""
+        self._is_of_note = np.zeros(bounds.vocab_size + 1, dtype=bool)
+        """By token, ``NO_TOKEN`` last: whether it is more than one token of a request that goes on."""
+        self._is_of_note[[NO_TOKEN, *(token for token in bounds.eos_tokens if token < bounds.vocab_size)]] = True
         self._num_blocks_found = self._num_blocks_missed = 0
         self._num_drafts = self._num_drafts_accepted = 0
 
@@ -76,12 +82,13 @@ class Scheduler:
         """Queue a request, or refuse it. Raises ``RequestError`` for an id that is in use."""
         if request.id in self._sequences:
             raise RequestError(f"request id {request.id.hex()} is in use", param="id", status=409)
-        seed, block_size = self._settings.prefix_seed, self._bounds.block_size
-        sequence = Sequence(request, None if seed is None else BlockNames(seed, block_size), block_size)
-        problem = _refusal(request, self._settings.max_model_len, self._bounds.vocab_size)
-        if not problem and sequence.num_blocks > self._pool.num_usable:
-            problem = f"{sequence.num_blocks} pages needed, the arena has {self._pool.num_usable}; give it more pages"
+        problem, prompt = _refusal(request, self._settings.max_model_len, self._bounds.vocab_size)
         if problem:
+            return [RequestRefused(request.id, problem, never=True)]
+        seed, block_size = self._settings.prefix_seed, self._bounds.block_size
+        sequence = Sequence(request, prompt, None if seed is None else BlockNames(seed, block_size), block_size)
+        if sequence.num_blocks > self._pool.num_usable:
+            problem = f"{sequence.num_blocks} pages needed, the arena has {self._pool.num_usable}; give it more pages"
             return [RequestRefused(request.id, problem, never=True)]
         if len(self._queue) >= self._settings.max_queued:
             return [RequestRefused(request.id, f"{len(self._queue)} requests are waiting for pages", never=False)]
@@ -130,7 +137,9 @@ class Scheduler:
             self._queue.remove(request_id)
         self._prefilling.pop(request_id, None)
         if self._decoding.pop(request_id, None) is not None:
-            self._num_changes += 1
+            self._joining.pop(sequence, None)
+            if self._group is not None:
+                self._group.release(sequence)
         sequence.stage = Stage.RELEASED
         self._free(sequence)
 
@@ -184,39 +193,50 @@ class Scheduler:
     def _schedule_onward(self, group: DecodeGroup, step: int) -> Step | None:
         """Who stays goes on behind that step, who can joins. None: among those is somebody for whom the device cannot
         go on alone."""
-        left = group.places_ending(step, self._num_changes)
-        onward, behind = _ALL_GO_ON, UnderWay(group.sequences, group, step + 1)
-        if left or group.num_changes != self._num_changes:
-            joined = self._joining(group, len(left))
+        if group.begins_second_step(self._settings.max_batch):
+            present = set(group.sequences)
+            self._joining = dict.fromkeys([its for its in self._decoding.values() if its not in present])
+        left = group.leaving(step)
+        onward = _ALL_GO_ON
+        if left or self._joining:
+            num_free = self._settings.max_batch - len(group.sequences) + len(left)
+            joined = list(islice(self._joining, num_free))
             if not all(sequence.decodes_plainly for sequence in joined):
                 return None
             if len(left) == len(group.sequences) and not joined:
                 return []
-            onward = Onward(tuple(left), tuple([its.decode_run(0, tells_all_pages=True) for its in joined]))
-            group = group.without(left, joined, step + 1, self._num_changes)
-            behind = UnderWay(group.sequences, group)
-            for run in onward.joined:
-                self._check_writable(run)
-        for place in group.places_beginning(behind.step):
-            block = group.position(place, behind.step) // self._bounds.block_size
-            self._check_page(group.sequences[place].pages[block])
-        self._under_way.append(behind)
+            if left or joined:
+                onward = self._give_places(group, step + 1, left, joined)
+        beginning = group.beginning(step + 1)
+        for sequence, block in beginning:
+            self._check_page(sequence.pages[block])
+        self._under_way.append(
+            UnderWay(group.sequences, group, step + 1, group.ids, [sequence for sequence, _ in beginning])
+        )
         return onward
 
-    def _joining(self, group: DecodeGroup, num_left: int) -> list[Sequence]:
-        """Who decodes and is not in the group, in order, as many as there are slots."""
-        present = set(map(id, group.sequences))
-        others = (sequence for sequence in self._decoding.values() if id(sequence) not in present)
-        return list(islice(others, self._settings.max_batch - len(present) + num_left))
+    def _give_places(self, group: DecodeGroup, step: int, left: list[int], joined: list[Sequence]) -> Onward:
+        """As from that step on."""
+        runs = tuple([its.decode_run(0, tells_all_pages=True) for its in joined])
+        for run in runs:
+            self._check_writable(run)
+        for sequence in joined:
+            del self._joining[sequence]
+        group.change(step, left, joined)
+        return Onward(tuple(left), runs)
 
     def _begin(self, sequences: list[Sequence], runs: list[Run], *, only_decodes: bool) -> None:
         """A step is under way. What is proposed hangs on tokens: with proposals no step is launched behind another."""
         can_go_on = only_decodes and not self._settings.speculative_tokens
-        group: DecodeGroup | None = None
+        self._group = None
         if can_go_on and all(sequence.decodes_plainly for sequence in sequences):
-            starts = np.array([run.start for run in runs], dtype=np.int64)
-            group = DecodeGroup(sequences, starts, self._num_changes, self._bounds.block_size)
-        self._under_way.append(UnderWay(sequences, group))
+            assert not self._under_way, "only a group goes on behind a group, or somebody who does not decode plainly"
+            starts, size = [run.start for run in runs], self._bounds.block_size
+            self._group = group = DecodeGroup(sequences, starts, size)
+            beginning = [its for its, start in zip(sequences, starts, strict=True) if start % size == 0]
+            self._under_way.append(UnderWay(sequences, group, 0, group.ids, beginning))
+        else:
+            self._under_way.append(UnderWay(sequences, None))
 
     def complete(self, step: Step, samples: SequenceOf[Sample | None] | GreedyChoices) -> list[EngineEvent]:
         """Account for the oldest step under way: ``samples`` are ``num_choices`` of each run, in order; ``None`` is
@@ -226,7 +246,7 @@ class Scheduler:
         under_way = self._under_way.popleft()
         if isinstance(samples, GreedyChoices):
             if under_way.group is not None:
-                return [*self._complete_plainly(under_way, under_way.group, samples), *self.admit()]
+                return self._complete_plainly(under_way, under_way.group, samples)
             samples = samples.samples()
         assert not isinstance(step, Onward), "whoever goes on alone chooses alone"
         events: list[EngineEvent] = []
@@ -248,23 +268,43 @@ class Scheduler:
         return events + self.admit()
 
     def _complete_plainly(self, step: UnderWay, group: DecodeGroup, choices: GreedyChoices) -> list[EngineEvent]:
-        """What ``_accept_if_held`` does, with next to nothing for each of those that just go on. They come first."""
-        noted = step.places_of_note(choices, self._bounds.eos_tokens, self._num_changes)
-        for place in group.places_beginning(step.step + 1):
-            if place not in noted:
-                self._keep(step.sequences[place])
+        """What ``_accept_if_held`` does, with next to nothing for each of those that just go on. All tokens come
+        first."""
+        for sequence in step.beginning:
+            if sequence.stage is not Stage.RELEASED:
+                self._keep(sequence)
+        tokens, noted = choices.tokens, self._places_of_note(step, group, choices)
         if not noted:
-            group.tell(choices.tokens)
-            return [TokensGenerated(group.ids, choices.tokens, choices.logprobs)]
-        ids, tokens = tuple(staying(group.ids, noted)), staying(choices.tokens, noted)
-        told = TokensGenerated(ids, tokens, staying(choices.logprobs, noted))
-        events: list[EngineEvent] = [told] if told.ids else []
+            group.tell(tokens)
+            return [TokensGenerated(step.ids, tokens, choices.logprobs), *self.admit()]
+        tokens = tokens.copy()
+        ends: list[EngineEvent] = []
         for place in noted:
-            is_damaged = place in choices.damaged
-            sample = None if is_damaged else Sample(choices.tokens[place], choices.logprobs[place])
-            self._accept_if_held(step.sequences[place], sample, events)
-        group.tell(choices.tokens)  # those noted are over, each has taken its own
-        return events
+            sequence = step.sequences[place]
+            if sequence.stage is Stage.RELEASED:  # its choice is nobody's
+                tokens[place] = NO_TOKEN
+                self._free(sequence)
+            elif tokens[place] == NO_TOKEN:
+                ends.append(self._refuse_damaged(sequence))
+            else:
+                reason = self._take(sequence, int(tokens[place]))
+                assert reason is not None, "noted are those that end"
+                self.release(sequence.request.id)
+                ends.append(RequestFinished(sequence.request.id, reason))
+            sequence.stop_following()
+        group.tell(tokens)
+        told = TokensGenerated(step.ids, tokens, choices.logprobs)
+        return [told, *ends, *self.admit()] if tokens.max() != NO_TOKEN else [*ends, *self.admit()]
+
+    def _places_of_note(self, step: UnderWay, group: DecodeGroup, choices: GreedyChoices) -> list[int]:
+        """Places whose choice is more than one token of a request that goes on: the last, or nobody's, or none."""
+        places = [*group.leaving(step.step), *group.released_in(step)]
+        is_of_note = self._is_of_note.take(choices.tokens)
+        if b"\1" in is_of_note.tobytes():  # quicker than to ask numpy whether there is any
+            for place in is_of_note.nonzero()[0].tolist():
+                if choices.tokens[place] == NO_TOKEN or not step.sequences[place].ignores_eos:
+                    places.append(place)
+        return sorted({*places}) if places else places
 
     @property
     def can_admit(self) -> bool:
@@ -346,13 +386,9 @@ class Scheduler:
         """Take a generated token, the state of all before it being computed: tell it, then go on, hold or finish."""
         request_id = sequence.request.id
         if sample is None:
-            self.release(request_id)
-            self.empty_cache()  # whatever the damage is, it may lie in pages that others would take
-            events.append(RequestRefused(request_id, NOT_FINITE, never=False))
+            events.append(self._refuse_damaged(sequence))
             return
-        if len(sequence.tokens) // self._bounds.block_size > sequence.num_kept:
-            self._keep(sequence)
-        reason = sequence.take(sample.token, self._bounds.eos_tokens)
+        reason = self._take(sequence, sample.token)
         if sequence.stage is not Stage.DECODING and not self._begin_decode(sequence):
             events.append(PrefillFinished(request_id, sample.token, sample.logprob, sample.top))
             return
@@ -360,6 +396,17 @@ class Scheduler:
         if reason is not None:
             self.release(request_id)
             events.append(RequestFinished(request_id, reason))
+
+    def _take(self, sequence: Sequence, token: int) -> FinishReason | None:
+        """Keep what can be kept, and append a generated token; why it is the last, if it is."""
+        if len(sequence.tokens) // self._bounds.block_size > sequence.num_kept:
+            self._keep(sequence)
+        return sequence.take(token, self._bounds.eos_tokens)
+
+    def _refuse_damaged(self, sequence: Sequence) -> RequestRefused:
+        self.release(sequence.request.id)
+        self.empty_cache()  # whatever the damage is, it may lie in pages that others would take
+        return RequestRefused(sequence.request.id, NOT_FINITE, never=False)
 
     def _begin_decode(self, sequence: Sequence) -> bool:
         """Its prompt is computed: whether it goes on, and does not hold its pages for a reader."""
@@ -369,12 +416,12 @@ class Scheduler:
             return False
         sequence.stage = Stage.DECODING
         self._decoding[sequence.request.id] = sequence
-        self._num_changes += 1
+        self._joining[sequence] = None
         return True
 
     def _free(self, sequence: Sequence) -> None:
         """Let go of the pages of what was released, unless a step under way computes it: then when that has ended."""
-        if not any(sequence in step.sequences for step in self._under_way):
+        if not any(step.has(sequence) for step in self._under_way):
             self._pool.free(sequence.held)
 
     def _check_writable(self, run: Run) -> None:
@@ -386,25 +433,30 @@ class Scheduler:
         assert self._pool.is_writable(page), f"page {page} is shared, or kept"
 
 
-def _refusal(request: EngineRequest, max_model_len: int, vocab_size: int) -> str:
-    """Why the request can never be served whatever the pool, or the empty string."""
-    if not _all_below(vocab_size, request.prompt):
+def _refusal(request: EngineRequest, max_model_len: int, vocab_size: int) -> tuple[str, "array[int]"]:
+    """Why the request can never be served whatever the pool, or the empty string; and its prompt as numbers of four
+    bytes."""
+    prompt = _packed(vocab_size, request.prompt)
+    if prompt is None:
         bad = next(token for token in request.prompt if not 0 <= token < vocab_size)
-        return f"prompt token {bad} is outside the vocabulary of {vocab_size}"
+        return f"prompt token {bad} is outside the vocabulary of {vocab_size}", array("I")
     num_prompt = len(request.prompt)
     num_generated = 1 if isinstance(request, PrefillRequest) else request.max_tokens
+    problem = ""
     if num_prompt < 1:
-        return "the prompt is empty"
-    if num_generated < 1:
-        return f"max_tokens must be at least 1, not {num_generated}"
-    if num_prompt + num_generated > max_model_len:
-        return f"{num_prompt} prompt tokens and {num_generated} to generate exceed the context of {max_model_len}"
-    return ""
+        problem = "the prompt is empty"
+    elif num_generated < 1:
+        problem = f"max_tokens must be at least 1, not {num_generated}"
+    elif num_prompt + num_generated > max_model_len:
+        problem = f"{num_prompt} prompt tokens and {num_generated} to generate exceed the context of {max_model_len}"
+    return problem, prompt
 
 
-def _all_below(bound: int, tokens: SequenceOf[int]) -> bool:
-    """Whether all are from 0 to ``bound - 1``: by an array, since steps wait while somebody looks at a long prompt."""
+def _packed(bound: int, tokens: SequenceOf[int]) -> "array[int] | None":
+    """None unless all are from 0 to ``bound - 1``. By an array, since steps wait while somebody looks at a long
+    prompt."""
     try:
-        return bool(np.frombuffer(array("I", tokens), np.uintc).max(initial=0) < bound)
+        packed = array("I", tokens)
     except OverflowError:  # negative, or more than such an array holds
-        return False
+        return None
+    return packed if np.frombuffer(packed, np.uintc).max(initial=0) < bound else None

@@ -1,10 +1,14 @@
 """One request that the scheduler holds: its tokens, its pages, how far it has got."""
 
+from array import array
 from enum import Enum
+
+import numpy as np
 
 from pdkv.m3.prefix_cache import BlockNames
 from pdkv.m3.requests import DecodeRequest, EngineRequest, FinishReason, PrefillRequest
 from pdkv.m3.run import PENDING, Run
+from pdkv.m3.sampling import Tokens
 from pdkv.m3.speculation import PromptLookup
 
 _PENDING = (PENDING,)
@@ -20,10 +24,35 @@ class Stage(Enum):
     """Forgotten by its id; its pages are let go when no step is under way that computes it."""
 
 
+class Told:
+    """What the latest steps of a group chose, one after the other. Owned by the group, and read by its sequences, each
+    of which takes its own before it is written over: when it begins a block, at the latest."""
+
+    def __init__(self, size: int, most: int) -> None:
+        """``size``: steps that are kept; ``most``: places of any."""
+        self._tokens = np.zeros((size, most), dtype=np.uint32)
+        self.num_steps = 0
+
+    def add(self, tokens: Tokens) -> None:
+        """By place: int64 [places]."""
+        self._tokens[self.num_steps % len(self._tokens), : len(tokens)] = tokens
+        self.num_steps += 1
+
+    def of(self, place: int, begin: int, end: int) -> bytes:
+        """What that place chose in these steps, as native unsigned integers of four bytes."""
+        size = len(self._tokens)
+        assert self.num_steps - begin <= size, "steps were forgotten before a sequence took their tokens"
+        first, last = begin % size, end % size
+        if first < last:
+            return self._tokens[first:last, place].tobytes()
+        return self._tokens[first:, place].tobytes() + self._tokens[:last, place].tobytes()
+
+
 class Sequence:
     """One request that is not over. Owned by the scheduler."""
 
-    def __init__(self, request: EngineRequest, names: BlockNames | None, block_size: int) -> None:
+    def __init__(self, request: EngineRequest, prompt: "array[int]", names: BlockNames | None, block_size: int) -> None:
+        """``prompt``: the request's, as unsigned integers of four bytes; owned by the sequence from here on."""
         self.request = request
         self.stage = Stage.QUEUED
         self.pages: tuple[int, ...] = ()
@@ -41,29 +70,52 @@ class Sequence:
         self.most_tokens = len(request.prompt) + (1 if isinstance(request, PrefillRequest) else request.max_tokens)
         """It ends, at the latest, with so many."""
         self.ignores_eos = isinstance(request, PrefillRequest) or request.ignore_eos
-        self._tokens: list[int] = list(request.prompt)
-        self._told: list[list[int]] = []
-        """Of a group's steps, one after the other: what each place chose. From ``_num_taken`` on it is not in
-        ``_tokens`` yet."""
-        self._place = self._num_taken = 0
+        self.place = 0
+        """In the latest step of its group."""
+        self._place_before, self._moved_at = 0, 0
+        """Its place in steps before that one."""
+        self._tokens = prompt
+        self._told: Told | None = None
+        """Of its group's steps. From ``_num_taken`` on it is not in ``_tokens`` yet."""
+        self._num_taken = 0
         self._run_pages: tuple[int, ...] = ()
         self._names = names
         self._lookup = PromptLookup()
         self._block_size = block_size
 
     @property
-    def tokens(self) -> list[int]:
+    def tokens(self) -> "array[int]":
         """The prompt, then what was generated. Whoever adds to it has asked for it."""
         told = self._told
-        if len(told) > self._num_taken:
-            self._tokens += [tokens[self._place] for tokens in told[self._num_taken :]]
-            self._num_taken = len(told)
+        if told is not None and told.num_steps > self._num_taken:
+            begin, end = self._num_taken, told.num_steps
+            if begin < self._moved_at:
+                moved_at = min(self._moved_at, end)
+                self._tokens.frombytes(told.of(self._place_before, begin, moved_at))
+                begin = moved_at
+            if begin < end:
+                self._tokens.frombytes(told.of(self.place, begin, end))
+            self._num_taken = end
         return self._tokens
 
-    def follow(self, told: list[list[int]], place: int) -> None:
-        """From now on its tokens are those at ``place`` of what is added to ``told``, which has none yet."""
+    def follow(self, told: Told, place: int, step: int) -> None:
+        """From that step on its tokens are those at ``place`` of what is told."""
         self._tokens = self.tokens
-        self._told, self._place, self._num_taken = told, place, 0
+        self._told, self._num_taken = told, step
+        self.place, self._place_before, self._moved_at = place, place, step
+
+    def move(self, place: int, step: int) -> None:
+        """From that step on it has another place; of steps before, at most one has not ended."""
+        self._tokens = self.tokens
+        self._place_before, self.place, self._moved_at = self.place, place, step
+
+    def stop_following(self) -> None:
+        """It has ended: nothing more that is told is its own."""
+        self._told = None
+
+    def place_in(self, step: int) -> int:
+        """In that step of its group, which has not ended."""
+        return self.place if step >= self._moved_at else self._place_before
 
     @property
     def num_prompt_left(self) -> int:

@@ -3,92 +3,122 @@
 from collections.abc import Sequence as SequenceOf
 
 import msgspec
-import numpy as np
 
 from pdkv.m3.requests import RequestId
-from pdkv.m3.run import staying
-from pdkv.m3.sampling import GreedyChoices
-from pdkv.m3.sequence import Sequence, Stage
-
-Positions = np.ndarray[tuple[int], np.dtype[np.int64]]
-_MOST_TOLD = 128
-"""Steps after which every sequence takes what was told of it."""
+from pdkv.m3.run import seated, seating
+from pdkv.m3.sampling import NO_TOKEN, Tokens
+from pdkv.m3.sequence import Sequence, Stage, Told
 
 
 class DecodeGroup:
-    """Sequences that decode step after step, each one token a step, greedily, until one leaves or another joins. Owned
-    by the scheduler. Entry i of everything is of the i-th; steps are counted from the group's first.
+    """Sequences that decode step after step, each one token a step, greedily, whoever leaves and joins meanwhile. Owned
+    by the scheduler. Places are of its latest step; steps are counted from its first.
 
     What a step of many costs the host is work for each of them, the more so as the host's caches are cold after every
-    wait for the device. So a step asks here for those that have something to do in it, and touches no other; its tokens
-    are kept as they were told, until somebody wants to know a sequence's.
+    wait for the device. So everybody is entered once in the step in which there is something to do for it, and touched
+    in no other; tokens are kept as they were told, until somebody wants to know a sequence's.
     """
 
-    def __init__(self, sequences: list[Sequence], starts: Positions, num_changes: int, block_size: int) -> None:
-        """``starts``: positions of the first step's tokens; all before them is known.
-
-        ``num_changes``: how often anybody had begun or ended to decode; while that stays, all are held."""
+    def __init__(self, sequences: list[Sequence], starts: list[int], block_size: int) -> None:
+        """``starts``: positions of the first step's tokens; all before them is known."""
         self.sequences = sequences
-        self.ids: tuple[RequestId, ...] = tuple([sequence.request.id for sequence in sequences])
-        self.num_changes = num_changes
-        self._starts = starts
-        self._most: Positions = np.array([sequence.most_tokens for sequence in sequences], dtype=np.int64)
-        self._num_whole = int((self._most - starts).min()) - 2
-        """Steps whose choice is nobody's last by length."""
+        """By place. Lists here are not changed, but replaced: a step keeps those that it was scheduled with."""
+        self.ids: list[RequestId] = [sequence.request.id for sequence in sequences]
+        self._origins = starts
+        """Where each one's token of the first step stands, or would."""
         self._block_size = block_size
-        self._beginning: dict[int, list[int]] = {}
-        """Places that begin a block in a step, by the step's number modulo the size of a block. Not looked up
-        before there are many steps."""
-        self._told: list[list[int]] | None = None
-        """Of the latest steps; None before there was any."""
+        self._beginning: dict[int, dict[Sequence, int]] = {}
+        """By the step's number modulo the size of a block: who begins a block then, with its origin."""
+        self._ending: dict[int, list[Sequence]] = {}
+        """By the number of their last step: those that end by length."""
+        self._released: list[Sequence] = []
+        """Since places were last given anew."""
+        self._left: tuple[int, list[int]] | None = None
+        """The latest step that was asked about, and who is in no step behind it."""
+        self._told: Told | None = None
+        """None before there is a second step: many a group is over after one."""
 
-    def without(
-        self, left: SequenceOf[int], joined: SequenceOf[Sequence], step: int, num_changes: int
-    ) -> "DecodeGroup":
-        """That of which ``step`` is the first: of those that are not at the places ``left``, and of ``joined``."""
-        stay = np.ones(len(self.sequences), dtype=bool)
-        stay[left] = False
-        starts = np.append(self._starts[stay] + step, [len(sequence.tokens) - 1 for sequence in joined])
-        sequences = [*staying(self.sequences, left), *joined]
-        return DecodeGroup(sequences, starts.astype(np.int64), num_changes, self._block_size)
+    def begins_second_step(self, most: int) -> bool:
+        """Whether nobody has gone on in this group yet. Then all are entered; ``most``: places of any step."""
+        if self._told is not None:
+            return False
+        self._told = Told(2 * self._block_size, most)
+        for place, (sequence, origin) in enumerate(zip(self.sequences, self._origins, strict=True)):
+            self._enter(sequence, place, origin, 0)
+            if sequence.stage is Stage.RELEASED:
+                self._released.append(sequence)
+        return True
 
-    def position(self, place: int, step: int) -> int:
-        """Where its token of that step stands."""
-        return int(self._starts[place]) + step
+    def leaving(self, step: int) -> list[int]:
+        """Places of the latest step, ``step``, whose sequences are in none behind it, ascending: released, or at their
+        end by length. Those of one before it are as they were when they were asked for first."""
+        if self._left is None or self._left[0] < step:
+            self._left = step, self._leaving(step)
+        return self._left[1]
 
-    def places_beginning(self, step: int) -> SequenceOf[int]:
-        """Places whose token of that step is the first of a block."""
-        size = self._block_size
-        if step < 2:
-            places: list[int] = ((self._starts + step) % size == 0).nonzero()[0].tolist()
-            return places
-        if not self._beginning:
-            for place, first in enumerate((-self._starts % size).tolist()):
-                self._beginning.setdefault(first, []).append(place)
-        return self._beginning.get(step % size, ())
+    def _leaving(self, step: int) -> list[int]:
+        if self._told is None:
+            told = enumerate(zip(self.sequences, self._origins, strict=True))
+            return [
+                place for place, (its, origin) in told if its.stage is Stage.RELEASED or origin + 2 >= its.most_tokens
+            ]
+        ending = self._ending.pop(step, ())
+        if not (ending or self._released):
+            return []
+        return sorted({sequence.place for sequence in (*ending, *self._released)})
 
-    def places_ending(self, step: int, num_changes: int) -> list[int]:
-        """Places whose sequences are in no step behind that one: released, or at their end by length."""
-        ending: list[int] = []
-        if step >= self._num_whole:
-            ending = (self._starts + step + 2 >= self._most).nonzero()[0].tolist()
-        if num_changes != self.num_changes:
-            gone = (place for place, sequence in enumerate(self.sequences) if sequence.stage is Stage.RELEASED)
-            ending = sorted({*ending, *gone})
-        return ending
+    def release(self, sequence: Sequence) -> None:
+        """It decodes no more. Harmless for one that is not in the latest step."""
+        if self._told is not None and _is_at(sequence, sequence.place, self.sequences):
+            self._released.append(sequence)
 
-    def tell(self, tokens: list[int]) -> None:
-        """What the next of its steps that end has chosen. Steps end in order, so the group before this has no more."""
-        if self._told is None:  # many a group is over after a step
-            self._told = []
-            for sequence, token in zip(self.sequences, tokens, strict=True):
-                sequence.tokens.append(token)
+    def released_in(self, step: "UnderWay") -> list[int]:
+        """Places in a step that is not the latest of those that were released since it was scheduled."""
+        if not self._released:
+            return []
+        places = ((its, its.place_in(step.step)) for its in self._released)
+        return [place for its, place in places if _is_at(its, place, step.sequences)]
+
+    def change(self, step: int, left: SequenceOf[int], joined: SequenceOf[Sequence]) -> None:
+        """Give places anew, as from ``step`` on: it is the latest now."""
+        assert self._told is not None, "a second step has begun"
+        for place in left:
+            sequence, origin = self.sequences[place], self._origins[place]
+            del self._beginning[-origin % self._block_size][sequence]
+            last = self._ending.get(sequence.most_tokens - origin - 2, [])
+            if sequence in last:
+                last.remove(sequence)
+        seats = seating(len(self.sequences), left, len(joined))
+        origins = [len(sequence.tokens) - 1 - step for sequence in joined]
+        self.sequences = seated(self.sequences, seats, joined)
+        self.ids = seated(self.ids, seats, [sequence.request.id for sequence in joined])
+        self._origins = seated(self._origins, seats, origins)
+        for sequence, place, origin in zip(joined, seats.joined, origins, strict=True):
+            self._enter(sequence, place, origin, step)
+        for to, _ in seats.moved:
+            self.sequences[to].move(to, step)
+        if self._released:
+            self._released = [its for its in self._released if _is_at(its, its.place, self.sequences)]
+
+    def _enter(self, sequence: Sequence, place: int, origin: int, step: int) -> None:
+        assert self._told is not None
+        sequence.follow(self._told, place, step)
+        self._beginning.setdefault(-origin % self._block_size, {})[sequence] = origin
+        self._ending.setdefault(sequence.most_tokens - origin - 2, []).append(sequence)
+
+    def beginning(self, step: int) -> list[tuple[Sequence, int]]:
+        """Whose token of that step is the first of a block, and the block's number."""
+        found = self._beginning.get(step % self._block_size)
+        return [(its, (origin + step) // self._block_size) for its, origin in found.items()] if found else []
+
+    def tell(self, tokens: Tokens) -> None:
+        """What the next of its steps that end has chosen: int64 [places]. Those that have ended took their own."""
+        if self._told is not None:
+            self._told.add(tokens)
             return
-        if len(self._told) in (0, _MOST_TOLD):
-            self._told = []
-            for place, sequence in enumerate(self.sequences):
-                sequence.follow(self._told, place)
-        self._told.append(tokens)
+        for sequence, token in zip(self.sequences, tokens.tolist(), strict=True):
+            if token != NO_TOKEN and sequence.stage is not Stage.RELEASED:
+                sequence.tokens.append(token)
 
 
 class UnderWay(msgspec.Struct, frozen=True, gc=False):
@@ -101,13 +131,16 @@ class UnderWay(msgspec.Struct, frozen=True, gc=False):
     can go on alone."""
     step: int = 0
     """Its number in the group."""
+    ids: list[RequestId] = []
+    """By run, of a group's step."""
+    beginning: SequenceOf[Sequence] = ()
+    """Of a group's step: whose token is the first of a block, so that all before it can be kept when it ends."""
 
-    def places_of_note(self, choices: GreedyChoices, eos_tokens: frozenset[int], num_changes: int) -> list[int]:
-        """Places whose choice is more than one token of a request that goes on: the last, or nobody's, or none."""
-        assert self.group is not None, "steps of other kinds are looked at run by run"
-        places = self.group.places_ending(self.step, num_changes)
-        if not choices.damaged and eos_tokens.isdisjoint(choices.tokens):
-            return places
-        told = zip(choices.tokens, self.sequences, strict=True)
-        ends = (place for place, (token, its) in enumerate(told) if token in eos_tokens and not its.ignores_eos)
-        return sorted({*places, *choices.damaged, *ends})
+    def has(self, sequence: Sequence) -> bool:
+        if self.group is None or self.step == 0:
+            return sequence in self.sequences
+        return _is_at(sequence, sequence.place_in(self.step), self.sequences)
+
+
+def _is_at(sequence: Sequence, place: int, sequences: SequenceOf[Sequence]) -> bool:
+    return place < len(sequences) and sequences[place] is sequence

@@ -100,13 +100,14 @@ class PagePool:
         assert len(set(pages)) == len(pages), f"pages freed twice in one call: {pages}"
         unused = [page for page in pages if page not in self._holders]
         assert not unused, f"pages freed that were not in use: {unused}"
+        holders, names, idle = self._holders, self._names, self._idle
         for page in reversed(pages):
-            self._holders[page] -= 1
-            if self._holders[page]:
+            if holders[page] > 1:
+                holders[page] -= 1
                 continue
-            del self._holders[page]
-            if page in self._names:
-                self._idle[page] = None
+            del holders[page]
+            if page in names:
+                idle[page] = None
             else:
                 self._insert_run(page, 1)
 

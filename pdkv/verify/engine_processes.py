@@ -16,12 +16,14 @@ from pdkv.daemons.link import (
     DecodeJob,
     EngineFatal,
     EngineReady,
+    GroupTokens,
     JobFailed,
     JobFinished,
     PrefillJob,
     Sampling,
     StepTokens,
     ToFront,
+    TokenReader,
     TokensOut,
     WorkerSettings,
 )
@@ -88,6 +90,7 @@ class ProcessPair:
         Raises ``PdkvError`` when one cannot start. They start at once where both are told how many pages to make, else
         one after the other: each sizes itself by what the other has left of a device that they share."""
         self._number = 0
+        self._reader = TokenReader()
         self._prefill = EngineProcess(prefill, variables[0])
         self._decode: EngineProcess | None = None
         try:
@@ -127,10 +130,9 @@ class ProcessPair:
         tokens: list[int] = []
         while True:
             match self._decode.receive():
-                case StepTokens() as step:
-                    tokens += [
-                        token for mine, token in zip(step.transfers, step.tokens, strict=True) if mine == transfer
-                    ]
+                case StepTokens() | GroupTokens() as step:
+                    for told in self._reader.each(step):
+                        tokens += told.tokens if told.transfer == transfer else []
                 case TokensOut(transfer=mine, tokens=some) if mine == transfer:
                     tokens += some
                 case JobFailed(transfer=mine) as failed if mine == transfer:

@@ -1,6 +1,7 @@
 """A prefill and a decode worker in one process: the very code of the daemons, without HTTP, over ``inproc``."""
 
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -10,12 +11,14 @@ import msgspec
 from pdkv.daemons.engine_side import EngineSide
 from pdkv.daemons.link import (
     DecodeJob,
+    GroupTokens,
     JobFailed,
     JobFinished,
     PrefillJob,
     Sampling,
     StepTokens,
     ToFront,
+    TokenReader,
     TokensOut,
     TransferReport,
     WorkerSettings,
@@ -57,6 +60,7 @@ class DividedPair:
         """
         num_pages = -(-max_model_len // block_size) + PROBE_PAGES
         self._heard: list[ToFront] = []
+        self._reader = TokenReader()
         self._number = 0
         self.witness = WitnessTransport(InprocTransport())
         prefill, decode = (
@@ -112,11 +116,14 @@ class DividedPair:
         while (end := self._end()) is None:
             self._prefill.turn(_TURN_S)
             self._decode.turn(_TURN_S)
-        tokens = [
-            token for message in self._heard if isinstance(message, TokensOut | StepTokens) for token in message.tokens
-        ]
+        tokens = [token for message in self._heard for told in self._told(message) for token in told.tokens]
         assert end.report is not None, "a decode worker reports its transfer"
         return DividedAnswer(tuple(tokens), end.report, time.perf_counter() - started)
+
+    def _told(self, message: ToFront) -> Iterable[TokensOut]:
+        if isinstance(message, StepTokens | GroupTokens):
+            return self._reader.each(message)
+        return (message,) if isinstance(message, TokensOut) else ()
 
     def _end(self) -> JobFinished | None:
         for message in self._heard:

@@ -8,11 +8,13 @@ from pdkv.daemons.decode_role import DecodeRole
 from pdkv.daemons.link import (
     AbortJob,
     DecodeJob,
+    GroupTokens,
     JobFailed,
     JobFinished,
     Sampling,
     StepTokens,
     ToFront,
+    TokenReader,
     TokensOut,
 )
 from pdkv.daemons.roles import EngineParts
@@ -71,10 +73,56 @@ def test_a_step_is_told_in_one_message(model: M3Model) -> None:
         worker.ask(name)
         worker.arrive(name)
     assert [type(said) for said in worker.said] == [StepTokens] * 3, "first tokens, as they arrive"
+    reader = TokenReader()
     (told,) = worker.step()
-    assert isinstance(told, StepTokens)
-    assert told.transfers == (b"a", b"b", b"c")
-    assert [type(out) for out in told.each()] == [TokensOut] * 3
+    assert isinstance(told, GroupTokens)
+    assert told.transfers == [b"a", b"b", b"c"]
+    first = list(reader.each(told))
+    assert [(type(out), out.transfer, len(out.tokens)) for out in first] == [
+        (TokensOut, name, 1) for name in (b"a", b"b", b"c")
+    ]
+    (told,) = worker.step()
+    assert isinstance(told, GroupTokens)
+    assert told.transfers is None, "who has which place is said when it changes"
+    assert [out.transfer for out in reader.each(told)] == [b"a", b"b", b"c"]
+
+
+def test_whoever_leaves_or_joins_is_told_by_place(model: M3Model) -> None:
+    """Each job's tokens as one that nobody joins or leaves is told them, and none behind its end."""
+    alone = {}
+    for name, max_tokens in ((b"a", 9), (b"b", 3), (b"c", 9), (b"d", 6)):
+        worker = Worker(model)
+        alone[name] = told_by(worker, {0: [(name, max_tokens)]})[name]
+        assert len(alone[name]) == max_tokens
+    worker = Worker(model)
+    together = told_by(worker, {0: [(b"a", 9), (b"b", 3), (b"c", 9)], 3: [(b"d", 6)], 4: [b"a"]})
+    assert 3 < len(together[b"a"]) < 9, "given up"
+    assert together == alone | {b"a": alone[b"a"][: len(together[b"a"])]}
+
+
+def told_by(worker: Worker, script: dict[int, list[tuple[bytes, int] | bytes]]) -> dict[bytes, list[int]]:
+    """``script``: by number of steps before, jobs that come, and names of those that are given up."""
+    reader, told, ended, number = TokenReader(), dict[bytes, list[int]](), set[bytes](), 0
+    while worker.engine.has_work or not number:
+        said = worker.said
+        for what in script.get(number, []):
+            if isinstance(what, bytes):
+                worker.role.on_front(AbortJob(what), 0.0)
+            else:
+                worker.ask(what[0], max_tokens=what[1])
+                worker.arrive(what[0])
+        said = [*worker.said, *worker.step()]
+        for message in said:
+            if isinstance(message, JobFinished | JobFailed):
+                ended.add(message.transfer)
+            each = reader.each(message) if isinstance(message, StepTokens | GroupTokens) else []
+            for one in each:
+                assert one.transfer not in ended
+                told.setdefault(one.transfer, []).extend(one.tokens)
+        worker.said.clear()
+        number += 1
+    assert ended == told.keys()
+    return told
 
 
 def test_whoever_ends_or_asks_for_more_is_told_besides(model: M3Model) -> None:
@@ -85,7 +133,7 @@ def test_whoever_ends_or_asks_for_more_is_told_besides(model: M3Model) -> None:
     for name in (b"a", b"b", b"c"):
         worker.arrive(name)
     tokens, more, finished = worker.step()
-    assert isinstance(tokens, StepTokens)
+    assert isinstance(tokens, StepTokens), "who asks for more is in no group"
     assert isinstance(more, TokensOut)
     assert isinstance(finished, JobFinished)
     assert tokens.transfers == (b"a", b"b")

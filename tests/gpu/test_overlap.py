@@ -75,8 +75,7 @@ def test_no_step_waits_for_the_device_before_the_next_is_launched() -> None:
     assert waits.pop("cudaEventSynchronize", 0) == STEPS, counts
     waits.pop("cudaDeviceSynchronize", None)  # the profiler's own, at its end
     assert not waits, counts
-    joins = 1 + 4  # numbers of all sequences, and each one's page table
-    assert counts["cudaMemcpyAsync"] <= joins, f"a step in which all go on is a replay and nothing else: {counts}"
+    assert not counts["cudaMemcpyAsync"], f"a step is a replay and nothing else: {counts}"
     assert not counts["cudaLaunchKernel"], counts
     assert launches_go_ahead([event.name for event in events]), "a step was waited for before the next was launched"
 

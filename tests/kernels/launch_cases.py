@@ -10,6 +10,9 @@ from functools import partial
 import torch
 from pdkv_kernels.cast_store import cast_store
 from pdkv_kernels.decode_batch import DecodeBatch
+from pdkv_kernels.decode_rows import begin_rows, end_rows
+from pdkv_kernels.decode_rows_ref import PAGES, TOKENS, RowBuffers
+from pdkv_kernels.greedy import greedy
 from pdkv_kernels.kv_store_ref import HeadNorms, PackedHeads, TokenRows
 from pdkv_kernels.moe_combine import moe_combine
 from pdkv_kernels.page_digest import page_digest
@@ -121,6 +124,9 @@ def _token_cases() -> Iterator[Case]:
             yield Case(f"router {kind} {rows} rows", partial(_route, dtype, rows))
         yield Case(f"moe_combine {kind}", partial(_combine, dtype))
     yield Case("page_digest", _digest)
+    yield Case("greedy", _greedy)
+    for query_len in (1, 2, 4, 8):
+        yield Case(f"decode rows, {query_len} each", partial(_rows, query_len))
 
 
 def _norms(dtype: torch.dtype, width: int) -> None:
@@ -148,6 +154,26 @@ def _digest() -> None:
     regions, pages = (torch.empty(n, dtype=torch.int64) for n in (237, 64))
     rows = torch.empty(ARENA_BYTES // 2_961_408, 2_961_408, dtype=torch.uint8)
     page_digest(rows, DigestRegions(regions, regions, regions, regions), DigestPages(pages, pages, pages))
+
+
+def _greedy() -> None:
+    greedy(torch.empty(3, 64, dtype=torch.int64), torch.empty(64, 200_064))
+
+
+def _rows(query_len: int) -> None:
+    most, long, int_ = 256, torch.int64, torch.int32
+    buffers = RowBuffers(
+        said_at=torch.empty(2, most, dtype=long),
+        said=torch.empty(2, most, TOKENS + query_len, dtype=int_),
+        said_pages=torch.empty(2, most, 4096, dtype=int_),
+        step=torch.empty(1, dtype=long),
+        numbers=torch.empty(2, most, PAGES, dtype=int_),
+        tables=torch.empty(most, 4096, dtype=int_),
+        last=torch.empty(most, dtype=long),
+        told=torch.empty(2, 2, most * query_len, dtype=long),
+    )
+    begin_rows(buffers, most, query_len)
+    end_rows(buffers, torch.empty(3, most * query_len, dtype=long), most, query_len)
 
 
 def _store(layer: Layer, num_rows: int, *, index: bool = True) -> None:
@@ -205,6 +231,8 @@ BRIEF = (
     Case("router of many", partial(_route, BF16, 6144)),
     Case("moe_combine", partial(_combine, BF16)),
     Case("page_digest", _digest),
+    Case("greedy", _greedy),
+    Case("decode rows", partial(_rows, 1)),
     Case("kv_store", partial(_store, Layer(FP8, 4), 8)),
     Case("cast_store", partial(_cast, Layer(FP8, 4))),
     Case("decode", partial(_decode, Layer(FP8, 4), 256, 1, 64)),

@@ -12,7 +12,7 @@ MakeRun = Callable[[int, tuple[int, ...], int], Run]
 """Of a sequence, by its number: these tokens from this position on, with the pages up to there."""
 
 
-_STEPS = ((0, 1, 2),) * 3 + ((2, 0),) * 3 + ((2, 1),) * 3 + ((2,),) * 3
+_STEPS = ((0, 1, 2),) * 3 + ((2, 0),) * 3 + ((2, 1),) * 3 + ((1,),) * 3
 """Sequences of each step, in order."""
 
 
@@ -46,7 +46,7 @@ def check_going_on(ahead: DecodeGraphs, waiting: DecodeGraphs, run: MakeRun, sta
         *(Onward(), Onward()),
         Onward(left=(1,), joined=(whole(1, 3),)),
         *(Onward(), Onward()),
-        Onward(left=(1,)),
+        Onward(left=(0,)),
         *(Onward(), Onward()),
     ]
     flight, found = ahead.launch(steps[0]), []

@@ -1,75 +1,88 @@
 """Rows of decode steps, whoever comes and goes: what the device reads there is what each sequence's step is."""
 
 import numpy as np
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pdkv_kernels.decode_rows_ref import BEHIND, PAGES, TOKENS, RowBuffers, begin_rows_ref, end_rows_ref
 
-from pdkv.m3.decode_rows import BEHIND, END, GROWS, START, TOKENS, DecodeRows, Numbers, TableChanges
+from pdkv.m3.decode_rows import DecodeRows, Said
 from pdkv.m3.requests import RequestId
-from pdkv.m3.run import PENDING, Onward, Run
+from pdkv.m3.run import PENDING, Onward, Run, seated, seating
 from pdkv.m3.sampling import SamplingParams
 
-MOST = 6
+MOST, MAX_BLOCKS = 6, 4
+SHAPES = (2, 4, MOST)
 JUNK = -7
 
 
 class Device:
-    """The tables and numbers as copies make them and as steps take them further, and the rows of the step before."""
+    """Steps over the buffers of a device, each of which chooses 1000 more than the token of a row."""
 
     def __init__(self) -> None:
         self.rows = DecodeRows(MOST)
-        self.tables: list[tuple[int, ...]] = [()] * MOST
-        self.numbers = np.zeros((MOST, TOKENS + 1), dtype=np.int32)
-        self.before: dict[int, int] = {}
-        """Rows of the latest step, by sequence."""
+        self.buffers = RowBuffers(
+            said_at=torch.full((2, MOST), -1),
+            said=torch.full((2, MOST, TOKENS + 1), JUNK, dtype=torch.int32),
+            said_pages=torch.full((2, MOST, MAX_BLOCKS), JUNK, dtype=torch.int32),
+            step=torch.zeros(1, dtype=torch.int64),
+            numbers=torch.zeros(2, MOST, PAGES, dtype=torch.int32),
+            tables=torch.full((MOST, MAX_BLOCKS), JUNK, dtype=torch.int32),
+            last=torch.full((MOST,), JUNK),
+            told=torch.zeros(2, 2, MOST, dtype=torch.int64),
+        )
+        self.buffers.numbers[:, :, BEHIND] = -1
+        self.num_steps = 0
+
+    @property
+    def said(self) -> Said:
+        """The half of the next step, of which nothing may be needed that is left from the step before the last."""
+        half = self.num_steps % 2
+        self.buffers.said[half] = JUNK
+        self.buffers.said_pages[half] = JUNK
+        return Said(*(tensor[half].numpy() for tensor in (
+            self.buffers.said_at, self.buffers.said, self.buffers.said_pages
+        )))  # fmt: skip
 
     def enter(self, runs: list[Run]) -> None:
-        told = np.full_like(self.numbers, JUNK)
-        self.change(self.rows.enter(runs, told, 1), told)
+        self.rows.enter(runs, self.said, self.num_steps, (shape_of(len(runs)), 1))
 
-    def go_on(self, step: Onward) -> None:
-        # The host writes the two sides by turns: of nothing that is left from the step before may anything be needed.
-        told = np.full_like(self.numbers, JUNK)
-        changes = self.rows.go_on(step, told)
-        if changes is not None:
-            self.change(changes, told)
-        else:
-            assert (told == JUNK).all()
+    def go_on(self, step: Onward, count: int) -> None:
+        if step != Onward():
+            self.rows.go_on(step, self.said, self.num_steps, shape_of(count))
 
-    def change(self, changes: TableChanges, told: Numbers) -> None:
-        count = len(self.rows.index)
-        self.numbers[:count] = told[:count]
-        assert not {to for to, _ in changes.moved} & {source for _, source in changes.moved}
-        for to, source in changes.moved:
-            self.tables[to] = self.tables[source]
-        for row, pages in changes.written:
-            self.tables[row] = pages
+    def compute(self, now: list[int], starts: dict[int, int], tokens: dict[int, int]) -> None:
+        """``now``: sequences by place, of each of which a token is to be at a position."""
+        batch = shape_of(len(now))
+        index = self.rows.index.tolist()
+        assert sorted(index) == list(range(len(now)))
+        found = begin_rows_ref(self.buffers, batch, 1)
+        for row, number in zip(index, now, strict=True):
+            assert found.positions[row] == found.context_lens[row] == found.stored_from[row] == starts[number]
+            assert found.token_ids[row] == tokens[number]
+            assert self.buffers.tables[row, : len(pages_of(number))].tolist() == list(pages_of(number))
+        assert (found.positions[len(now) :] < 0).all(), "rows of nobody store nothing"
+        chosen = found.token_ids + 1000
+        end_rows_ref(self.buffers, torch.stack((chosen, chosen, chosen)), batch, 1)
+        assert self.buffers.told[self.num_steps % 2, 0, index].tolist() == [tokens[number] + 1000 for number in now]
+        self.num_steps += 1
 
-    def check(self, now: dict[int, int], joined: set[int]) -> None:
-        """``now``: where each sequence's only token stands, by sequence, in the order of the step."""
-        rows = self.rows.index.tolist()
-        assert sorted(rows) == list(range(len(now)))
-        for row, (number, start) in zip(rows, now.items(), strict=True):
-            assert self.tables[row] == pages_of(number)
-            behind = -1 if number in joined else self.before[number]
-            assert self.numbers[row, [END, START, BEHIND]].tolist() == [start + 1, start, behind]
-            assert number not in joined or self.numbers[row, TOKENS] == 100 + number
-        self.before = dict(zip(now, rows, strict=True))
-        self.numbers[:, [END, START]] += self.numbers[:, [GROWS]]  # as the device does
-        self.numbers[:, BEHIND] = range(MOST)
+
+def shape_of(count: int) -> int:
+    return next(size for size in SHAPES if size >= count)
 
 
 def pages_of(number: int) -> tuple[int, ...]:
-    return tuple(range(10 * number, 10 * number + 1 + number % 4))
+    return tuple(range(10 * number, 10 * number + 1 + number % MAX_BLOCKS))
 
 
 def run(number: int, start: int, behind: int | None = None) -> Run:
-    tokens = (100 + number,) if behind is None else (PENDING,)
+    tokens = (number,) if behind is None else (PENDING,)
     id_ = RequestId(b"%d" % number)
     return Run(id=id_, tokens=tokens, start=start, pages=pages_of(number), sampling=SamplingParams(), behind=behind)
 
 
-steps = st.lists(st.tuples(st.sets(st.integers(0, MOST - 1)), st.integers(0, MOST), st.booleans()), max_size=12)
+steps = st.lists(st.tuples(st.sets(st.integers(0, MOST - 1)), st.integers(0, MOST), st.booleans()), max_size=16)
 """Places that leave where there are such, how many join where there is room, whether the step says all of itself."""
 
 
@@ -79,34 +92,38 @@ def test_whoever_stays_is_found_and_whoever_joins_has_all_it_needs(
     first: int, steps: list[tuple[set[int], int, bool]]
 ) -> None:
     device = Device()
-    now = {number: 5 * number for number in range(first)}
+    now = list(range(first))
+    starts, tokens = {number: 5 * number for number in now}, {number: number for number in now}
     num_known = first
-    device.enter([run(number, start) for number, start in now.items()])
-    device.check(now, set(now))
+    device.enter([run(number, starts[number]) for number in now])
+    device.compute(now, starts, tokens)
     for leaving, joining, says_all in steps:
         left = sorted(place for place in leaving if place < len(now))
-        places = {number: place for place, number in enumerate(now)}
-        now = {number: start + 1 for number, start in now.items() if places[number] not in left}
-        new = range(num_known, num_known + min(joining, MOST - len(now)))
+        new = list(range(num_known, num_known + min(joining, MOST - len(now) + len(left))))
         num_known += len(new)
-        joined = tuple(run(number, 7 * number) for number in new)
-        if not now and not new:
+        if len(left) == len(now) and not new:
             return
+        starts = {number: start + 1 for number, start in starts.items()} | {number: 7 * number for number in new}
+        tokens = {number: token + 1000 for number, token in tokens.items()} | {number: number for number in new}
+        places = {number: place for place, number in enumerate(now)}
         if says_all:
-            device.enter([*(run(number, start, places[number]) for number, start in now.items()), *joined])
+            now = [number for place, number in enumerate(now) if place not in left][::-1] + new
+            device.enter([run(number, starts[number], places.get(number)) for number in now])
         else:
-            device.go_on(Onward(tuple(left), joined))
-        now |= {number: 7 * number for number in new}
-        device.check(now, set(new))
+            now = seated(now, seating(len(now), left, len(new)), new)
+            device.go_on(Onward(tuple(left), tuple(run(number, starts[number]) for number in new)), len(now))
+        device.compute(now, starts, tokens)
 
 
-def test_whoever_stays_keeps_its_row_and_its_table() -> None:
-    rows, numbers = DecodeRows(MOST), np.zeros((MOST, TOKENS + 1), dtype=np.int32)
-    rows.enter([run(number, 3) for number in range(4)], numbers, 1)
-    assert rows.go_on(Onward(), numbers) is None
-    changes = rows.go_on(Onward(left=(1,), joined=(run(4, 9),)), numbers)
-    assert rows.index.tolist() == [0, 2, 3, 1]
-    assert changes == TableChanges([], [(1, pages_of(4))])
-    changes = rows.go_on(Onward(left=(0,)), numbers)
-    assert rows.index.tolist() == [2, 0, 1], "the one beyond the last takes the room of the one that left"
-    assert changes == TableChanges([(0, 3)], [])
+def test_nothing_is_said_of_whoever_stays() -> None:
+    device = Device()
+    device.enter([run(number, 3) for number in range(MOST)])
+    assert device.rows.index.tolist() == list(range(MOST))
+    said = Said(np.full(MOST, -1), np.zeros((MOST, TOKENS + 1), np.int32), np.zeros((MOST, MAX_BLOCKS), np.int32))
+    device.rows.go_on(Onward(left=(1,), joined=(run(7, 9),)), said, 1, MOST)
+    assert said.at.tolist() == [-1, 1, -1, -1, -1, -1], "who joins has the row of the one that has left"
+    assert said.pages[1].tolist() == list(pages_of(7))
+    device.rows.go_on(Onward(left=(0,)), said, 2, MOST)
+    assert said.at.tolist() == [2, 1, -1, -1, -1, 2], "the last takes the row of the one that left, its own is nobody's"
+    assert said.lines[0, PAGES] == -1 - (MOST - 1)
+    assert device.rows.index.tolist() == list(range(MOST - 1))

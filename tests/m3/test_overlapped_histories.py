@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 
 import msgspec
+import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import rule
 
 from pdkv.m3.requests import RequestId
-from pdkv.m3.run import PENDING, Onward, Run, Step
-from pdkv.m3.sampling import GreedyChoices, Sample
+from pdkv.m3.run import PENDING, Onward, Run, Step, seated, seating
+from pdkv.m3.sampling import NO_TOKEN, GreedyChoices, Sample
 from tests.m3.test_scheduler_histories import BATCH, BLOCK, CHUNK, SchedulerHistories, next_token
 
 
@@ -75,13 +76,14 @@ class OverlappedHistories(SchedulerHistories):
         """What it stands for."""
         assert before is not None
         assert all(run.behind is not None or len(run.tokens) == 1 for run in before.runs)
-        stay = [
+        further = [
             msgspec.structs.replace(run, tokens=(PENDING,), start=run.start + 1, behind=place)
             for place, run in enumerate(before.runs)
-            if place not in step.left
         ]
-        assert len(stay) == len(before.runs) - len(step.left)
-        return [*stay, *step.joined]
+        runs = seated(further, seating(len(further), step.left, len(step.joined)), step.joined)
+        stay = [run.id for place, run in enumerate(before.runs) if place not in step.left]
+        assert sorted(run.id for run in runs) == sorted([*stay, *(run.id for run in step.joined)])
+        return runs
 
     def store(self, run: Run, tokens: tuple[int, ...]) -> None:
         """By page number, whoever has the pages now."""
@@ -100,9 +102,8 @@ class OverlappedHistories(SchedulerHistories):
 
 def told(samples: list[Sample | None]) -> GreedyChoices:
     """As a device does it."""
-    damaged = frozenset(place for place, sample in enumerate(samples) if sample is None)
-    tokens = [0 if sample is None else sample.token for sample in samples]
-    return GreedyChoices(tokens, [0.0] * len(samples), damaged)
+    tokens = [NO_TOKEN if sample is None else sample.token for sample in samples]
+    return GreedyChoices(np.array(tokens, dtype=np.int64), np.zeros(len(samples)))
 
 
 OverlappedHistories.TestCase.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)

@@ -1,5 +1,7 @@
 """Decodes that go on for long without a word between the scheduler and each of them: nothing of them is lost."""
 
+import numpy as np
+
 from pdkv.m3.prefix_cache import BlockNames
 from pdkv.m3.requests import (
     DecodeRequest,
@@ -56,9 +58,9 @@ class Device:
             self.launch()
         self.launch()
         step, size = self.flights.pop(0)
-        tokens = [(self.num_chosen + place) % VOCAB for place in range(size)]
+        tokens = (self.num_chosen + np.arange(size)) % VOCAB
         self.num_chosen += size
-        self.take(self.scheduler.complete(step, GreedyChoices(tokens, [-0.5] * size)))
+        self.take(self.scheduler.complete(step, GreedyChoices(tokens, np.full(size, -0.5))))
 
     def take(self, events: list[EngineEvent]) -> None:
         for event in singly(events):
