@@ -23,6 +23,10 @@ class Judge(ABC):
         """Overwrite the reader's memory."""
 
     @abstractmethod
+    def wake(self) -> None:
+        """Use the way between the two, so that every contestant finds it awake, however long judging the last took."""
+
+    @abstractmethod
     def num_wrong(self, spans: SpanTable) -> int:
         """Spans that the reader does not have as the source has, or should have."""
 
@@ -80,6 +84,9 @@ class HostJudge(Judge):
 
     def poison(self) -> None:
         self._reader.bytes[:] = POISON
+
+    def wake(self) -> None:
+        """Nothing sleeps between two mappings."""
 
     def num_wrong(self, spans: SpanTable) -> int:
         source, reader = self._source.bytes, self._reader.bytes

@@ -144,9 +144,10 @@ class Lane:
         return Cost(answer.post_s, answer.wire_s, self._cpu_s() - before)
 
     def checked_move(self, spans: SpanTable) -> Cost:
-        """Over poison, with every byte compared. Raises ``LaneError`` when one is wrong."""
+        """Over poison and a way that is awake, with every byte compared. Raises ``LaneError`` when one is wrong."""
         assert self._judge is not None, "a lane that was made ready"
         self._judge.poison()
+        self._judge.wake()
         cost = self.move()
         if wrong := self._judge.num_wrong(spans):
             raise LaneError(f"{wrong} of {spans.shape[1]} spans came over wrong")

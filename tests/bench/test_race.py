@@ -10,6 +10,8 @@ import pytest
 
 from pdkv.bench import chart, race
 from pdkv.bench.geometry import Workload
+from pdkv.bench.ground import HostJudge
+from pdkv.bench.lane import Lane
 from pdkv.bench.memories import gpu_names
 from pdkv.bench.mover import MOVERS
 from pdkv.bench.tools import launch_of
@@ -82,6 +84,25 @@ def test_contestants_that_lie_fail_or_die_score_nothing(kind, why, tmp_path, mon
     assert why in results["ucx"].error
     assert results["ucx"].gbps == race.Spread(0, 0, 0)
     assert results["pdkv"].correct, "and the others go on"
+
+
+def test_the_way_is_woken_right_before_every_move_that_counts(monkeypatch):
+    """Comparing takes each contestant another while: links slept before some moves and not before others."""
+    heard = []
+    for owner, name in ((HostJudge, "poison"), (HostJudge, "wake"), (HostJudge, "num_wrong"), (Lane, "move")):
+        monkeypatch.setattr(owner, name, _told(heard, name, getattr(owner, name)))
+    plan = msgspec.structs.replace(SMALL, paths=("shm",), layouts=("arena",), repeats=1)
+    race.run(plan, lambda _: None)
+    checked = heard[heard.index("poison") :]
+    assert checked == ["poison", "wake", "move", "num_wrong"] * 4, "two contestants, warming up and once more"
+
+
+def _told(heard, name, method):
+    def called(*arguments):
+        heard.append(name)
+        return method(*arguments)
+
+    return called
 
 
 @pytest.mark.parametrize(
