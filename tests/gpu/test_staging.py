@@ -4,6 +4,7 @@ import time
 
 import msgspec
 import pytest
+import torch
 
 from pdkv.transport.base import ReadStatus
 from pdkv.transport.conformance import TransportSpec, check_names, run_check
@@ -20,6 +21,7 @@ MEMORY = "pdkv.transport.conformance_memory:CudaArray"
 
 STAGED = TransportSpec(factory=f"{KIT}:make_sockets", path="tcp", memory=MEMORY)
 UCX = TransportSpec(factory=f"{KIT}:make_ucx", argument='{"cuda": true}', path="cuda_ipc", memory=MEMORY)
+UCX_ON_ANOTHER = msgspec.structs.replace(UCX, prefix=("env", "CUDA_VISIBLE_DEVICES=1"))
 
 
 @pytest.mark.parametrize("name", check_names(STAGED))
@@ -31,6 +33,13 @@ def test_sockets_stage_gpu_memory(name: str):
 def test_ucx_reads_gpu_memory(name: str):
     find_ucx_library(cuda=True)  # says what to install
     run_check(UCX, name)
+
+
+@pytest.mark.multi_gpu(2)
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+@pytest.mark.parametrize("name", check_names(UCX_ON_ANOTHER))
+def test_ucx_reads_across_gpus(name: str):
+    run_check(UCX_ON_ANOTHER, name)
 
 
 def test_ucx_reads_no_mapping_whose_maker_cannot_be_watched():
