@@ -19,7 +19,6 @@ def greedy(out: Tensor, logits: Tensor) -> None:
     """``greedy_ref``."""
     num_rows, vocab = logits.shape
     assert logits.stride(1) == out.stride(1) == 1
-    assert logits.dtype == torch.float32
     parts = triton.cdiv(vocab, _COLUMNS)
     best = torch.empty(num_rows, parts, dtype=torch.float32, device=logits.device)
     total = torch.empty_like(best)
@@ -34,7 +33,7 @@ def _part(logits, best, total, place, logits_row, vocab, num_parts, COLUMNS: tl.
     row = tl.program_id(1).to(tl.int64)
     column = part * COLUMNS + tl.arange(0, COLUMNS)
     there = column < vocab
-    logit = tl.load(logits + row * logits_row + column, mask=there, other=float("-inf"))
+    logit = tl.load(logits + row * logits_row + column, mask=there, other=float("-inf")).to(tl.float32)
     is_finite = tl.min(tl.where(there, (tl.abs(logit) < float("inf")).to(tl.int32), 1), axis=0) != 0
     largest = tl.max(logit, axis=0)
     first = tl.min(tl.where(there & (logit == largest), column, _NO_COLUMN), axis=0)

@@ -305,9 +305,7 @@ class DecodeGraphs:
         chosen = torch.empty(3, batch * query_len, dtype=torch.int64, device=hidden.device)
         for begin in range(0, batch * query_len, _ROWS_AT_ONCE):
             few = slice(begin, begin + _ROWS_AT_ONCE)
-            logits = self._model.logits(hidden[few])
-            assert logits is not None, "graphs are for models that are not divided"
-            self._kernels.choose(chosen[:, few], logits)
+            self._kernels.choose(chosen[:, few], self._model.plain_logits(hidden[few]))
         self._kernels.end(self._buffers, chosen, batch, query_len)
         return hidden
 

@@ -59,6 +59,11 @@ class M3Model:
         whole = self.group.gather_columns(mine)
         return None if whole is None else whole[:, : self.config.vocab_size]
 
+    def plain_logits(self, hidden: Tensor) -> Tensor:  # [num_rows, hidden] -> the weights' dtype [num_rows, vocab]
+        """``logits`` before they are widened, of a model that is not divided."""
+        assert self.group.size == 1, "a rank has a part of the vocabulary"
+        return functional.linear(hidden, self._weights.lm_head)[:, : self.config.vocab_size]
+
     @torch.no_grad()
     def hidden(self, batch: StepBatch, cache: KvViews, on_stored: OnStored | None = None) -> Tensor:
         """One step: the wanted rows as lm_head takes them, [num_logits, hidden], the same bits on every rank.

@@ -157,7 +157,7 @@ def _digest() -> None:
 
 
 def _greedy() -> None:
-    greedy(torch.empty(3, 64, dtype=torch.int64), torch.empty(64, 200_064))
+    greedy(torch.empty(3, 64, dtype=torch.int64), torch.empty(64, 200_064, dtype=BF16))
 
 
 def _rows(query_len: int) -> None:

@@ -7,7 +7,7 @@ from pdkv_kernels.greedy_ref import NOT_FINITE, greedy_ref
 
 from tests.kernels.decode_case import on
 
-KINDS = [on(device, torch.float32) for device in ("cpu", "cuda")]
+KINDS = [on(device, dtype) for device in ("cpu", "cuda") for dtype in (torch.float32, torch.bfloat16)]
 # Infinities and NaN are meant; numpy, which the interpreter computes with, warns of them.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("vocab", [1, 7, 4096, 9000])
 def test_choices_equal_the_reference(device: str, dtype: torch.dtype, vocab: int):
     """Of equals in one part of a row and in several; of rows that are not finite; into a part of a wider tensor."""
-    logits = torch.randn(8, vocab + 3, dtype=dtype, generator=torch.Generator().manual_seed(vocab))[:, :vocab]
+    logits = torch.randn(8, vocab + 3, generator=torch.Generator().manual_seed(vocab)).to(dtype)[:, :vocab]
     logits[1, vocab // 2 :] = 9.0
     logits[2] = -3.0
     logits[3, [0, vocab - 1]] = 50.0
@@ -41,7 +41,7 @@ def test_choices_equal_the_reference(device: str, dtype: torch.dtype, vocab: int
 
 @pytest.mark.parametrize(("device", "dtype"), KINDS)
 def test_a_row_hangs_on_no_other(device: str, dtype: torch.dtype):
-    logits = torch.randn(5, 9000, dtype=dtype, device=device)
+    logits = torch.randn(5, 9000).to(device, dtype)
     together, alone = (torch.zeros(3, 5, dtype=torch.int64, device=device) for _ in range(2))
     greedy(together, logits)
     for row in range(5):
