@@ -27,9 +27,9 @@ import msgspec
 from pdkv.bench.serve_load import exposed_share
 from pdkv.daemons.gpu_order import VARIABLE, visible_gpus
 from pdkv.daemons.link import TransferReport, WorkerSettings
+from pdkv.daemons.worker_settings import worker_settings
 from pdkv.verify.engine_processes import ProcessPair
 from pdkv.verify.m3_shapes import write_config
-from pdkv.verify.pair import worker_settings
 
 if TYPE_CHECKING:
     from pdkv.m3.engine import Engine

@@ -30,6 +30,7 @@ from pdkv.daemons.link import (
     WorkerSettings,
 )
 from pdkv.daemons.rank_threads import thread_ranks
+from pdkv.daemons.worker_settings import worker_settings
 from pdkv.m3.model import M3Model
 from pdkv.m3.requests import CompleteRequest, EngineSettings, RequestId, TokenGenerated, singly
 from pdkv.m3.sampling import SamplingParams
@@ -272,24 +273,5 @@ def undivided(model: M3Model, job: Job) -> list[TokenGenerated]:
 
 
 def _settings(role: str, model_dir: Path, num_pages: int, max_model_len: int) -> WorkerSettings:
-    return WorkerSettings(
-        role=role,
-        model_dir=str(model_dir),
-        name=f"soak-{role}",
-        control_listen="tcp://127.0.0.1:0",
-        advertise_host="127.0.0.1",
-        num_pages=num_pages,
-        max_model_len=max_model_len,
-        max_batch=16,
-        prefill_chunk=512,
-        dtype="auto",
-        device="cpu",
-        num_threads=1,
-        transport="inproc",
-        ucx_tls=None,
-        ucx_library=None,
-        require_transport=None,
-        lease_ttl_s=60.0,
-        insecure=False,
-        log_level="warning",
-    )
+    plain = worker_settings(role, model_dir, max_model_len, num_pages, 512)
+    return msgspec.structs.replace(plain, max_batch=16, num_threads=1, prefix_cache=True)

@@ -18,6 +18,7 @@ import numpy as np
 from pdkv.daemons.link import WorkerSettings
 from pdkv.daemons.model_settings import config_of, layout_of
 from pdkv.daemons.sizing import choose_num_pages, memory_available_bytes
+from pdkv.daemons.worker_settings import worker_settings
 from pdkv.errors import PdkvError, TransportError
 from pdkv.schema import LocalMemory, ReadBatch
 from pdkv.transport.base import ReadStatus
@@ -74,21 +75,13 @@ def doctor_settings(
     insecure: bool,
 ) -> WorkerSettings:
     """A decode worker's settings for looking only: nothing listens."""
-    return WorkerSettings(
-        role="decode",
+    return msgspec.structs.replace(
+        worker_settings("decode", model or Path(), max_model_len, 0, 512),
         model_dir=str(model) if model else "",
         name=f"doctor-{os.getpid()}",
-        control_listen="tcp://127.0.0.1:0",
-        advertise_host="127.0.0.1",
-        num_pages=0,
-        max_model_len=max_model_len,
         max_batch=_MAX_BATCH,
-        prefill_chunk=512,
-        dtype="auto",
-        device="cpu",
         num_threads=1,
         transport="auto",
-        ucx_tls=None,
         ucx_library=ucx_library,
         require_transport=require_transport,
         lease_ttl_s=10.0,

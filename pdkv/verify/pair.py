@@ -21,9 +21,9 @@ from pdkv.daemons.link import (
     TokenReader,
     TokensOut,
     TransferReport,
-    WorkerSettings,
 )
 from pdkv.daemons.rank_threads import thread_ranks
+from pdkv.daemons.worker_settings import worker_settings
 from pdkv.errors import FailureCode, TransferError
 from pdkv.memory.arena import Arena
 from pdkv.transport.inproc import InprocTransport
@@ -132,31 +132,3 @@ class DividedPair:
             if isinstance(message, JobFinished) and message.reason != "prefilled":
                 return message
         return None
-
-
-def worker_settings(
-    role: str, model_dir: Path, max_model_len: int, num_pages: int, prefill_chunk: int
-) -> WorkerSettings:
-    """A worker of one rank on this machine's CPU, for one request at a time, over ``inproc``."""
-    return WorkerSettings(
-        role=role,
-        model_dir=str(model_dir),
-        name=f"verify-{role}",
-        control_listen="tcp://127.0.0.1:0",
-        advertise_host="127.0.0.1",
-        num_pages=num_pages,
-        max_model_len=max_model_len,
-        max_batch=1,
-        prefill_chunk=prefill_chunk,
-        dtype="auto",
-        device="cpu",
-        num_threads=0,
-        transport="inproc",
-        ucx_tls=None,
-        ucx_library=None,
-        require_transport=None,
-        lease_ttl_s=60.0,
-        insecure=False,
-        log_level="warning",
-        prefix_cache=False,  # what is compared must have been computed there and have travelled here
-    )

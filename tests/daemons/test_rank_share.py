@@ -8,12 +8,12 @@ from pdkv.daemons.link import WorkerSettings
 from pdkv.daemons.model_settings import config_of
 from pdkv.daemons.rank_share import ArenaOrder, cache_layout, device_of, furnish, threads_per_rank
 from pdkv.daemons.sizing import choose_num_pages
+from pdkv.daemons.worker_settings import worker_settings
 from pdkv.errors import ConfigError
 from pdkv.memory.row import RowLayout
 from pdkv.schema import Incarnation, Manifest, Shard
 from pdkv.transport.inproc import InprocTransport
 from pdkv.verify.link_chasing_checkpoint import write_checkpoint
-from pdkv.verify.pair import worker_settings
 
 ORDER = ArenaOrder(num_pages=4, incarnation=Incarnation(9), fingerprint="model")
 

@@ -8,11 +8,11 @@ import pytest
 from pdkv.daemons.gpu_sizing import GpuMemory, activation_bytes, chunk_in, gathered_bytes, room_in
 from pdkv.daemons.link import WorkerSettings
 from pdkv.daemons.sizing import GpuRoom, choose_num_pages, memory_available_bytes
+from pdkv.daemons.worker_settings import worker_settings
 from pdkv.errors import CapacityError
 from pdkv.m3.config import M3Config, load_config
 from pdkv.memory.row import RowLayout
 from pdkv.verify.m3_shapes import write_config
-from pdkv.verify.pair import worker_settings
 from tests.layouts import make_layout
 
 MIB = 1 << 20

@@ -9,11 +9,11 @@ import torch
 
 from pdkv.daemons.gpu_order import VARIABLE
 from pdkv.daemons.link import WorkerSettings
+from pdkv.daemons.worker_settings import worker_settings
 from pdkv.errors import CapacityError, PdkvError
 from pdkv.m3.model import load_model
 from pdkv.verify.engine_processes import ProcessPair
 from pdkv.verify.link_chasing import make_prompt
-from pdkv.verify.pair import worker_settings
 from pdkv.verify.undivided import complete_with
 
 LENGTH = 3000

@@ -5,11 +5,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from pdkv.daemons.worker_settings import worker_settings
 from pdkv.errors import PdkvError
 from pdkv.verify.engine_processes import ProcessPair
 from pdkv.verify.link_chasing import make_prompt
 from pdkv.verify.link_chasing_checkpoint import write_checkpoint
-from pdkv.verify.pair import worker_settings
 
 LENGTH, NUM_TOKENS = 300, 12
 
