@@ -71,9 +71,19 @@ class _Job:
         """Of all jobs of this worker's life."""
         self.deadline = at + job.deadline_s
         self.stage = Stage.QUEUED
-        self.report: TransferReport | None = None
+        self.facts: TransferFacts | None = None
+        """Once its state is here."""
+        self.first_step_s: float | None = None
         self.prompt_logprobs: PromptLogprobs | None = None
         """Until they go to the front with the first token."""
+
+    @property
+    def report(self) -> TransferReport | None:
+        """Made when it is told: the first token need not wait for it."""
+        if self.facts is None:
+            return None
+        told = msgspec.convert(msgspec.structs.asdict(self.facts), TransferReport)
+        return msgspec.structs.replace(told, first_step_s=self.first_step_s)
 
     @property
     def tells_more(self) -> bool:
@@ -187,9 +197,7 @@ class DecodeRole(Role):
         for transfer, resident_at in self._resumed.items():
             waited_s = at - resident_at
             self._parts.meter.observe(FIRST_STEP_SECONDS, value=waited_s)
-            job = self._jobs[transfer]
-            if job.report is not None:
-                job.report = msgspec.structs.replace(job.report, first_step_s=waited_s)
+            self._jobs[transfer].first_step_s = waited_s
         self._resumed.clear()
 
     def _queue(self, message: DecodeJob, at: float) -> None:
@@ -239,7 +247,7 @@ class DecodeRole(Role):
         except TransferError as exc:
             self._give_up(event.transfer, exc.code, str(exc))
             return
-        job.report = _report(event.facts)
+        job.facts = event.facts
         job.prompt_logprobs = extras.prompt
         first = RequestId(event.transfer), event.token, event.logprob, extras.top
         self.on_engine(self._parts.engine.resume(*first))
@@ -306,7 +314,3 @@ def _packed(tokens: list[int]) -> Sequence[int]:
         return array("I", tokens)
     except OverflowError:
         return tokens
-
-
-def _report(facts: TransferFacts) -> TransferReport:
-    return msgspec.convert(msgspec.structs.asdict(facts), TransferReport)
