@@ -238,6 +238,9 @@ class DecodeGraphs:
         self._rows.enter(runs, said, number, (batch, query_len))
         if query_len == 1:
             return _Form.of(batch, self._rows)
+        if self._rows.is_in_order and min(lengths) == query_len:
+            rows = np.arange(len(runs) * query_len)
+            return _Form(batch, query_len, rows, slice(len(rows)))
         rows = _last_rows(self._rows.index.tolist(), lengths, query_len)
         return _Form(batch, query_len, rows, rows)
 
