@@ -1,6 +1,8 @@
 """Decodes that go on for long without a word between the scheduler and each of them: nothing of them is lost."""
 
 import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pdkv.m3.prefix_cache import BlockNames
 from pdkv.m3.requests import (
@@ -37,13 +39,18 @@ class Device:
         self.tokens: dict[RequestId, list[int]] = {}
         self.ended: set[RequestId] = set()
 
-    def begin(self, number: int) -> None:
+    def begin(self, number: int, prompt: tuple[int, ...], max_tokens: int) -> None:
         id_ = RequestId(bytes([number]))
-        self.scheduler.submit(
-            DecodeRequest(id=id_, prompt=PROMPTS[number], max_tokens=MOST_TOKENS[number], sampling=SamplingParams())
-        )
+        request = DecodeRequest(id=id_, prompt=prompt, max_tokens=max_tokens, sampling=SamplingParams())
+        assert self.scheduler.submit(request), "there is room for all"
         self.tokens[id_] = []
         self.take(self.scheduler.resume(id_, 900 + number, -1.0))
+
+    def check_kept(self, number: int, prompt: tuple[int, ...]) -> None:
+        """All blocks that were filled are kept under the names of what was told."""
+        computed = [*prompt, *self.tokens[RequestId(bytes([number]))]][:-1]
+        names = BlockNames(SEED, BLOCK).first(len(computed) // BLOCK, computed)
+        assert len(self.pool.find(names)) == len(names), number
 
     def launch(self) -> None:
         step = self.scheduler.schedule()
@@ -57,6 +64,8 @@ class Device:
         if not self.flights:
             self.launch()
         self.launch()
+        if not self.flights:
+            return
         step, size = self.flights.pop(0)
         tokens = (self.num_chosen + np.arange(size)) % VOCAB
         self.num_chosen += size
@@ -72,19 +81,37 @@ class Device:
 
 def test_pages_are_kept_under_the_names_of_what_was_told_however_long_ago() -> None:
     device = Device()
-    device.begin(0)
-    device.begin(1)
     for number in range(600):
-        if number == 7:
-            device.begin(2)
+        for which in {0: (0, 1), 7: (2,)}.get(number, ()):
+            device.begin(which, PROMPTS[which], MOST_TOKENS[which])
         if device.scheduler.can_run:
             device.turn()
     assert len(device.ended) == 3
     assert device.num_silent > 380, "most steps say nothing of anybody"
-    for number, (prompt, most) in enumerate(zip(PROMPTS, MOST_TOKENS, strict=True)):
-        tokens = device.tokens[RequestId(bytes([number]))]
-        assert len(tokens) == most
-        computed = [*prompt, *tokens][:-1]
-        names = BlockNames(SEED, BLOCK).first(len(computed) // BLOCK, computed)
-        assert len(device.pool.find(names)) == len(names), number
+    for which, (prompt, most) in enumerate(zip(PROMPTS, MOST_TOKENS, strict=True)):
+        assert len(device.tokens[RequestId(bytes([which]))]) == most
+        device.check_kept(which, prompt)
+    assert device.pool.num_free == NUM_PAGES
+
+
+jobs = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 40), st.integers(0, 9)), min_size=1, max_size=9)
+"""Tokens of the prompt, tokens to generate, turns before it comes."""
+
+
+@given(jobs=jobs)
+@settings(deadline=None)
+def test_whoever_gets_anothers_place_keeps_its_own_tokens(jobs: list[tuple[int, int, int]]) -> None:
+    """More than there are places for, so some wait for one; who is last takes that of one that has left."""
+    device = Device()
+    prompts = [tuple(range(20 * number, 20 * number + length)) for number, (length, _, _) in enumerate(jobs)]
+    for number, (_, most, turns) in enumerate(jobs):
+        for _ in range(turns):
+            device.turn()
+        device.begin(number, prompts[number], most)
+    while device.flights or device.scheduler.can_run:
+        device.turn()
+    assert len(device.ended) == len(jobs)
+    for number, (prompt, (_, most, _)) in enumerate(zip(prompts, jobs, strict=True)):
+        assert len(device.tokens[RequestId(bytes([number]))]) == most
+        device.check_kept(number, prompt)
     assert device.pool.num_free == NUM_PAGES
