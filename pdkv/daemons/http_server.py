@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from pdkv.daemons.config import Address
 from pdkv.daemons.lifecycle import Lifecycle
 from pdkv.daemons.openai_api import MAX_BODY_BYTES, ApiError
+from pdkv.daemons.trace_context import Trace, trace_of
 from pdkv.daemons.traffic import Gate, Traffic, note_failure
 from pdkv.daemons.worker_api import REQUEST_ID
 from pdkv.errors import ConfigError, RequestError
@@ -107,6 +108,12 @@ def request_id(request: Request) -> str:
     """The id that the client sent, or the one made for it; it is in the logs and in the answer's headers."""
     value: str = request.scope["pdkv.request_id"]
     return value
+
+
+def trace_headers(request: Request) -> dict[str, str]:
+    """Those that tell whose trace the request belongs to, for the requests that are made for it; often none."""
+    trace: Trace = request.scope["pdkv.trace"]
+    return trace.headers
 
 
 async def read_body(request: Request) -> bytes:
@@ -283,9 +290,12 @@ class _Outermost:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        given = Headers(scope=scope).get(REQUEST_ID, "")
+        headers = Headers(scope=scope)
+        given = headers.get(REQUEST_ID, "")
         chosen = given if given and len(given) <= 128 and given.isprintable() else secrets.token_hex(16)
-        scope["pdkv.request_id"] = chosen
+        trace = trace_of(headers)
+        scope["pdkv.request_id"], scope["pdkv.trace"] = chosen, trace
+        known = {"request_id": chosen, "trace_id": trace.id} if trace.id else {"request_id": chosen}
         status = 0
         began = time.monotonic()
 
@@ -296,7 +306,7 @@ class _Outermost:
                 status = message["status"]
             await send(message)
 
-        with structlog.contextvars.bound_contextvars(request_id=chosen):
+        with structlog.contextvars.bound_contextvars(**known):
             try:
                 await self._app(scope, receive, send_with_id)
             except Exception:  # noqa: BLE001  a daemon's outermost loop

@@ -133,6 +133,7 @@ class Router:
         deadline = asyncio.get_running_loop().time() + self._request_timeout_s
         body = await http_server.read_body(request)
         headers = {
+            **http_server.trace_headers(request),
             worker_api.REQUEST_ID: http_server.request_id(request),
             worker_api.ASKED_AT: f"{time.time():.6f}",
         }

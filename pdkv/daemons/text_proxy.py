@@ -22,7 +22,11 @@ class TextProxy:
     async def pass_on(self, request: Request) -> Response:
         """The first answer of a ready worker, decode workers last: they are the ones that are waited for."""
         body = await http_server.read_body(request) if request.method == "POST" else b""
-        headers = {REQUEST_ID: http_server.request_id(request), "content-type": "application/json"}
+        headers = {
+            **http_server.trace_headers(request),
+            REQUEST_ID: http_server.request_id(request),
+            "content-type": "application/json",
+        }
         problem = "no worker is ready"
         for worker in [worker for worker in self._pool.workers() if worker.info is not None]:
             try:
