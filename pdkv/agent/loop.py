@@ -7,7 +7,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Generic, TypeVar
 
 import zmq
@@ -94,8 +94,7 @@ class AgentLoop(Generic[Command]):
     def _run(self, agent: Agent[Command], on_crash: CrashHandler) -> None:
         try:
             while not self._stopping.is_set():
-                self._sleep(agent)
-                self._turn(agent)
+                self._turn(agent, self._sleep(agent))
             agent.close(now())
         except BaseException as exc:  # noqa: BLE001 - the outermost frame of this thread: nothing above could report it
             self.crashed = exc
@@ -105,18 +104,19 @@ class AgentLoop(Generic[Command]):
             self.transport.close()
             self.channel.close()
 
-    def _turn(self, agent: Agent[Command]) -> None:
+    def _turn(self, agent: Agent[Command], ready: Container[object]) -> None:
+        """``ready``: sockets that have something, as of when it woke."""
         self.turned_at = time.monotonic()
         while self._commands:
             agent.on_command(self._commands.popleft(), now())
-        for received in self.channel.receive():
+        for received in self.channel.receive(ready):
             agent.on_message(received, now())
         completions = self.transport.poll()
         if completions:
             agent.on_completions(completions, now())
         agent.on_time(now())
 
-    def _sleep(self, agent: Agent[Command]) -> None:
+    def _sleep(self, agent: Agent[Command]) -> Container[object]:
         poller = zmq.Poller()
         for socket in self.channel.sockets():
             poller.register(socket, zmq.POLLIN)
@@ -127,3 +127,4 @@ class AgentLoop(Generic[Command]):
         ready = dict(poller.poll(int(wait_s * 1000) + 1))
         if self._wake in ready:
             os.eventfd_read(self._wake)
+        return ready

@@ -8,7 +8,7 @@ breaks the protocol is counted, logged and dropped, and harms nobody else.
 import ipaddress
 import logging
 import struct
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Protocol
 
 import msgspec
@@ -145,15 +145,16 @@ class Channel:
             return
         self._sent += 1
 
-    def receive(self) -> Iterator[Received]:
+    def receive(self, ready: Container[object] | None = None) -> Iterator[Received]:
         """What has come, a bounded number at a time; what cannot be read is counted and dropped.
 
-        Of another protocol version's messages only the envelope is given, so that the peer can be told.
+        ``ready``: a poller's answer, of whose sockets alone something is read; None = of all. Of another protocol
+        version's messages only the envelope is given, so that the peer can be told.
         """
-        if self._router is not None:
+        if self._router is not None and (ready is None or self._router in ready):
             yield from self._receive_from(self._router, None)
         for key, socket in list(self._dealers.items()):
-            if not socket.closed:
+            if not socket.closed and (ready is None or socket in ready):
                 yield from self._receive_from(socket, Route(key=key, incoming=False))
 
     def sockets(self) -> "list[zmq.Socket[bytes]]":
@@ -190,6 +191,8 @@ class Channel:
                 yield self._read(frames, route)
             except ProtocolError as exc:
                 self.drop(str(exc))
+            if socket.closed or not _has_more(socket):
+                return
 
     def _read(self, frames: list[bytes], route: Route | None) -> Received:
         identity: int | None = None
@@ -228,6 +231,13 @@ class Channel:
             f"will not {verb} {endpoint}: control messages are not authenticated yet, so only loopback is allowed; "
             "use tcp://127.0.0.1:PORT, or spell out --insecure on a network that you trust"
         )
+
+
+def _has_more(socket: "zmq.Socket[bytes]") -> bool:
+    """Cheaper than to be told by an error that there is nothing."""
+    events = socket.get(zmq.EVENTS)
+    assert isinstance(events, int)
+    return bool(events & zmq.POLLIN)
 
 
 def is_loopback(endpoint: str) -> bool:
