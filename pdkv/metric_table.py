@@ -41,6 +41,8 @@ _HOPS = (50e-6, 100e-6, 250e-6, 500e-6, 1e-3, 2.5e-3, 5e-3, 10e-3, 25e-3, 50e-3,
 _SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.85, 0.9, 0.95, 0.98, 0.99, 0.999, 1.0)
 _MINUTES = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 _POWERS = tuple(float(4**n) for n in range(10))
+_SIZES = tuple(float(4**n << 16) for n in range(11))
+"""64 KiB to 64 GiB."""
 
 
 def _counter(name: str, about: str, roles: tuple[str, ...], *labels: Label) -> Metric:
@@ -159,6 +161,13 @@ PUBLISH_SECONDS = _histogram(
 )
 TRANSFER_BYTES = _counter(
     "pdkv_kv_transfer_bytes_total", "Bytes read from prefill workers.", (DECODE,), Label("region", REGIONS), _PATH
+)
+TRANSFER_SIZE = _histogram("pdkv_kv_transfer_size_bytes", "Bytes of one transfer.", (DECODE,), _SIZES, _PATH)
+REGION_BYTES = _gauge(
+    "pdkv_kv_region_bytes_per_token",
+    "Bytes of a region a token, on one rank; bytes that are read keep the regions' ratio.",
+    WORKERS,
+    Label("region", REGIONS),
 )
 TRANSFER_POST_SECONDS = _histogram(
     "pdkv_kv_transfer_post_seconds", "Time to submit one batch of reads.", (DECODE,), _MICROSECONDS, _PATH

@@ -19,6 +19,7 @@ from pdkv.metric_table import (
     TRANSFER_POST_SECONDS,
     TRANSFER_READ_SECONDS,
     TRANSFER_SECONDS,
+    TRANSFER_SIZE,
 )
 from pdkv.metrics import Meter, Series
 
@@ -60,6 +61,7 @@ class AgentMeter:
         self._meter.observe(TRANSFER_EXPOSED_SECONDS, path, value=facts.exposed_s)
         self._meter.observe(TRANSFER_OVERLAP, path, value=facts.hidden_fraction)
         self._meter.observe(GRANTED_SECONDS, value=facts.granted_s)
+        self._meter.observe(TRANSFER_SIZE, path, value=sum(facts.bytes_by_region.values()))
         for region, num_bytes in facts.bytes_by_region.items():
             self._meter.count(TRANSFER_BYTES, region, path, by=num_bytes)
 

@@ -5,7 +5,7 @@ import contextlib
 
 from pdkv.daemons.engine_link import EngineGoneError, EngineLink
 from pdkv.daemons.health import WorkerHealth
-from pdkv.metric_table import BEAT_AGE, ENGINE_INFO
+from pdkv.metric_table import BEAT_AGE, ENGINE_INFO, REGION_BYTES
 from pdkv.metrics import Meter, Series
 
 _FRESH_WITHIN_S = 1.0
@@ -28,6 +28,8 @@ class WorkerMetrics:
         if ready is not None:
             sizes = (str(ready.block_size), str(ready.tp_size))
             self._meter.set(ENGINE_INFO, self._model, ready.manifest_digest[:12], *sizes, to=1)
+            for region in ready.regions:
+                self._meter.set(REGION_BYTES, region.name, to=region.bytes_per_token)
             with contextlib.suppress(EngineGoneError, TimeoutError):
                 async with asyncio.timeout(_FRESH_WITHIN_S):
                     self._engine = (await self._link.status(with_series=True)).series

@@ -47,6 +47,9 @@ def test_counters_say_what_happened(three: Trio) -> None:
     assert decode["pdkv_inter_token_latency_seconds_count"] == NUM_REQUESTS * (NUM_TOKENS - 1)
     assert decode[f"pdkv_kv_transfer_duration_seconds_count{{result=ok,transport={path}}}"] == NUM_REQUESTS
     assert decode[f"pdkv_kv_transfer_descriptors_sum{{transport={path}}}"] == sum(f["num_spans"] for f in facts)
+    assert decode[f"pdkv_kv_transfer_size_bytes_count{{transport={path}}}"] == NUM_REQUESTS
+    num_bytes = sum(sum(f["bytes_by_region"].values()) for f in facts)
+    assert decode[f"pdkv_kv_transfer_size_bytes_sum{{transport={path}}}"] == num_bytes > 0
     num_batches = decode[f"pdkv_kv_transfer_descriptors_count{{transport={path}}}"]
     assert decode[f"pdkv_kv_transfer_post_seconds_count{{transport={path}}}"] == num_batches >= NUM_REQUESTS
     assert decode[f"pdkv_kv_transfer_exposed_seconds_count{{transport={path}}}"] == NUM_REQUESTS
@@ -74,6 +77,9 @@ def test_bytes_by_region_keep_the_ratio_of_the_manifest(three: Trio) -> None:
         for name in ("k", "v", "k_scale", "v_scale", "index_k")
     }
     assert moved["k"] > 0
+    for worker in (three.prefill, three.decode):
+        told = worker.metrics()
+        assert {name: told[f"pdkv_kv_region_bytes_per_token{{region={name}}}"] for name in regions} == regions
     for name, num_bytes in moved.items():
         assert num_bytes * regions["k"] == moved["k"] * regions.get(name, 0)
 
