@@ -1,4 +1,4 @@
-"""Tests that take minutes: ``make test-long``, and CI after all others."""
+"""Tests that take minutes: ``make test-long``; CI has no time for them."""
 
 from pathlib import Path
 
