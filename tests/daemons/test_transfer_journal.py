@@ -2,7 +2,7 @@
 
 import time
 
-from pdkv.agent.events import FinishPrefill, GrantPages
+from pdkv.agent.events import FinishPrefill, GrantPages, PrefillWanted
 from pdkv.daemons.link import PrefillJob, Sampling
 from pdkv.daemons.transfer_journal import TransferJournal
 from pdkv.metric_table import PREFILL_SECONDS, QUEUE_SECONDS
@@ -30,3 +30,16 @@ def test_prefill_has_ended_when_its_first_token_is_passed_on() -> None:
     assert seconds[QUEUE_SECONDS.name] <= posted_at[0] - began
     assert seconds[PREFILL_SECONDS.name] >= HELD_UP_S
     assert seconds[QUEUE_SECONDS.name] + seconds[PREFILL_SECONDS.name] <= posted_at[1] - began
+
+
+def test_prefill_that_began_early_is_timed_from_its_pages() -> None:
+    """Its Acquire comes while it computes."""
+    journal = TransferJournal()
+    journal.front_said(PrefillJob(TRANSFER, [1, 2], Sampling(), 10.0))
+    followed = journal.posting(lambda _: None)
+    followed(GrantPages(TRANSFER, (3,), 0))
+    time.sleep(HELD_UP_S)
+    journal.agent_said(PrefillWanted(TRANSFER))
+    followed(FinishPrefill(TRANSFER, 7, -0.5))
+    seconds = {one.name: one.value for one in journal.meter.series()}
+    assert seconds[PREFILL_SECONDS.name] >= HELD_UP_S
