@@ -237,8 +237,8 @@ class DecodeAgent(Agent[DecodeCommand]):
     def _handle(self, transfer: _Transfer, event: DecodeEvent, at: float) -> bool:
         """Whether reads were posted at once."""
         instructions = transfer.session.handle(event, at)
-        self._meet_again(transfer)
         self._carry_out(transfer, instructions, at)
+        self._meet_again(transfer)
         if self._queue.is_limited or not any(isinstance(instruction, Read) for instruction in instructions):
             return False
         self._post(at)
