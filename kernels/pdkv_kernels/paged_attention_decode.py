@@ -20,7 +20,7 @@ from pdkv_kernels.launch import chained, launch_options
 from pdkv_kernels.paged import BLOCK, PagedKv, RaggedQueries
 from pdkv_kernels.softmax_merge import MergeWorkspace, merge_parts
 
-MOST_SPLITS = 128
+MOST_SPLITS = 256
 """Programs that share one sequence and kv head, at most; a workspace must hold as many parts as the plan says."""
 _PAGES = 16
 """Pages that a program looks up at once."""
@@ -34,6 +34,8 @@ class DensePlan:
     tile: int  # tokens of a tile: BLOCK or a part of it
     num_warps: int
     num_stages: int
+    query_rows: int = 0  # of a sequence, that one program takes; 0: all of them
+    late: bool = True  # what follows may start where the keys end, not before
 
 
 def paged_attention_decode(q: Tensor, kv: PagedKv, queries: RaggedQueries, scale: float) -> tuple[Tensor, Tensor]:
@@ -73,16 +75,20 @@ def paged_attention_decode_into(
         return
     plan = plan or dense_plan(batch, q, kv)
     early = chained()
-    query_tile = triton.next_power_of_2(batch.query_len)
+    query_rows = plan.query_rows or batch.query_len
+    query_tile = triton.next_power_of_2(query_rows)
+    query_groups = -(-batch.query_len // query_rows)
     share_tile = max(triton.next_power_of_2(share), -(-16 // query_tile))
     stages = tile_stages(plan.num_stages, query_tile * share_tile, plan.tile, q, kv)
     parts = workspace.parts(plan.splits)
-    _attend_kernel[(batch.num_seqs, kv_heads, plan.splits)](
+    _attend_kernel[(batch.num_seqs, kv_heads * query_groups, plan.splits)](
         q,
         batch.page_table,
         batch.seq_lens,
         scale * 1.4426950408889634,
         batch.query_len,
+        query_rows,
+        query_groups,
         plan.splits,
         batch.page_table.shape[1],
         q.stride(0),
@@ -98,32 +104,45 @@ def paged_attention_decode_into(
         TILE=plan.tile,
         PAGES=_PAGES,
         EARLY=early,
+        LATE=plan.late,
         **launch_options(early, plan.num_warps, stages),
     )
     if plan.splits > 1:
-        merge_parts(out, lse, parts)
+        merge_parts(out, lse, parts, plan.late)
 
 
 def dense_plan(batch: DecodeBatch, q: Tensor, kv: PagedKv) -> DensePlan:
-    """Splits, tile, warps and stages for these shapes."""
+    """For these shapes, measured on an H200: programs that fill two places of each of its multiprocessors, or four.
+
+    In fp8 what costs is to widen K and V, in the order that rows of q ask for: 16 of them are best by themselves.
+    """
+    share = q.shape[1] // kv.k.shape[1]
+    rows = batch.query_len * share
     groups = batch.num_seqs * kv.k.shape[1]
-    target = max(1, min(MOST_SPLITS, batch.page_table.shape[1], 528 // groups))
+    in_pairs = fp8_pairs(kv.v)[0] != 0
+    query_rows = max(1, 16 // share) if in_pairs and rows > 16 else batch.query_len
+    groups *= -(-batch.query_len // query_rows)
+    most = 528 if kv.k.element_size() == 1 else 264
+    target = max(1, min(MOST_SPLITS, batch.page_table.shape[1], most // groups))
     splits = 1 << (target.bit_length() - 1)
-    rows = batch.query_len * (q.shape[1] // kv.k.shape[1])
     if q.dtype == torch.float32 and rows > 16:  # in wider tiles a thread would spill thousands of bytes
         return DensePlan(splits, 32, 8, 3)
-    if fp8_pairs(kv.v)[0]:
-        return DensePlan(splits, 64, 2 if rows <= 16 else 4 if rows < 64 else 8, 3)
+    if in_pairs:
+        return DensePlan(splits, 64, 2, 3, query_rows, late=splits == 1 or groups < 256)
+    if splits == 1 and rows <= 16:
+        return DensePlan(1, BLOCK, 4, 2)
     return DensePlan(splits, 64, 4 if rows <= 64 else 8, 3)
 
 
-@triton.jit(do_not_specialize=["query_len", "splits", "max_blocks"])
+@triton.jit(do_not_specialize=["query_len", "query_rows", "splits", "max_blocks"])
 def _attend_kernel(
     q_ptr,  # [num_rows, num_heads, DIM]
     page_table_ptr,  # int32 [num_seqs, max_blocks]
     seq_lens_ptr,  # int32 [num_seqs]
     scale,  # of the logits, times log2(e)
     query_len,
+    query_rows,  # of a program
+    query_groups,
     splits,
     max_blocks,
     q_row_stride,
@@ -163,21 +182,25 @@ def _attend_kernel(
     TILE: tl.constexpr,
     PAGES: tl.constexpr,
     EARLY: tl.constexpr,
+    LATE: tl.constexpr,
 ):
     seq = tl.program_id(0)
-    kv_head = tl.program_id(1)
+    kv_head = tl.program_id(1) // query_groups
     split = tl.program_id(2)
     line = tl.arange(0, QUERY_TILE * SHARE_TILE)  # [lines], a query row and head each
     query = line // SHARE_TILE
     head = line % SHARE_TILE
-    real = (query < query_len) & (head < SHARE)
+    real = (query < query_rows) & (head < SHARE)
+    query += tl.program_id(1) % query_groups * query_rows
+    real &= query < query_len
     row = (seq * query_len + query).to(tl.int64)
     head = kv_head * SHARE + head
     dims = tl.arange(0, DIM)
     token = tl.arange(0, TILE)
     if EARLY:
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+        if not LATE:
+            tl.extra.cuda.gdc_launch_dependents()
     seq_len = tl.load(seq_lens_ptr + seq)
     num_blocks = (seq_len + TOKENS - 1) // TOKENS
     visible = tl.where(real, seq_len - query_len + query + 1, 0)  # [lines], keys that the line sees
@@ -219,6 +242,8 @@ def _attend_kernel(
             top, total, sums, odds = attend_tile(
                 q, unit, k, v, k_scale, v_scale, seen, top, total, sums, odds, CODE, PAIRS, SCALED
             )
+    if EARLY and LATE:
+        tl.extra.cuda.gdc_launch_dependents()
     result, log_sum = finish(top, total, sums, odds, PAIRS)
     out_at = out_ptr + split.to(tl.int64) * out_split_stride + row[:, None] * out_row_stride
     out_at += head[:, None] * out_head_stride + dims[None, :]

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from pdkv_kernels.launch import chained, launch_options
 
-_MANY = 512
-
 
 @dataclass(frozen=True)
 class Parts:
@@ -37,17 +35,13 @@ class MergeWorkspace:
         return Parts(self._out[:splits], self._lse[:splits])
 
 
-def few_results(num_rows: int, num_heads: int) -> bool:
-    """Whether kernels hold back what follows until they end. With more results it may start before the parts are there.
+def merge_parts(out: Tensor, lse: Tensor, parts: Parts, late: bool) -> None:
+    """Write the weighted mean of the parts to out [num_rows, num_heads, dim] and lse [num_rows, num_heads], base e.
 
-    Successors of few programs would crowd on the multiprocessors that are free at that time, some of them taking two
-    where others have none, which costs more than their launch.
+    What follows may start at the end if ``late``, otherwise before the parts are there. Successors that start while
+    programs still run crowd on the multiprocessors that are free at that time, some of them taking two where others
+    have none, which may cost more than their launch.
     """
-    return num_rows * num_heads < _MANY
-
-
-def merge_parts(out: Tensor, lse: Tensor, parts: Parts) -> None:
-    """Write the weighted mean of the parts to out [num_rows, num_heads, dim] and lse [num_rows, num_heads], base e."""
     num_rows, num_heads, dim = out.shape
     early = chained()
     splits = parts.lse.shape[0]
@@ -66,7 +60,7 @@ def merge_parts(out: Tensor, lse: Tensor, parts: Parts) -> None:
         SPLIT_TILE=triton.next_power_of_2(splits),
         DIM=dim,
         EARLY=early,
-        AT_ONCE=not few_results(num_rows, num_heads),
+        AT_ONCE=not late,
         **launch_options(early, 1 if splits * dim <= 512 else 4, 1),
     )
 

@@ -17,7 +17,7 @@ from pdkv_kernels.decode_tile import attend_tile, finish, prepare_q
 from pdkv_kernels.fp8_bits import fp8_pairs
 from pdkv_kernels.launch import chained, launch_options
 from pdkv_kernels.paged import BLOCK, PagedKv, RaggedQueries
-from pdkv_kernels.softmax_merge import MergeWorkspace, few_results, merge_parts
+from pdkv_kernels.softmax_merge import MergeWorkspace, merge_parts
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class AttendPlan:
     tile: int  # tokens of a tile: BLOCK or a part of it
     num_warps: int
     num_stages: int
+    late: bool = True  # what follows may start where the keys end, not before
+    late_merge: bool = True  # and what follows the merge at the merge's end
 
 
 def sparse_attention_decode(
@@ -95,26 +97,31 @@ def sparse_attention_decode_into(
         TOKENS=BLOCK,
         TILE=plan.tile,
         EARLY=early,
-        LATE=plan.splits > 1 and few_results(num_rows, num_heads),
+        LATE=plan.late,
         **launch_options(early, plan.num_warps, tile_stages(plan.num_stages, share_tile, plan.tile, q, kv)),
     )
     if plan.splits > 1:
-        merge_parts(out, lse, parts)
+        merge_parts(out, lse, parts, plan.late_merge)
 
 
 def attend_plan(groups: int, topk: int, k: Tensor) -> AttendPlan:
     """Splits, tile, warps and stages for this many rows times kv heads; measured on an H200, shape by shape."""
     target = max(1, min(topk, (256 if groups >= 64 else 128) // groups))
     splits = 1 << (target.bit_length() - 1)
-    if fp8_pairs(k)[0]:
-        return AttendPlan(splits, 64, 2, 3) if groups >= 64 else AttendPlan(splits, BLOCK, 8 if groups <= 8 else 4, 2)
+    late = groups < 32 or splits == 1
+    if fp8_pairs(k)[0] and groups >= 64:
+        return AttendPlan(splits, 64, 2, 3, late, late_merge=False)
     if k.element_size() == 1:
-        return AttendPlan(splits, BLOCK, 8 if groups <= 8 else 4, 2)
+        return AttendPlan(splits, BLOCK, 8 if groups <= 8 else 4, 2, late, late_merge=False)
+    late_merge = 4 < groups < 32
     if k.dtype == torch.float32:  # twice the shared memory
-        return AttendPlan(splits, 64, 4, 2)
-    if groups < 64:
-        return AttendPlan(splits, 64, 4, 3)
-    return AttendPlan(splits, 32, 4, 4) if groups < 1024 else AttendPlan(1, BLOCK, 4, 2)
+        return AttendPlan(splits, 64, 4, 2, late, late_merge)
+    if groups == 64 or 396 < groups < 1024:
+        return AttendPlan(splits, 32, 4, 4, late, late_merge)
+    if groups >= 1024:
+        return AttendPlan(1, BLOCK, 4, 2)
+    # Up to 396 programs all run at once.
+    return AttendPlan(splits, 64, 4, 3, late or groups > 64, late_merge)
 
 
 @triton.jit(do_not_specialize=["query_len"])
@@ -166,7 +173,7 @@ def _attend_kernel(
     TOKENS: tl.constexpr,
     TILE: tl.constexpr,
     EARLY: tl.constexpr,
-    LATE: tl.constexpr,  # the merge may start at the end alone
+    LATE: tl.constexpr,
 ):
     row = tl.program_id(0)
     kv_head = tl.program_id(1)

@@ -63,7 +63,15 @@ def check(case: DecodeCase, plan: DensePlan | None = None) -> None:
 def test_splits_tiles_and_query_rows(device: str, dtype: torch.dtype, splits: int, tile: int, query_len: int):
     lengths = [n for n in (1, 127, 130, 0, 300) if n == 0 or n >= query_len]
     case = make_decode(device, dtype, lengths, query_len=query_len, heads=(4, 2), dim=32)
-    check(case, DensePlan(splits, tile, 4, 2))
+    check(case, DensePlan(splits, tile, 4, 2, late=query_len == 2))
+
+
+@pytest.mark.parametrize(("device", "dtype"), ANY)
+@pytest.mark.parametrize(("query_len", "query_rows"), [(3, 2), (4, 1), (4, 2)])
+def test_programs_that_take_some_of_the_query_rows(device: str, dtype: torch.dtype, query_len: int, query_rows: int):
+    lengths = [n for n in (4, 127, 130, 0, 300) if n == 0 or n >= query_len]
+    case = make_decode(device, dtype, lengths, query_len=query_len, heads=(4, 2), dim=32)
+    check(case, DensePlan(3, 64, 4, 2, query_rows))
 
 
 @pytest.mark.parametrize(("device", "dtype"), ANY)

@@ -76,10 +76,10 @@ def check(case: DecodeCase, blocks: Tensor, plan: AttendPlan | None = None) -> N
 
 
 @pytest.mark.parametrize(("device", "dtype"), ANY)
-@pytest.mark.parametrize(("splits", "tile"), [(1, 128), (2, 64), (4, 128)])
-def test_splits_and_tiles(device: str, dtype: torch.dtype, splits: int, tile: int):
+@pytest.mark.parametrize(("splits", "tile", "late"), [(1, 128, False), (2, 64, True), (4, 128, False)])
+def test_splits_and_tiles(device: str, dtype: torch.dtype, splits: int, tile: int, late: bool):
     case = make_decode(device, dtype, [1, 128, 129, 0, 700], dim=32)
-    check(case, pick(case, 4), AttendPlan(splits, tile, 4, 2))
+    check(case, pick(case, 4), AttendPlan(splits, tile, 4, 2, late))
 
 
 @pytest.mark.parametrize(("device", "dtype"), ANY)
