@@ -53,7 +53,7 @@ check: $(STAMP)  ## Lint, formatting, types and import contracts
 	$(BIN)/lint-imports
 
 wheel: $(STAMP)  ## Build dist/*.whl (one for Python 3.11 and later) and use it in a clean environment
-	rm -rf dist
+	rm -rf dist build/lib*  # or the wheel has whatever was built there once
 	$(BIN)/python -m pip wheel --quiet --no-deps -w dist .
 	scripts/try_wheel.sh dist/*.whl $(BIN)/python
 
