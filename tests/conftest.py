@@ -33,7 +33,7 @@ if not _has_gpu():
     os.environ["TRITON_INTERPRET"] = "1"
 
 TESTS = Path(__file__).parent
-SLOWEST = ("e2e", "transport", "verify", "daemons", "kernels", "m3", "bench")
+SLOWEST = ("e2e", "transport", "verify", "daemons", "kernels", "m3", "bench", "deploy", "cli", "agent")
 SHARING = {
     "completions": "three",
     "doctor": "three",
