@@ -102,11 +102,18 @@ def run(engine: Engine, asked: list[CompleteRequest]) -> dict[RequestId, Told]:
     return told
 
 
-@pytest.mark.parametrize("sampling", [SamplingParams(), WARM], ids=["greedy", "sampled"])
+@pytest.fixture(scope="module", params=[SamplingParams(), WARM], ids=["greedy", "sampled"])
+def decoded(request: pytest.FixtureRequest, model: M3Model) -> tuple[list[CompleteRequest], dict[RequestId, Told]]:
+    """What is asked in a way of sampling, and what plain decoding answers."""
+    asked = requests(request.param)
+    return asked, run(worker(model, 0).engine, asked)
+
+
 @pytest.mark.parametrize("drafts", [1, 4])
-def test_answers_are_those_of_plain_decoding(model: M3Model, sampling: SamplingParams, drafts: int) -> None:
-    asked = requests(sampling)
-    plain = run(worker(model, 0).engine, asked)
+def test_answers_are_those_of_plain_decoding(
+    model: M3Model, decoded: tuple[list[CompleteRequest], dict[RequestId, Told]], drafts: int
+) -> None:
+    asked, plain = decoded
     engine = worker(model, drafts).engine
     fast = run(engine, asked)
     for request in asked:
@@ -114,7 +121,7 @@ def test_answers_are_those_of_plain_decoding(model: M3Model, sampling: SamplingP
         assert fast[request.id].logprobs == pytest.approx(plain[request.id].logprobs, abs=1e-4)
         assert fast[request.id].tops == plain[request.id].tops
     statistics = engine.statistics()
-    if sampling.temperature == 0:
+    if asked[0].sampling.temperature == 0:
         assert statistics.num_drafts_accepted > 0
     assert statistics.num_drafts > statistics.num_drafts_accepted, "some were rejected"
     assert statistics.num_pages_free == 24
