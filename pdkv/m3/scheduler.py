@@ -137,6 +137,7 @@ class Scheduler:
             self._queue.remove(request_id)
         self._prefilling.pop(request_id, None)
         if self._decoding.pop(request_id, None) is not None:
+            self._keep(sequence, len(sequence.tokens) - 1)  # a step under way may be at the last one's state
             self._joining.pop(sequence, None)
             if self._group is not None:
                 self._group.release(sequence)
@@ -210,9 +211,7 @@ class Scheduler:
         beginning = group.beginning(step + 1)
         for sequence, block in beginning:
             self._check_page(sequence.pages[block])
-        self._under_way.append(
-            UnderWay(group.sequences, group, step + 1, group.ids, [sequence for sequence, _ in beginning])
-        )
+        self._under_way.append(UnderWay(group.sequences, group, step + 1, group.ids, group.to_keep(beginning)))
         return onward
 
     def _give_places(self, group: DecodeGroup, step: int, left: list[int], joined: list[Sequence]) -> Onward:
@@ -233,8 +232,8 @@ class Scheduler:
             assert not self._under_way, "only a group goes on behind a group, or somebody who does not decode plainly"
             starts, size = [run.start for run in runs], self._bounds.block_size
             self._group = group = DecodeGroup(sequences, starts, size)
-            beginning = [its for its, start in zip(sequences, starts, strict=True) if start % size == 0]
-            self._under_way.append(UnderWay(sequences, group, 0, group.ids, beginning))
+            to_keep = [its for its, start in zip(sequences, starts, strict=True) if start % size == 0]
+            self._under_way.append(UnderWay(sequences, group, 0, group.ids, to_keep))
         else:
             self._under_way.append(UnderWay(sequences, None))
 
@@ -270,9 +269,9 @@ class Scheduler:
     def _complete_plainly(self, step: UnderWay, group: DecodeGroup, choices: GreedyChoices) -> list[EngineEvent]:
         """What ``_accept_if_held`` does, with next to nothing for each of those that just go on. All tokens come
         first."""
-        for sequence in step.beginning:
+        for sequence in step.to_keep:
             if sequence.stage is not Stage.RELEASED:
-                self._keep(sequence)
+                self._keep(sequence, len(sequence.tokens))
         tokens, noted = choices.tokens, self._places_of_note(step, group, choices)
         if not noted:
             group.tell(tokens)
@@ -349,10 +348,11 @@ class Scheduler:
         self._num_blocks_found += len(found)
         self._num_blocks_missed += len(names) - len(found)
 
-    def _keep(self, sequence: Sequence) -> None:
-        """Keep the pages that have become full. A page that was computed twice is kept once; its twin is held as long
-        as ours, so that whoever holds a block holds all before it, and is let go in the right order."""
-        for block, name in sequence.newly_complete():
+    def _keep(self, sequence: Sequence, num_computed: int) -> None:
+        """Keep the pages that have become full, the state of so many tokens being computed. A page that was computed
+        twice is kept once; its twin is held as long as ours, so that whoever holds a block holds all before it, and is
+        let go in the right order."""
+        for block, name in sequence.newly_complete(num_computed):
             kept = self._pool.keep(sequence.pages[block], name)
             if kept != sequence.pages[block]:
                 self._pool.share([kept])
@@ -399,8 +399,7 @@ class Scheduler:
 
     def _take(self, sequence: Sequence, token: int) -> FinishReason | None:
         """Keep what can be kept, and append a generated token; why it is the last, if it is."""
-        if len(sequence.tokens) // self._bounds.block_size > sequence.num_kept:
-            self._keep(sequence)
+        self._keep(sequence, len(sequence.tokens))
         return sequence.take(token, self._bounds.eos_tokens)
 
     def _refuse_damaged(self, sequence: Sequence) -> RequestRefused:

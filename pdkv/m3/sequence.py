@@ -148,13 +148,12 @@ class Sequence:
             return []
         return self._names.first((len(request.prompt) - 1) // self._block_size, self.tokens)
 
-    def newly_complete(self) -> list[tuple[int, bytes]]:
-        """Blocks whose pages are not kept yet, with their names, when the state of all ``tokens`` has been computed."""
-        tokens = self.tokens
-        num_complete = len(tokens) // self._block_size
+    def newly_complete(self, num_computed: int) -> list[tuple[int, bytes]]:
+        """Blocks whose pages are not kept yet, with their names, when the state of so many tokens has been computed."""
+        num_complete = num_computed // self._block_size
         if self._names is None or num_complete <= self.num_kept:
             return []
-        return list(enumerate(self._names.first(num_complete, tokens, self.num_kept), self.num_kept))
+        return list(enumerate(self._names.first(num_complete, self.tokens, self.num_kept), self.num_kept))
 
     def keep_nothing(self) -> None:
         """From now on it neither takes pages from the cache nor gives any."""

@@ -9,6 +9,10 @@ from pdkv.m3.run import seated, seating
 from pdkv.m3.sampling import NO_TOKEN, Tokens
 from pdkv.m3.sequence import Sequence, Stage, Told
 
+_KEPT_AT_ONCE = 8
+"""Full blocks of a sequence that are named and kept together, while it goes on: at once that takes little more time
+than for one, on a processor that has forgotten how."""
+
 
 class DecodeGroup:
     """Sequences that decode step after step, each one token a step, greedily, whoever leaves and joins meanwhile. Owned
@@ -42,7 +46,7 @@ class DecodeGroup:
         """Whether nobody has gone on in this group yet. Then all are entered; ``most``: places of any step."""
         if self._told is not None:
             return False
-        self._told = Told(2 * self._block_size, most)
+        self._told = Told((_KEPT_AT_ONCE + 2) * self._block_size, most)
         for place, (sequence, origin) in enumerate(zip(self.sequences, self._origins, strict=True)):
             self._enter(sequence, place, origin, 0)
             if sequence.stage is Stage.RELEASED:
@@ -111,6 +115,11 @@ class DecodeGroup:
         found = self._beginning.get(step % self._block_size)
         return [(its, (origin + step) // self._block_size) for its, origin in found.items()] if found else []
 
+    @staticmethod
+    def to_keep(beginning: SequenceOf[tuple[Sequence, int]]) -> list[Sequence]:
+        """Of those, whose full blocks are so many that they are to be kept when that step has ended."""
+        return [its for its, block in beginning if block - its.num_kept >= _KEPT_AT_ONCE]
+
     def tell(self, tokens: Tokens) -> None:
         """What the next of its steps that end has chosen: int64 [places]. Those that have ended took their own."""
         if self._told is not None:
@@ -133,8 +142,8 @@ class UnderWay(msgspec.Struct, frozen=True, gc=False):
     """Its number in the group."""
     ids: list[RequestId] = []
     """By run, of a group's step."""
-    beginning: SequenceOf[Sequence] = ()
-    """Of a group's step: whose token is the first of a block, so that all before it can be kept when it ends."""
+    to_keep: SequenceOf[Sequence] = ()
+    """Of a group's step: whose full blocks are to be kept when it ends."""
 
     def has(self, sequence: Sequence) -> bool:
         if self.group is None or self.step == 0:

@@ -94,24 +94,30 @@ def test_pages_are_kept_under_the_names_of_what_was_told_however_long_ago() -> N
     assert device.pool.num_free == NUM_PAGES
 
 
-jobs = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 40), st.integers(0, 9)), min_size=1, max_size=9)
-"""Tokens of the prompt, tokens to generate, turns before it comes."""
+jobs = st.lists(
+    st.tuples(st.integers(1, 9), st.integers(1, 60), st.integers(0, 9), st.booleans()), min_size=1, max_size=9
+)
+"""Tokens of the prompt, tokens to generate, turns before it comes, whether the one before is given up then."""
 
 
 @given(jobs=jobs)
 @settings(deadline=None)
-def test_whoever_gets_anothers_place_keeps_its_own_tokens(jobs: list[tuple[int, int, int]]) -> None:
+def test_whoever_gets_anothers_place_keeps_its_own_tokens(jobs: list[tuple[int, int, int, bool]]) -> None:
     """More than there are places for, so some wait for one; who is last takes that of one that has left."""
     device = Device()
-    prompts = [tuple(range(20 * number, 20 * number + length)) for number, (length, _, _) in enumerate(jobs)]
-    for number, (_, most, turns) in enumerate(jobs):
+    prompts = [tuple(range(20 * number, 20 * number + length)) for number, (length, *_) in enumerate(jobs)]
+    given_up = set()
+    for number, (_, most, turns, gives_up) in enumerate(jobs):
         for _ in range(turns):
             device.turn()
+        if gives_up and number and RequestId(bytes([number - 1])) not in device.ended:
+            device.scheduler.release(RequestId(bytes([number - 1])))
+            given_up.add(number - 1)
         device.begin(number, prompts[number], most)
     while device.flights or device.scheduler.can_run:
         device.turn()
-    assert len(device.ended) == len(jobs)
-    for number, (prompt, (_, most, _)) in enumerate(zip(prompts, jobs, strict=True)):
-        assert len(device.tokens[RequestId(bytes([number]))]) == most
+    assert device.ended == {RequestId(bytes([number])) for number in range(len(jobs)) if number not in given_up}
+    for number, (prompt, (_, most, *_)) in enumerate(zip(prompts, jobs, strict=True)):
+        assert number in given_up or len(device.tokens[RequestId(bytes([number]))]) == most
         device.check_kept(number, prompt)
     assert device.pool.num_free == NUM_PAGES
