@@ -1,15 +1,17 @@
-"""``pdkv config show`` and ``pdkv config validate``: what a role would run with, without running it."""
+"""``pdkv config``: what a role would run with, without running it, and what its YAML file may say."""
 
+import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import msgspec
 import typer
 
 from pdkv.cli.flags import settings_command
-from pdkv.cli.lazy import CONTEXT, command_module
-from pdkv.daemons.config import DecodeConfig, PrefillConfig, RoleConfig, RouterConfig, UpConfig, load
+from pdkv.cli.lazy import CONTEXT, command_module, keep_lines
+from pdkv.daemons.config import DecodeConfig, PrefillConfig, RoleConfig, RouterConfig, UpConfig, flag_of, load
 from pdkv.daemons.config_sources import Explained, explain
 
 _SCHEMA = "pdkv.config/v1"
@@ -67,6 +69,34 @@ def _validator(role: str, schema: type[RoleConfig]) -> Callable[[Mapping[str, ob
         return 0
 
     return validate
+
+
+@_config.command(
+    "schema",
+    epilog=keep_lines("\nExamples:\n\n  pdkv config schema decode > decode.schema.json\n"),
+    context_settings=CONTEXT,
+)
+def schema(role: Annotated[Literal["prefill", "decode", "router", "up"], typer.Argument(help="Whose file.")]) -> None:
+    """Print the JSON Schema of a role's YAML file, for editors and for checks before a deployment."""
+    typer.echo(json.dumps(_file_schema(role, dict(_ROLES)[role]), indent=2))
+
+
+def _file_schema(role: str, config: type[RoleConfig]) -> dict[str, Any]:
+    """Nothing is required: flags and the environment may say it too."""
+    made = config.model_json_schema()
+    fields = made["properties"].items()
+    shown = {name: field for name, field in fields if not flag_of(config, name).hidden}
+    for field in shown.values():
+        del field["title"]
+        if "minLength" in field and field.get("type") == "array":  # pydantic says it of the text that it may be too
+            field["minItems"] = field.pop("minLength")
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": f"The YAML file of pdkv {role}",
+        "type": "object",
+        "additionalProperties": False,
+        "properties": shown,
+    }
 
 
 def _table(explained: Explained) -> str:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jsonschema
 import pytest
 
 from pdkv.metric_table import TABLE
@@ -70,3 +71,23 @@ def test_the_list_of_metrics_is_the_table() -> None:
     lines = _pdkv("metrics", "list", "--role", "router").stdout.splitlines()
     assert {line.split()[0] for line in lines} == {metric.name for metric in TABLE if "router" in metric.roles}
     assert _pdkv("metrics", "list", "--role", "cook").returncode == 2
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode", "router", "up"])
+def test_a_files_schema_is_what_the_role_takes(role: str) -> None:
+    told = _pdkv("config", "schema", role)
+    assert told.returncode == 0, told.stderr
+    schema = json.loads(told.stdout)
+    jsonschema.Draft202012Validator.check_schema(schema)
+    check = jsonschema.Draft202012Validator(schema)
+    files = {
+        "router": {"prefill_urls": ["http://p:1"], "decode_urls": ["dns://d:1"], "retries": 1},
+        "up": {"model": "m", "num_prefill": 2, "drain_timeout": 3},
+    }
+    good = files.get(role, {"model": "m", "max_batch": 2, "require_transport": "tcp", "ucx_tls": None})
+    assert check.is_valid(good)
+    assert check.is_valid({}), "flags and variables may say all of it"
+    assert not check.is_valid({**good, "log_level": "loud"})
+    assert not check.is_valid({**good, "no_such_key": 1})
+    assert "reuse_port" not in schema["properties"], "between our own processes"
+    assert all(field["description"] for field in schema["properties"].values())
