@@ -20,6 +20,13 @@ class DecodeBatch:
     seq_lens: Tensor  # int32 [num_seqs], all keys, the query rows' own included
     page_table: Tensor  # int32 [num_seqs, max_blocks], physical page of each block, padded with -1
     query_len: int
+    settled: bool = False
+    """A promise: lengths, the page table and the keys of blocks without any of the newest ``query_len`` tokens are what
+    they are since before the first of those kernels began that may still run when this batch's first kernel starts.
+
+    Kernels launched with the right to overlap (``launch.py``) may all still run, back to the last ordinary launch among
+    them, which waited for all before it. With the promise a kernel may read these before its turn.
+    """
 
     @property
     def num_seqs(self) -> int:

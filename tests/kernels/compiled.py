@@ -34,9 +34,10 @@ TARGETS = {
 _ROOT = Path(__file__).parents[2]
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 _MEMORY = re.compile(r"\b(LDG|STG|LD|ST|LDGSTS|ATOMG?|RED|UBLKCP|UTMALDG)\b")
+_WRITE = re.compile(r"\b(STG|ST|ATOMG?|RED|UTMASTG)\b")
 _WAIT = "ACQBULK"
-HINTING = {"index_topk_decode._scan_kernel"}
-"""Kernels that read memory before their turn: only to hint to the cache, from numbers that they read again in it."""
+SETTLED = {"index_scan._scan_kernel"}
+"""Kernels that read memory before their turn, where it is promised to be settled. None writes any before it."""
 _MOST_PROGRAMS = 65_535
 """Of a grid, in its second and third dimension."""
 
@@ -55,6 +56,7 @@ class Compiled:
     instructions: int = 0  # 0: not counted
     chained: bool = False  # launched before the kernel in front of it has ended
     early: int = 0  # instructions that reach memory before it has
+    early_writes: int = 0  # those of them that write, up to where every way through the kernel has waited
     error: str = ""
 
 
@@ -159,7 +161,8 @@ def _nvidia(cubin: bytes, is_chained: bool, is_brief: bool) -> dict[str, int]:
     waits = [nth for nth, line in enumerate(lines) if _WAIT in line]
     assert bool(waits) == is_chained, "a kernel waits for the one in front of it where it may start before its end"
     early = sum(bool(_MEMORY.search(line)) for line in lines[: waits[0]]) if waits else 0
-    return {**use, "instructions": len(lines), "early": early}
+    early_writes = sum(bool(_WRITE.search(line)) for line in lines[: waits[-1]]) if waits else 0
+    return {**use, "instructions": len(lines), "early": early, "early_writes": early_writes}
 
 
 def _amd(asm: dict[str, Any]) -> dict[str, int]:

@@ -7,7 +7,8 @@ import pytest
 import torch
 from pdkv_kernels.cast_store import cast_store
 from pdkv_kernels.decode_batch import uniform_batch
-from pdkv_kernels.index_topk_decode import IndexWorkspace, ScanPlan, SelectionRule, index_topk_decode_into
+from pdkv_kernels.index_scan import ScanPlan
+from pdkv_kernels.index_topk_decode import IndexWorkspace, SelectionRule, index_topk_decode_into
 from pdkv_kernels.index_topk_prefill import index_topk_prefill
 from pdkv_kernels.kv_store import kv_store
 from pdkv_kernels.kv_store_ref import HeadNorms, PackedHeads, TokenRows

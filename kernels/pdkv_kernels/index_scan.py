@@ -1,0 +1,200 @@
+"""The scan of all index keys in decode: for each block, row and head one integer, which orders as the score does.
+
+Every program has some blocks of one sequence; all query rows and index heads of the sequence share each tile of keys.
+
+A program spends its first microseconds on its way to its first tile. Where what it reads is settled (``DecodeBatch``)
+and launches may overlap, it goes that way while the kernel in front is at work: lengths, page numbers and as many tiles
+as there is room for are on their way or there when its turn comes, so that the memory does not rest between launches.
+The blocks of the step's own tokens and the queries are read in its turn.
+"""
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from pdkv_kernels.decode_batch import DecodeBatch
+from pdkv_kernels.fp8_bits import fp8_code, half_of_bits
+from pdkv_kernels.launch import chained, launch_options, stages_that_fit
+from pdkv_kernels.paged import BLOCK
+
+_HIDDEN = tl.constexpr(-0x80000000)
+_NAN = tl.constexpr(-0x7FFFFFFF)
+_LOCAL = tl.constexpr(0x7FFFFFFE)
+_INIT = tl.constexpr(0x7FFFFFFF)
+"""Keys around those of real scores: -inf is -0x7F800000 and +inf is 0x7F800000."""
+
+
+@dataclass(frozen=True)
+class ScanPlan:
+    """How the scan is cut up, by shapes alone."""
+
+    splits: int  # programs that share one sequence
+    num_warps: int
+    num_stages: int  # of its loop: one more than the tiles that are on their way
+    ahead: int = 32  # pages that a program looks up at once
+
+
+def scan_blocks(
+    keys: Tensor,
+    index_q: Tensor,
+    index_k: Tensor,
+    batch: DecodeBatch,
+    forced: tuple[int, int],
+    plan: ScanPlan,
+) -> None:
+    """Write the key of every visible block to keys: int32 [num_rows * heads or more, max_blocks or more].
+
+    The others are as ``index_topk_decode_into`` takes them; forced: blocks at the beginning, and at the end of what a
+    row sees, that are chosen whatever they score.
+    """
+    _, heads, dim = index_q.shape
+    key_code, key_data = fp8_code(index_k, beside=index_q.dtype)
+    query_code, query_data = fp8_code(index_q, beside=index_k.dtype)
+    early = chained()
+    columns = triton.next_power_of_2(heads) * triton.next_power_of_2(batch.query_len)
+    tiles = key_data
+    if requests := early and _in_one_piece(key_data):
+        tiles = TensorDescriptor(key_data, list(key_data.shape), list(key_data.stride()), [1, BLOCK, dim])
+    stages = stages_that_fit(plan.num_stages, BLOCK * dim * index_k.element_size(), columns * dim * 4)
+    _scan_kernel[(batch.num_seqs, plan.splits)](
+        query_data,
+        key_data,
+        tiles,
+        keys,
+        batch.page_table,
+        batch.seq_lens,
+        plan.splits,
+        batch.query_len,
+        *forced,
+        query_data.stride(0),
+        query_data.stride(1),
+        key_data.stride(0),
+        key_data.stride(1),
+        keys.stride(0),
+        batch.page_table.stride(0),
+        batch.page_table.shape[1],
+        HEADS=heads,
+        HEAD_TILE=triton.next_power_of_2(heads),
+        QUERY_TILE=triton.next_power_of_2(batch.query_len),
+        DIM=dim,
+        TOKENS=BLOCK,
+        KEY_CODE=key_code,
+        QUERY_CODE=query_code,
+        AHEAD=plan.ahead,
+        REQUESTS=requests,
+        FIRST_TILES=stages if early and batch.settled else 0,
+        EARLY=early,
+        **launch_options(early, plan.num_warps, stages),
+    )
+
+
+def _in_one_piece(keys: Tensor) -> bool:
+    """Whether each tile is one run of bytes from a multiple of 16 on, as a request for all of it must be."""
+    page_bytes = keys.stride(0) * keys.element_size()
+    return keys.stride(1) == keys.shape[2] and keys.data_ptr() % 16 == page_bytes % 16 == 0
+
+
+@triton.jit(do_not_specialize=["splits", "query_len", "init_blocks", "local_blocks", "max_blocks"])
+def _scan_kernel(
+    q_ptr,  # [num_rows, heads, DIM]
+    k_ptr,  # [num_pages, TOKENS, DIM]
+    tiles,  # the same, or a descriptor of it
+    keys_ptr,  # int32 [num_rows * heads, max_blocks], out
+    page_table_ptr,  # int32 [num_seqs, max_blocks]
+    seq_lens_ptr,  # int32 [num_seqs]
+    splits,
+    query_len,
+    init_blocks,
+    local_blocks,
+    q_row_stride,
+    q_head_stride,
+    k_page_stride,
+    k_token_stride,
+    keys_stride,
+    table_stride,
+    max_blocks,
+    HEADS: tl.constexpr,
+    HEAD_TILE: tl.constexpr,
+    QUERY_TILE: tl.constexpr,
+    DIM: tl.constexpr,
+    TOKENS: tl.constexpr,
+    KEY_CODE: tl.constexpr,
+    QUERY_CODE: tl.constexpr,
+    AHEAD: tl.constexpr,
+    REQUESTS: tl.constexpr,  # each tile comes by one request, not by one for each 16 bytes
+    FIRST_TILES: tl.constexpr,  # no fewer than the loop asks for before its first turn is over; 0: nothing is settled
+    EARLY: tl.constexpr,
+):
+    seq = tl.program_id(0)
+    split = tl.program_id(1)
+    token = tl.arange(0, TOKENS)
+    dims = tl.arange(0, DIM)
+    column = tl.arange(0, HEAD_TILE * QUERY_TILE)  # [columns], a head and a query row each
+    head = column // QUERY_TILE
+    row = column % QUERY_TILE
+    real = (head < HEADS) & (row < query_len)
+    table_row = page_table_ptr + seq.to(tl.int64) * table_stride
+    flat_row = (seq * query_len + row).to(tl.int64)
+    q_at = q_ptr + flat_row[:, None] * q_row_stride + head[:, None] * q_head_stride + dims[None, :]
+    if EARLY:
+        if FIRST_TILES == 0:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
+    # What needs no length is asked for together with it.
+    if FIRST_TILES == 0:
+        q = tl.trans(half_of_bits(tl.load(q_at, mask=real[:, None], other=0.0), QUERY_CODE))  # [DIM, columns]
+    nth = tl.arange(0, AHEAD)
+    pages = tl.load(table_row + split + nth * splits, mask=split + nth * splits < max_blocks, other=0)
+    seq_len = tl.load(seq_lens_ptr + seq)
+    num_blocks = (seq_len + TOKENS - 1) // TOKENS
+    visible = tl.maximum(seq_len - query_len + row + 1, 0)  # [columns], keys that the column sees
+    visible_blocks = (visible + TOKENS - 1) // TOKENS
+    count = (num_blocks - split + splits - 1) // splits
+    if FIRST_TILES > 0:
+        settled_blocks = tl.maximum(seq_len - query_len, 0) // TOKENS
+        settled = (settled_blocks - split + splits - 1) // splits
+        # Every program must wait. Who would ask for the step's own tokens too soon waits before it asks for any.
+        if (count <= 0) | ((settled < count) & (settled <= FIRST_TILES)):
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
+        q = half_of_bits(tl.zeros((DIM, HEAD_TILE * QUERY_TILE), q_ptr.dtype.element_ty), QUERY_CODE)
+    keys_at = keys_ptr + (flat_row * HEADS + head) * keys_stride
+    k_offsets = token[:, None] * k_token_stride + dims[None, :]
+    for begin in tl.range(0, count, AHEAD, num_stages=1):
+        # Which pages, before the loop: inside it, each tile would wait for its page's number.
+        if begin != 0:
+            blocks = split + (begin + nth) * splits
+            pages = tl.load(table_row + blocks, mask=blocks < max_blocks, other=0)
+        for step in tl.range(0, tl.minimum(AHEAD, count - begin)):
+            block = split + (begin + step) * splits
+            page = tl.sum(tl.where(nth == step, pages, 0), axis=0)
+            if REQUESTS:
+                k = half_of_bits(tl.reshape(tiles.load([page, 0, 0]), (TOKENS, DIM)), KEY_CODE)
+            else:
+                k = half_of_bits(tl.load(k_ptr + page.to(tl.int64) * k_page_stride + k_offsets), KEY_CODE)
+            if FIRST_TILES > 0:
+                # Inside the loop, since its pipeline has asked for the first tiles in front of it.
+                if begin + step == 0:
+                    tl.extra.cuda.gdc_wait()
+                    tl.extra.cuda.gdc_launch_dependents()
+                    q = tl.trans(half_of_bits(tl.load(q_at, mask=real[:, None], other=0.0), QUERY_CODE))
+            key = _block_keys(k, q, block, visible, visible_blocks, init_blocks, local_blocks, TOKENS)
+            tl.store(keys_at + block, key, mask=real & (block < visible_blocks))
+
+
+@triton.jit
+def _block_keys(k, q, block, visible, visible_blocks, init_blocks, local_blocks, TOKENS: tl.constexpr):
+    """The key of one block for each column: int32 [columns]."""
+    dots = tl.dot(k, q.to(k.dtype), input_precision="ieee")  # float32 [TOKENS, columns]
+    bits = dots.to(tl.int32, bitcast=True)
+    ordered = tl.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
+    # NaN must win inside its block, so that it is noticed, and lose among blocks.
+    ordered = tl.where(dots != dots, _INIT, ordered)
+    ordered = tl.where((block * TOKENS + tl.arange(0, TOKENS))[:, None] < visible[None, :], ordered, _HIDDEN)
+    key = tl.max(ordered, axis=0)
+    key = tl.where(key == _INIT, _NAN, key)
+    key = tl.where(block >= visible_blocks - local_blocks, _LOCAL, key)
+    return tl.where(block < init_blocks, _INIT, key)
