@@ -123,13 +123,14 @@ def dense_plan(batch: DecodeBatch, q: Tensor, kv: PagedKv) -> DensePlan:
     query_rows = max(1, 16 // share) if in_pairs and rows > 16 else batch.query_len
     groups *= -(-batch.query_len // query_rows)
     most = 528 if kv.k.element_size() == 1 else 264
-    target = max(1, min(MOST_SPLITS, batch.page_table.shape[1], most // groups))
+    exact = q.dtype == torch.float32  # no tensor cores: wide tiles and many parts spill, and do not fit on small GPUs
+    target = max(1, min(MOST_SPLITS // 2 if exact else MOST_SPLITS, batch.page_table.shape[1], most // groups))
     splits = 1 << (target.bit_length() - 1)
-    if q.dtype == torch.float32 and rows > 16:  # in wider tiles a thread would spill thousands of bytes
+    if exact and rows > 16:
         return DensePlan(splits, 32, 8, 3)
     if in_pairs:
         return DensePlan(splits, 64, 2, 3, query_rows, late=splits == 1 or groups < 256)
-    if splits == 1 and rows <= 16:
+    if splits == 1 and rows <= 16 and not exact:
         return DensePlan(1, BLOCK, 4, 2)
     return DensePlan(splits, 64, 4 if rows <= 64 else 8, 3)
 
