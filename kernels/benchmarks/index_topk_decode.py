@@ -71,7 +71,8 @@ def ours(case: Case, plan: ScanPlan | None = None) -> list[Call]:
     rows, heads, _ = case.q.shape
     out = torch.empty(rows, heads, RULE.topk, dtype=torch.int32, device="cuda")
     workspace = IndexWorkspace(rows, heads, case.shape.blocks, "cuda")
-    return [partial(index_topk_decode_into, out, case.q, k, case.batch, RULE, workspace, plan) for k in case.keys]
+    run = partial(index_topk_decode_into, scan_follows=True)
+    return [partial(run, out, case.q, k, case.batch, RULE, workspace, plan) for k in case.keys]
 
 
 def theirs(case: Case) -> list[Call]:

@@ -1,8 +1,8 @@
 """The lightning indexer in decode: a scan of all index keys at the memory's speed, then a small selection.
 
-Two launches (``index_scan``, ``index_selection``). Where launches may overlap, each lets its successor start long
-before its own end. A selection then waits in its place beside the scan in front of it, and programs of the next scan
-take the places of those that end, with their first tiles if they may read these (``DecodeBatch.settled``).
+Two launches (``index_scan``, ``index_selection``). Where launches may overlap, a selection waits in its place beside
+the scan in front of it. Where calls follow one another, programs of the next scan take the places of those that end,
+with their first tiles if they may read these (``DecodeBatch.settled``).
 """
 
 from dataclasses import dataclass
@@ -59,12 +59,15 @@ def index_topk_decode_into(
     rule: SelectionRule,
     workspace: IndexWorkspace,
     plan: ScanPlan | None = None,
+    *,
+    scan_follows: bool = False,
 ) -> None:
     """Write the blocks of every row and head to out: int32 [num_rows, heads, topk], any strides.
 
     index_q: [num_rows, heads, dim]; index_k: [num_pages, BLOCK, dim], any strides but 1 in the last dimension, in the
     same dtype or in another float. Equal fp8 dtypes are multiplied as they are. Neither allocates nor waits, and
-    launches by shapes alone; a plan measured for M3 is used where none is given.
+    launches by shapes alone; a plan measured for M3 is used where none is given. scan_follows: the next launch is
+    another call's; it may start as soon as there is room, which attention had better not.
     """
     num_rows, heads, dim = index_q.shape
     assert num_rows == batch.num_seqs * batch.query_len, (index_q.shape, batch.num_seqs, batch.query_len)
@@ -81,7 +84,7 @@ def index_topk_decode_into(
         return
     plan = plan or scan_plan(batch, index_q, index_k)
     scan_blocks(keys, index_q, index_k, batch, (rule.init_blocks, rule.local_blocks), plan)
-    select_blocks(out, keys, batch)
+    select_blocks(out, keys, batch, scan_follows=scan_follows)
 
 
 def scan_plan(batch: DecodeBatch, index_q: Tensor, index_k: Tensor) -> ScanPlan:

@@ -377,8 +377,9 @@ def test_without_the_promise_lengths_tables_and_keys_may_come_from_the_kernel_in
 
 @on_hopper
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
-@pytest.mark.parametrize("lengths", [[65_536] * 8, [8192] * 64, [131_072], [8192, 0, 3, 40_000] * 8], ids=str)
-def test_calls_that_overlap_choose_as_calls_alone(dtype: torch.dtype, lengths: list[int]):
+@pytest.mark.parametrize("follows", [False, True])
+@pytest.mark.parametrize("lengths", [[16_384] * 8, [2048] * 64, [131_072], [2048, 0, 3, 9000] * 8], ids=str)
+def test_calls_that_overlap_choose_as_calls_alone(dtype: torch.dtype, lengths: list[int], follows: bool):
     """One workspace, as layers share it; keys and queries of each call are others."""
     cases = [make_decode("cuda", dtype, lengths, dim=128, heads=(8, 1), seed=seed) for seed in range(2)]
     rule = SelectionRule(16, 0, 1)
@@ -387,7 +388,7 @@ def test_calls_that_overlap_choose_as_calls_alone(dtype: torch.dtype, lengths: l
     space = IndexWorkspace(len(lengths), 1, cases[0].batch.page_table.shape[1], "cuda")
     settled = [told_settled(case) for case in cases]
     calls = [
-        partial(index_topk_decode_into, out, one.index_q, one.index_k, one.batch, rule, space)
+        partial(index_topk_decode_into, out, one.index_q, one.index_k, one.batch, rule, space, scan_follows=follows)
         for out, one in zip(outs, settled * 6, strict=True)
     ]
     graph = in_a_graph(*calls)
