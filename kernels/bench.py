@@ -73,6 +73,7 @@ def main() -> int:
             results.append(measure(name, work, rates, _QUICK_S if options.quick else REPLAY_S))
             print(report.line(results[-1]), flush=True)
             _write(options, setting, rates, results)
+            del work  # or the next shape's memory would be sought beside it, and other memory may be slower
     for name in red:
         print(f"bench: {name} is not measured, because its parity test failed", file=sys.stderr)
     return 1 if red else 0
