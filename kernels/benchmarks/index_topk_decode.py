@@ -60,7 +60,7 @@ def make(shape: Shape) -> Case:
     rows = Rows(shape.batch * shape.blocks, layers * BLOCK * DIM * dtype.itemsize)
     keys = [rows.take((BLOCK, DIM), dtype) for _ in range(layers)]
     seq_lens = torch.full((shape.batch,), shape.context, dtype=torch.int32, device="cuda")
-    # Settled as in the engine: all of it is written once, long before the calls that are timed.
+    # Settled: all of it is written once, long before the calls that are timed.
     batch = DecodeBatch(seq_lens, shuffled_table(shape.batch, shape.blocks), shape.query_len, settled=True)
     q = torch.randn(shape.batch * shape.query_len, shape.kv_heads, DIM, device="cuda").to(dtype)
     return Case(shape, batch, q, keys, rows.pitch)

@@ -68,9 +68,9 @@ def attention_step(batch: StepBatch, config: M3Config, operations: Operations) -
     positions = batch.positions
     decode = None
     if batch.query_len:
-        # Settled: of a layer's kernels only the store may overlap with the indexer's, and it writes new tokens alone.
-        # The norm in front of it is an ordinary launch, which waits for the step's beginning and for steps before.
-        decode = DecodeBatch(batch.context_lens + batch.query_len, batch.page_table, batch.query_len, settled=True)
+        # What is read would be settled: of a layer's kernels only the store may overlap with the indexer's. But between
+        # a layer's other kernels the promise gained nothing (docs/performance.md), so it is not given.
+        decode = DecodeBatch(batch.context_lens + batch.query_len, batch.page_table, batch.query_len)
         seqs = torch.arange(positions.numel(), device=positions.device) // batch.query_len
     else:
         seqs = row_sequences(batch.query_starts)
