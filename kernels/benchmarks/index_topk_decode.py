@@ -1,7 +1,7 @@
 """Index scan and top-k of one decode step in one layer."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -28,13 +28,21 @@ SHAPES = [
 RULE = SelectionRule(topk=16, init_blocks=0, local_blocks=1)
 DIM = 128
 GOAL = Goal(ratio=1.3, share=0.9)
+AS_ENGINE = " engine"
 
 
 def works(question: Question, rates: Rates) -> Iterator[Work]:
-    """Bytes: every visible index key once. Both read the same views of arena rows: vLLM's kernel takes any strides."""
+    """Bytes: every visible index key once. Both read the same views of arena rows: vLLM's kernel takes any strides.
+
+    Each shape twice: settled calls one after another, each told that a scan follows; and, with ``AS_ENGINE`` behind the
+    shape's name, as the engine calls it, which promises nothing.
+    """
     for shape in SHAPES:
         if wanted(question, shape.name):
-            yield _work(shape, question.rival)
+            case = make(shape)
+            yield _work(case, question.rival, "")
+            yield _work(replace(case, batch=replace(case.batch, settled=False)), question.rival, AS_ENGINE)
+            del case
             torch.cuda.empty_cache()
 
 
@@ -71,7 +79,7 @@ def ours(case: Case, plan: ScanPlan | None = None) -> list[Call]:
     rows, heads, _ = case.q.shape
     out = torch.empty(rows, heads, RULE.topk, dtype=torch.int32, device="cuda")
     workspace = IndexWorkspace(rows, heads, case.shape.blocks, "cuda")
-    run = partial(index_topk_decode_into, scan_follows=True)
+    run = partial(index_topk_decode_into, scan_follows=case.batch.settled)
     return [partial(run, out, case.q, k, case.batch, RULE, workspace, plan) for k in case.keys]
 
 
@@ -85,10 +93,10 @@ def theirs(case: Case) -> list[Call]:
     return [partial(kernel, case.q, k, *lens, *rule, out=out) for k in case.keys]
 
 
-def _work(shape: Shape, with_rival: bool) -> Work:
-    case = make(shape)
+def _work(case: Case, with_rival: bool, how: str) -> Work:
+    shape = case.shape
     return Work(
-        shape=shape.name,
+        shape=shape.name + how,
         calls=ours(case),
         num_bytes=case.num_bytes,
         num_flops=2 * case.q.shape[0] * shape.kv_heads * shape.context * DIM,

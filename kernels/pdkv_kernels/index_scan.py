@@ -5,7 +5,9 @@ Every program has some blocks of one sequence; all query rows and index heads of
 A program spends its first microseconds on its way to its first tile. Where what it reads is settled (``DecodeBatch``)
 and launches may overlap, it goes that way while the kernel in front is at work: lengths, page numbers and as many tiles
 as there is room for are on their way or there when its turn comes, so that the memory does not rest between launches.
-The blocks of the step's own tokens and the queries are read in its turn.
+The blocks of the step's own tokens and the queries are read in its turn. Where nothing is settled, it can ask the
+second-level cache for its first tile. That is a hint: lengths and pages that are read for it before the program's turn,
+past the first-level cache, decide nothing else, and are read again.
 """
 
 from dataclasses import dataclass
@@ -34,7 +36,10 @@ class ScanPlan:
     splits: int  # programs that share one sequence
     num_warps: int
     num_stages: int  # of its loop: one more than the tiles that are on their way
-    ahead: int = 32  # pages that a program looks up at once
+    ahead: int = 32  # pages that a program looks up at once; 0: each in its turn
+    early_tiles: int = 0  # tiles that the second-level cache is asked for before its turn, where nothing is settled
+    requests: bool = True  # each tile comes by one request, not by one for each 16 bytes; where launches overlap
+    registers: int = 0  # of a thread at most, where launches overlap; 0: as many as it likes
 
 
 def scan_blocks(
@@ -56,9 +61,11 @@ def scan_blocks(
     early = chained()
     columns = triton.next_power_of_2(heads) * triton.next_power_of_2(batch.query_len)
     tiles = key_data
-    if requests := early and _in_one_piece(key_data):
+    in_one_piece = early and _in_one_piece(key_data)
+    if requests := plan.requests and in_one_piece:
         tiles = TensorDescriptor(key_data, list(key_data.shape), list(key_data.stride()), [1, BLOCK, dim])
     stages = stages_that_fit(plan.num_stages, BLOCK * dim * index_k.element_size(), columns * dim * 4)
+    assert plan.ahead or not batch.settled, plan
     _scan_kernel[(batch.num_seqs, plan.splits)](
         query_data,
         key_data,
@@ -76,6 +83,7 @@ def scan_blocks(
         keys.stride(0),
         batch.page_table.stride(0),
         batch.page_table.shape[1],
+        key_data.shape[0],
         HEADS=heads,
         HEAD_TILE=triton.next_power_of_2(heads),
         QUERY_TILE=triton.next_power_of_2(batch.query_len),
@@ -85,9 +93,11 @@ def scan_blocks(
         QUERY_CODE=query_code,
         AHEAD=plan.ahead,
         REQUESTS=requests,
+        EARLY_TILES=plan.early_tiles if in_one_piece and not batch.settled else 0,
         FIRST_TILES=stages if early and batch.settled else 0,
         EARLY=early,
         **launch_options(early, plan.num_warps, stages),
+        **({"maxnreg": plan.registers} if early and plan.registers else {}),
     )
 
 
@@ -97,7 +107,7 @@ def _in_one_piece(keys: Tensor) -> bool:
     return keys.stride(1) == keys.shape[2] and keys.data_ptr() % 16 == page_bytes % 16 == 0
 
 
-@triton.jit(do_not_specialize=["splits", "query_len", "init_blocks", "local_blocks", "max_blocks"])
+@triton.jit(do_not_specialize=["splits", "query_len", "init_blocks", "local_blocks", "max_blocks", "num_pages"])
 def _scan_kernel(
     q_ptr,  # [num_rows, heads, DIM]
     k_ptr,  # [num_pages, TOKENS, DIM]
@@ -116,6 +126,7 @@ def _scan_kernel(
     keys_stride,
     table_stride,
     max_blocks,
+    num_pages,
     HEADS: tl.constexpr,
     HEAD_TILE: tl.constexpr,
     QUERY_TILE: tl.constexpr,
@@ -125,6 +136,7 @@ def _scan_kernel(
     QUERY_CODE: tl.constexpr,
     AHEAD: tl.constexpr,
     REQUESTS: tl.constexpr,  # each tile comes by one request, not by one for each 16 bytes
+    EARLY_TILES: tl.constexpr,
     FIRST_TILES: tl.constexpr,  # no fewer than the loop asks for before its first turn is over; 0: nothing is settled
     EARLY: tl.constexpr,
 ):
@@ -141,13 +153,19 @@ def _scan_kernel(
     q_at = q_ptr + flat_row[:, None] * q_row_stride + head[:, None] * q_head_stride + dims[None, :]
     if EARLY:
         if FIRST_TILES == 0:
+            for early in tl.static_range(EARLY_TILES):
+                hinted = _page_before_the_wait(
+                    table_row, seq_lens_ptr + seq, split + early * splits, max_blocks, num_pages, TOKENS
+                )
+                _ask_for_tile(k_ptr + hinted.to(tl.int64) * k_page_stride, hinted >= 0, TOKENS, DIM)
             tl.extra.cuda.gdc_wait()
             tl.extra.cuda.gdc_launch_dependents()
     # What needs no length is asked for together with it.
     if FIRST_TILES == 0:
-        q = tl.trans(half_of_bits(tl.load(q_at, mask=real[:, None], other=0.0), QUERY_CODE))  # [DIM, columns]
-    nth = tl.arange(0, AHEAD)
-    pages = tl.load(table_row + split + nth * splits, mask=split + nth * splits < max_blocks, other=0)
+        q_bits = tl.load(q_at, mask=real[:, None], other=0.0)
+    if AHEAD > 0:
+        nth = tl.arange(0, AHEAD)
+        pages = tl.load(table_row + split + nth * splits, mask=split + nth * splits < max_blocks, other=0)
     seq_len = tl.load(seq_lens_ptr + seq)
     num_blocks = (seq_len + TOKENS - 1) // TOKENS
     visible = tl.maximum(seq_len - query_len + row + 1, 0)  # [columns], keys that the column sees
@@ -161,28 +179,68 @@ def _scan_kernel(
             tl.extra.cuda.gdc_wait()
             tl.extra.cuda.gdc_launch_dependents()
         q = half_of_bits(tl.zeros((DIM, HEAD_TILE * QUERY_TILE), q_ptr.dtype.element_ty), QUERY_CODE)
+    else:
+        q = tl.trans(half_of_bits(q_bits, QUERY_CODE))  # [DIM, columns]
     keys_at = keys_ptr + (flat_row * HEADS + head) * keys_stride
     k_offsets = token[:, None] * k_token_stride + dims[None, :]
-    for begin in tl.range(0, count, AHEAD, num_stages=1):
-        # Which pages, before the loop: inside it, each tile would wait for its page's number.
-        if begin != 0:
-            blocks = split + (begin + nth) * splits
-            pages = tl.load(table_row + blocks, mask=blocks < max_blocks, other=0)
-        for step in tl.range(0, tl.minimum(AHEAD, count - begin)):
-            block = split + (begin + step) * splits
-            page = tl.sum(tl.where(nth == step, pages, 0), axis=0)
+    if AHEAD == 0:
+        for block in tl.range(split, num_blocks, splits):
+            page = tl.load(table_row + block)
             if REQUESTS:
                 k = half_of_bits(tl.reshape(tiles.load([page, 0, 0]), (TOKENS, DIM)), KEY_CODE)
             else:
                 k = half_of_bits(tl.load(k_ptr + page.to(tl.int64) * k_page_stride + k_offsets), KEY_CODE)
-            if FIRST_TILES > 0:
-                # Inside the loop, since its pipeline has asked for the first tiles in front of it.
-                if begin + step == 0:
-                    tl.extra.cuda.gdc_wait()
-                    tl.extra.cuda.gdc_launch_dependents()
-                    q = tl.trans(half_of_bits(tl.load(q_at, mask=real[:, None], other=0.0), QUERY_CODE))
             key = _block_keys(k, q, block, visible, visible_blocks, init_blocks, local_blocks, TOKENS)
             tl.store(keys_at + block, key, mask=real & (block < visible_blocks))
+    else:
+        for begin in tl.range(0, count, AHEAD, num_stages=1):
+            # Which pages, before the loop: inside it, each tile would wait for its page's number.
+            if begin != 0:
+                blocks = split + (begin + nth) * splits
+                pages = tl.load(table_row + blocks, mask=blocks < max_blocks, other=0)
+            for step in tl.range(0, tl.minimum(AHEAD, count - begin)):
+                block = split + (begin + step) * splits
+                page = tl.sum(tl.where(nth == step, pages, 0), axis=0)
+                if REQUESTS:
+                    k = half_of_bits(tl.reshape(tiles.load([page, 0, 0]), (TOKENS, DIM)), KEY_CODE)
+                else:
+                    k = half_of_bits(tl.load(k_ptr + page.to(tl.int64) * k_page_stride + k_offsets), KEY_CODE)
+                if FIRST_TILES > 0:
+                    # Inside the loop, since its pipeline has asked for the first tiles in front of it.
+                    if begin + step == 0:
+                        tl.extra.cuda.gdc_wait()
+                        tl.extra.cuda.gdc_launch_dependents()
+                        q = tl.trans(half_of_bits(tl.load(q_at, mask=real[:, None], other=0.0), QUERY_CODE))
+                key = _block_keys(k, q, block, visible, visible_blocks, init_blocks, local_blocks, TOKENS)
+                tl.store(keys_at + block, key, mask=real & (block < visible_blocks))
+
+
+@triton.jit
+def _page_before_the_wait(table_row, seq_len_ptr, block, max_blocks, num_pages, TOKENS: tl.constexpr):
+    """The block's page, or -1: perhaps an old one, but a page that there is. It must decide nothing but a hint."""
+    num_blocks = (tl.load(seq_len_ptr, cache_modifier=".cg") + TOKENS - 1) // TOKENS
+    live = block < tl.minimum(num_blocks, max_blocks)
+    page = tl.load(table_row + block, mask=live, other=-1, cache_modifier=".cg")
+    return tl.where(page < num_pages, page, -1)
+
+
+@triton.jit
+def _ask_for_tile(at, wanted, TOKENS: tl.constexpr, DIM: tl.constexpr):
+    """Have the second-level cache fetch TOKENS * DIM elements in one piece from this address, if wanted.
+
+    The instruction takes one address a warp, and lanes that differ would be served in turns, each a few dozen cycles:
+    so the 32 lanes of a warp ask for the same 32 tokens, which is done once.
+    """
+    BYTES: tl.constexpr = 32 * DIM * at.dtype.element_ty.primitive_bitwidth // 8
+    part = tl.arange(0, TOKENS) // 32
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $3; mov.u32 $0, 0; }",
+        "=r,l,r,r",
+        [(at + part * (32 * DIM)).to(tl.int64), wanted.to(tl.int32), BYTES],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit

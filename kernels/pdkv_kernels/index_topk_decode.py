@@ -88,17 +88,36 @@ def index_topk_decode_into(
 
 
 def scan_plan(batch: DecodeBatch, index_q: Tensor, index_k: Tensor) -> ScanPlan:
-    """By shapes alone, measured on an H200.
-
-    Programs fill the multiprocessors exactly, and their tiles the memory that threads share: where the next scan's
-    programs found room beside this one's, some multiprocessors would hold more of them than others, and be the last.
-    """
+    """By shapes alone, measured on an H200."""
+    is_small = index_k.element_size() == 1
+    # Eight columns are enough for Hopper's larger matrix instructions, which hold one more tile.
     is_wide = triton.next_power_of_2(index_q.shape[1]) * triton.next_power_of_2(batch.query_len) >= 8
-    if index_k.element_size() == 1:
+    if not batch.settled and not is_wide:
+        return _unsettled_plan(batch.num_seqs, index_k.element_size())
+    # Programs fill the multiprocessors exactly, and their tiles the memory that threads share: where the next scan's
+    # programs found room beside this one's, some multiprocessors would hold more of them than others, and be the last.
+    if is_small:
         programs, stages = 4, 3 if is_wide else 4
-    elif is_wide:  # Hopper's larger matrix instructions, which hold one more tile
+    elif is_wide:
         programs, stages = 2, 3
     else:
         programs, stages = (3, 3) if batch.num_seqs <= 16 else (2, 4)
     splits = max(1, programs * _MULTIPROCESSORS // batch.num_seqs)
     return ScanPlan(splits - splits % 4 if splits > 8 else splits, 4, stages)
+
+
+def _unsettled_plan(num_seqs: int, key_bytes: int) -> ScanPlan:
+    """For this many sequences and bytes of a key's element.
+
+    About four programs on each multiprocessor were best. One sequence is short work: its programs fill the
+    multiprocessors exactly, each with three tiles in flight. Many short sequences fill them with eight, if registers
+    let them; short tiles gain most by pages that are known beforehand, long ones by being asked for in one piece.
+    """
+    if num_seqs == 1:
+        return ScanPlan(528 if key_bytes == 1 else 264, 4, 4, ahead=16, early_tiles=1, requests=False)
+    if num_seqs > 128 and key_bytes == 1:
+        return ScanPlan(max(2, 1024 // num_seqs), 4, 3, ahead=0, early_tiles=1, requests=False, registers=64)
+    splits = 1 << (max(2, 512 // num_seqs).bit_length() - 1)
+    if key_bytes == 1:
+        return ScanPlan(splits, 4, 3, ahead=16, early_tiles=1, requests=False)
+    return ScanPlan(splits, 4, 3, ahead=0, requests=key_bytes == 2)

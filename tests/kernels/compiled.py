@@ -36,8 +36,9 @@ _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuo
 _MEMORY = re.compile(r"\b(LDG|STG|LD|ST|LDGSTS|ATOMG?|RED|UBLKCP|UTMALDG)\b")
 _WRITE = re.compile(r"\b(STG|ST|ATOMG?|RED|UTMASTG)\b")
 _WAIT = "ACQBULK"
-SETTLED = {"index_scan._scan_kernel"}
-"""Kernels that read memory before their turn, where it is promised to be settled. None writes any before it."""
+HINTING = {"index_scan._scan_kernel"}
+"""Kernels that read memory before their turn: only to hint to the cache, from numbers that they read again in it, or
+where it is promised to be settled. None writes any before it."""
 _MOST_PROGRAMS = 65_535
 """Of a grid, in its second and third dimension."""
 

@@ -5,7 +5,7 @@ Other devices and all of production's shapes: tests/long/test_compiles.py.
 
 import pytest
 
-from tests.kernels.compiled import SETTLED, TARGETS, compiled, launched_kernels
+from tests.kernels.compiled import HINTING, TARGETS, compiled, launched_kernels
 
 
 @pytest.mark.timeout(900)  # a minute of a quiet machine
@@ -14,7 +14,7 @@ def test_every_kernel_compiles_fits_and_waits_its_turn() -> None:
     assert [one for one in found if one.error] == []
     assert {one.kernel for one in found} == launched_kernels(), "a kernel without a case in launch_cases.BRIEF"
     assert [one for one in found if one.shared > TARGETS["sm_90"][1]] == []
-    early = [one for one in found if one.early and not (one.kernel in SETTLED and "unsettled" not in one.case)]
+    early = [one for one in found if one.early and one.kernel not in HINTING]
     assert early == [], "memory is touched before the kernel in front has ended"
     assert [one for one in found if one.early_writes] == []
     assert {one.kernel for one in found if one.chained} >= {

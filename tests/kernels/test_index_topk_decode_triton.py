@@ -127,6 +127,8 @@ def test_real_dimensions(device: str, dtype: torch.dtype, heads: int, query_len:
         ScanPlan(1, 4, 2),
         ScanPlan(2, 8, 4, ahead=4),
         ScanPlan(1, 4, 8),
+        ScanPlan(3, 4, 3, ahead=2, early_tiles=2, requests=False),
+        ScanPlan(4, 4, 3, early_tiles=1, requests=False, registers=64),
     ],
 )
 def test_every_way_to_scan_chooses_the_same(device: str, dtype: torch.dtype, settled: bool, plan: ScanPlan):
@@ -332,11 +334,12 @@ def test_the_steps_own_keys_and_queries_may_come_from_the_kernel_in_front(dtype:
     kept, kept_q = bits[pages, tokens].clone(), case.index_q.clone()
     settled, out = told_settled(case), torch.empty_like(expected, device="cuda")
     space = IndexWorkspace(*case.index_q.shape[:2], case.batch.page_table.shape[1], "cuda")
-    graph = in_a_graph(
+    calls = [  # kept: they own what the graph reads
         write_late(keys, kept, offsets),
         write_late(case.index_q, kept_q, [0]),
         lambda: index_topk_decode_into(out, case.index_q, keys, settled.batch, rule, space),
-    )
+    ]
+    graph = in_a_graph(*calls)
     for _ in range(5):
         bits[pages, tokens] = 0
         case.index_q.view(torch.uint8).zero_()
@@ -359,12 +362,13 @@ def test_without_the_promise_lengths_tables_and_keys_may_come_from_the_kernel_in
     bits = keys.view(torch.int16 if dtype.itemsize == 2 else torch.uint8)
     kept = bits[pages].clone()
     assert not case.batch.settled
-    graph = in_a_graph(
+    calls = [  # kept: they own what the graph reads
         write_late(keys, kept, (pages * keys.stride(0) * dtype.itemsize).tolist()),
         write_late(table, table.clone(), [0]),
         write_late(lens, lens.clone(), [0]),
         lambda: index_topk_decode_into(out, case.index_q, keys, case.batch, rule, space),
-    )
+    ]
+    graph = in_a_graph(*calls)
     for _ in range(5):
         bits[pages] = 0
         table.fill_(pages[0])

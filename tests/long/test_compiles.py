@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
-from tests.kernels.compiled import SETTLED, TARGETS, Compiled, compiled, launched_kernels
+from tests.kernels.compiled import HINTING, TARGETS, Compiled, compiled, launched_kernels
 
 pytestmark = pytest.mark.timeout(7200)
 _SPILLS = {
@@ -36,7 +36,7 @@ def test_everything_launched_compiles_and_fits(target: str, found: dict[str, Fut
     assert [one for one in made if one.error] == []
     assert {one.kernel for one in made} == launched_kernels(), "a kernel without a case in launch_cases.cases"
     assert [one for one in made if one.shared > TARGETS[target][1]] == []
-    early = [one for one in made if one.early and not (one.kernel in SETTLED and "unsettled" not in one.case)]
+    early = [one for one in made if one.early and one.kernel not in HINTING]
     assert early == [], "memory is touched before the kernel in front has ended"
     assert [one for one in made if one.early_writes] == []
 
