@@ -5,7 +5,8 @@
           anything that goes wrong once pages are granted: FAILING (pages stay until D lets go or the lease ends)
 
 An idle engine may begin before Acquire is here. What it has by then, and has done, is told in answer to Acquire, and
-not before; until then nobody may read its pages, so they come back at once when the transfer ends.
+not before; until then nobody may read its pages, so they come back at once when the transfer ends, or when Acquire is
+not here within a lease's time: then the engine begins anew if it comes later.
 
 A session that has ended stays as a tombstone for a while and answers late messages with how it ended.
 """
@@ -74,6 +75,8 @@ class PrefillSession:
         self._num_tokens: int | None = None
         self._early: Granted | None = None
         """Of pages that the engine took before Acquire."""
+        self._acquire_by: float | None = None
+        """Until when it keeps them."""
         self._done: Done | None = None
         self._watermark = [0] * len(policy.layer_groups)
         self._deadline: float | None = None
@@ -116,6 +119,8 @@ class PrefillSession:
                 times.append(self._deadline)
             if self.state is PrefillState.WAITING_REQUEST:
                 times.append(self._request_by)
+            elif self.state is PrefillState.WAITING_ACQUIRE:
+                times.append(self._acquire_by)
         return min((t for t in times if t is not None), default=None)
 
     def forgettable(self, now: float) -> bool:
@@ -138,6 +143,10 @@ class PrefillSession:
                 self._refuse(FailureCode.UNKNOWN_TRANSFER, "no request came for this transfer", now)
             elif self._deadline is not None and now >= self._deadline:
                 self._fail(FailureCode.DEADLINE, "the request's deadline has passed", now)
+            elif (
+                self.state is PrefillState.WAITING_ACQUIRE and self._acquire_by is not None and now >= self._acquire_by
+            ):
+                self._take_back()
         if self._owed.due is not None and now >= self._owed.due:
             self._acknowledge()
         for copy in self._outbox.due(now):
@@ -185,6 +194,13 @@ class PrefillSession:
             self._grant(granted, now)
         else:
             self._early = granted
+            self._acquire_by = now + self._policy.lease.ttl_s
+
+    def _take_back(self) -> None:
+        """D may never ask, and no lease ends what nobody has acquired."""
+        self._early = self._acquire_by = self._done = None
+        self._watermark = [0] * len(self._watermark)
+        self._out.append(FreePages())
 
     def _grant(self, granted: Granted, now: float) -> None:
         """From here on D may read; what is done already it may read at once."""

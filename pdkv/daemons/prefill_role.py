@@ -50,6 +50,8 @@ class PrefillRole(Role):
         """Whose requests the engine has."""
         self._early: TransferId | None = None
         """One of them that the agent has not asked for yet."""
+        self._early_done = False
+        """It is computed. Its job stays, so that whoever gives up is heard."""
         self._scored: dict[TransferId, list[PromptLogprobs]] = {}
         """Of prompts that are being computed and scored."""
 
@@ -60,7 +62,7 @@ class PrefillRole(Role):
                 self._jobs[transfer] = message
                 self._parts.post(ExpectTransfer(transfer, len(message.prompt), message.deadline_s))
                 if self._may_begin(transfer, len(message.prompt)):
-                    self._early = transfer
+                    self._early, self._early_done = transfer, False
                     self._begin(transfer, message)
             case AbortJob(transfer=raw):
                 self._parts.post(AbandonTransfer(TransferId(raw), FailureCode.CANCELLED, "the router gave up"))
@@ -71,6 +73,8 @@ class PrefillRole(Role):
         match event:
             case PrefillWanted(transfer=transfer) if transfer == self._early:
                 self._early = None
+                if self._early_done:
+                    self._tell_finished(transfer)
             case PrefillWanted(transfer=transfer):
                 self._start(transfer)
             case PagesFreed(transfer=transfer):
@@ -98,8 +102,10 @@ class PrefillRole(Role):
                     self._scored[transfer].append(logprobs)
                 case PrefillFinished():
                     self._parts.post(self._finished(event))
-                    if self._jobs.pop(transfer, None) is not None:
-                        self._parts.send(JobFinished(transfer, "prefilled"))
+                    if transfer == self._early:
+                        self._early_done = True
+                    else:
+                        self._tell_finished(transfer)
                 case RequestRefused(message=message, never=never):
                     self._refuse(transfer, message, never=never)
                 case _:
@@ -145,6 +151,10 @@ class PrefillRole(Role):
         if transfer == self._early:
             self._early = None
         self._parts.engine.release(RequestId(transfer))
+
+    def _tell_finished(self, transfer: TransferId) -> None:
+        if self._jobs.pop(transfer, None) is not None:
+            self._parts.send(JobFinished(transfer, "prefilled"))
 
     def _finished(self, event: PrefillFinished) -> FinishPrefill:
         transfer = TransferId(event.id)

@@ -112,6 +112,8 @@ class Simulation:
     freed: int = 0
     prefill_dead: bool = False
     has_begun: bool = False
+    attempt: int = 0
+    """How often pages that nobody acquired were taken back."""
     is_wanted: bool = False
     """P's session has told its engine to compute."""
     let_go: bool = False
@@ -241,6 +243,10 @@ class Simulation:
                     assert not self.is_wanted, "wanted twice"
                     self.is_wanted = True
                     self.begin()
+                case FreePages() if not self.is_wanted and not any(isinstance(one, Report) for one in instructions):
+                    self.owned.clear()
+                    self.has_begun = False
+                    self.attempt += 1
                 case FreePages():
                     assert not self.freed, "freed twice"
                     self.freed += 1
@@ -272,7 +278,12 @@ class Simulation:
     def begin(self) -> None:
         if not self.has_begun:
             self.has_begun = True
-            self.at(self.random.uniform(0, 0.1), self.reserve)
+            self.compute_in(self.random.uniform(0, 0.1), self.reserve)
+
+    def compute_in(self, delay: float, act: Callable[[], None]) -> None:
+        """Unless the pages are taken back until then."""
+        attempt = self.attempt
+        self.at(delay, lambda: act() if attempt == self.attempt else None)
 
     def reserve(self) -> None:
         if not self.computes:
@@ -282,7 +293,7 @@ class Simulation:
         cached = self.world.cached_tokens
         self.written = [cached] * len(self.written)
         self.to_prefill(PagesReserved(pages, cached))
-        self.at(self.world.chunk_time, lambda: self.compute(cached + self.world.chunk))
+        self.compute_in(self.world.chunk_time, lambda: self.compute(cached + self.world.chunk))
 
     def compute(self, tokens: int) -> None:
         """A chunk's first layer group is written: tell, if it is told of, and go on with the next."""
@@ -299,7 +310,7 @@ class Simulation:
         self.to_prefill(Progressed(tokens, group + 1))
         if group + 1 < len(self.written):
             step = self.world.chunk_time / len(self.written)
-            self.at(step, lambda: self.compute_group(tokens, group + 1))
+            self.compute_in(step, lambda: self.compute_group(tokens, group + 1))
         else:
             self.end_chunk(tokens)
 
@@ -310,9 +321,9 @@ class Simulation:
         self.written = [tokens] * len(self.written)
         self.to_prefill(Progressed(tokens))
         if tokens == self.world.num_tokens:
-            self.at(self.world.sampling_time, lambda: self.to_prefill(PrefillEnded(7, -0.5, b"more")))
+            self.compute_in(self.world.sampling_time, lambda: self.to_prefill(PrefillEnded(7, -0.5, b"more")))
         else:
-            self.at(self.world.chunk_time, lambda: self.compute(tokens + self.world.chunk))
+            self.compute_in(self.world.chunk_time, lambda: self.compute(tokens + self.world.chunk))
 
     def kill_prefill(self) -> None:
         self.prefill_dead = True

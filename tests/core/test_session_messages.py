@@ -142,7 +142,22 @@ def test_what_was_done_before_acquire_came_is_told_at_once() -> None:
 def test_pages_that_were_never_granted_come_back_as_soon_as_the_transfer_ends() -> None:
     given_up = begun_early().handle(LocalFailure(FailureCode.CANCELLED, "the router gave up"), 1.0)
     assert [type(one) for one in given_up] == [FreePages, Report]
+    session = PrefillSession(POLICY)
+    session.handle(RequestArrived(TOKENS, 1.0), 0.0)
+    session.handle(PagesReserved((4,), 0), 0.0)
+    assert session.next_wakeup() == 1.0
+    assert [type(one) for one in session.handle(Tick(), 1.0)] == [FreePages, Report]
+
+
+def test_pages_that_nobody_acquires_come_back_within_a_lease_and_what_began_begins_anew() -> None:
+    """A decode worker may fail before it asks: its probe did, and pages stayed until the request's deadline."""
     session = begun_early()
-    deadline = session.next_wakeup()
-    assert deadline == 60.0
-    assert [type(one) for one in session.handle(Tick(), deadline)] == [FreePages, Report]
+    session.handle(Progressed(64, None), 0.0)
+    due = session.next_wakeup()
+    assert due == POLICY.lease.ttl_s
+    assert [type(one) for one in session.handle(Tick(), due)] == [FreePages]
+    assert session.handle(PrefillEnded(5, -0.5, b""), due) == []  # was under way
+    assert session.next_wakeup() == 60.0
+    acquired = session.handle(MessageArrived(7, Acquire(10.0)), due)
+    assert [type(one) for one in acquired] == [StartPrefill]
+    assert sent(session.handle(PagesReserved((5,), 0), due)) == [Ack(7), Granted((5,), TOKENS, 0)]
