@@ -22,6 +22,8 @@ from pdkv.daemons.worker_pool import Pair
 
 _DECODE_REFUSAL_S = 0.5
 """D's own refusal of a request is waited for this long after P's, because D's says more."""
+_PREFILL_END_S = 5.0
+"""In which P's answer must end once D's has: both are told of the end of the same transfer, by ways of their own."""
 _log = structlog.get_logger(__name__)
 
 
@@ -48,6 +50,7 @@ class Upstream:
     def __init__(self, decode: WorkerAnswer, prefill: asyncio.Task[WorkerAnswer]) -> None:
         self.decode = decode
         self._prefill = prefill
+        self._is_complete = False
 
     @property
     def is_stream(self) -> bool:
@@ -56,14 +59,27 @@ class Upstream:
     async def read(self) -> bytes:
         """The whole body. Raises AttemptFailedError when D's connection breaks on the way."""
         try:
-            return await self.decode.read()
+            body = await self.decode.read()
         except WorkerLostError as exc:
             raise _lost("decode", exc) from exc
+        if self.decode.status == 200:
+            self.complete()
+        return body
+
+    def complete(self) -> None:
+        """D has answered in full: so P has computed, and its answer is here or on its way."""
+        self._is_complete = True
 
     async def close(self) -> None:
-        """Drop both connections; a worker that is still at the request hears of it and ends the job."""
-        self._prefill.cancel()
-        await asyncio.gather(self._prefill, return_exceptions=True)
+        """Drop both connections; a worker that is still at the request hears of it and ends the job.
+
+        Of a request that is complete P's answer is read to its end by and by, so that the next one finds a connection.
+        """
+        if self._is_complete:
+            _let_end(self._prefill)
+        else:
+            self._prefill.cancel()
+            await asyncio.gather(self._prefill, return_exceptions=True)
         self.decode.close()
 
 
@@ -103,6 +119,18 @@ async def attempt(
         await _drop(decode, prefill)
         raise
     return Upstream(answer, prefill)
+
+
+def _let_end(request: asyncio.Task[WorkerAnswer]) -> None:
+    """Nobody waits for it. Until it has ended the timer holds it, and ends it if need be."""
+    timer = asyncio.get_running_loop().call_later(_PREFILL_END_S, request.cancel)
+
+    def ended(request: asyncio.Task[WorkerAnswer]) -> None:
+        timer.cancel()
+        if not request.cancelled():
+            request.exception()  # or asyncio logs that nobody asked for it
+
+    request.add_done_callback(ended)
 
 
 async def _drop(*requests: asyncio.Task[WorkerAnswer]) -> None:

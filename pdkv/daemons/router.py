@@ -192,7 +192,9 @@ class Router:
                     yield events + end
             if last.startswith(b'data: {"error"'):
                 note_failure("upstream")
-            elif last != openai_api.END_OF_STREAM.strip():
+            elif last == openai_api.END_OF_STREAM.strip():
+                upstream.complete()
+            else:
                 error = _broken("it ended without [DONE]")
         except WorkerLostError as exc:
             error = _broken(str(exc))

@@ -5,12 +5,14 @@ import os
 import signal
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import openai
 import pytest
 
 from tests.daemons.conftest import Daemon, Fleet, wait_until
+from tests.daemons.held_way import held_way
 from tests.daemons.scripted_engine import FIRST_NODE, Script
 from tests.http import HTTP
 
@@ -114,6 +116,30 @@ def test_a_client_that_goes_away_frees_both_workers(
     with pytest.raises(httpx.ReadTimeout):
         HTTP.post(router.url + "/v1/completions", json=_body(script), timeout=0.5)
     wait_until(lambda: _idle(decode, prefill))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prefill_answer_that_comes_after_all_of_decodes_leaves_its_connection_for_the_next_request(
+    fleet: Fleet, decode: Daemon, prefill: Daemon, *, stream: bool
+) -> None:
+    with held_way(prefill.url) as way:
+        router = fleet.router([SimpleNamespace(url=way.url)], [decode])
+        for _ in range(3):
+            way.let_go.clear()
+            assert _ask(router, stream=stream).status_code == 200
+            way.let_go.set()
+            wait_until(lambda: _idle(decode, prefill))
+        answered = 'upstream_responses_total{role="router",status="2xx",upstream="prefill"} 3'
+        wait_until(lambda: way.num_dropped or answered in HTTP.get(router.admin + "/metrics").text)
+        assert (way.num_posts, way.num_dropped) == (3, 0)
+
+
+def test_a_prefill_whose_request_decode_refuses_is_dropped(fleet: Fleet, decode: Daemon, prefill: Daemon) -> None:
+    with held_way(prefill.url) as way:
+        router = fleet.router([SimpleNamespace(url=way.url)], [decode])
+        assert _ask(router, Script.FULL).status_code == 503
+        wait_until(lambda: way.num_dropped > 0)
+        wait_until(lambda: _idle(prefill))
 
 
 def test_a_failed_prefill_cancels_decode_and_ends_in_its_error(router: Daemon, decode: Daemon) -> None:
