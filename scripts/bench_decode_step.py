@@ -57,6 +57,13 @@ from pdkv.verify.m3_shapes import config, write_config
 
 _T = TypeVar("_T")
 _GREEDY = SamplingParams()
+_WAYS = {
+    "no": (Sampling(), 0),
+    "temperature": (Sampling(0.8, 7), 0),
+    "top_p": (Sampling(0.8, 7, 0.95), 0),
+    "top_logprobs": (Sampling(0.8, 7, 0.95), 5),
+}
+"""How tokens are chosen, and how many likeliest are told of."""
 _NUM_TOKENS = 128
 """Tokens of prompts are less: every model here has so many."""
 _WARM = 5
@@ -267,7 +274,7 @@ class _Worker:
 
     def graph_ms(self) -> float:
         assert self._graphs is not None
-        return _graph_ms(self._graphs)
+        return _graph_ms(self._graphs, draws=self._options.sampled != "no")
 
     def close(self) -> None:
         self._link.end()
@@ -279,7 +286,8 @@ class _Worker:
         length = self._options.context - number * 37 % 128  # so that not all begin their pages in one step
         prompt = [number // _NUM_TOKENS, number % _NUM_TOKENS, *(i % _NUM_TOKENS for i in range(length - 2))]
         id_ = TransferId(number.to_bytes(16, "big"))
-        job = DecodeJob(id_, prompt, max_tokens, Sampling(), True, "", 0, 1e9)
+        sampling, num_top = _WAYS[self._options.sampled]
+        job = DecodeJob(id_, prompt, max_tokens, sampling, True, "", 0, 1e9, num_top)
         self._role.on_front(job, time.monotonic())
         start = self._asked.pop()
         assert isinstance(start, StartTransfer), "every job has room"
@@ -304,6 +312,7 @@ class _Worker:
                 side.ended = _Watched(side.ended, synchronize=clock.of_device(side.ended.synchronize))  # type: ignore[assignment]
         if graphs._sides[0].ended is None:
             graphs._compute = functools.cache(graphs._compute)  # type: ignore[method-assign]
+            graphs._draw = functools.cache(graphs._draw)  # type: ignore[method-assign]
         scheduler.schedule = clock.timed("schedule", scheduler.schedule)  # type: ignore[method-assign]
         scheduler.complete = clock.timed("account", scheduler.complete)  # type: ignore[method-assign]
         graphs._computed = clock.timed("graph", graphs._computed)  # type: ignore[method-assign]
@@ -353,16 +362,18 @@ def _median(step: Callable[[], object], count: int) -> float:
     return statistics.median(times[3:])
 
 
-def _graph_ms(graphs: DecodeGraphs) -> float:
-    """Of the only graph, replayed on and on, at the same tokens."""
+def _graph_ms(graphs: DecodeGraphs, *, draws: bool = False) -> float:
+    """Of the only shape's graph, and of what it draws, replayed on and on, at the same tokens."""
     graphs._buffers.numbers[:, :, GROWS] = 0
-    ((graph, _),) = graphs._graphs.values()
+    (found,) = graphs._graphs.values()
     times = []
     for _ in range(12):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         for _ in range(3):
-            graph.replay()
+            found.step.replay()
+            if draws and found.draws is not None:
+                found.draws.replay()
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end) / 3)
@@ -379,6 +390,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--query-lens", type=int, nargs="*", default=[1, 4], help="rows of each; none: workers only")
     parser.add_argument("--steps", type=int, default=60, help="of a worker, that count")
     parser.add_argument("--churn", type=int, default=0, help="steps after which one request goes and another comes")
+    parser.add_argument("--sampled", choices=list(_WAYS), default="no", help="what a worker's requests ask for")
     parser.add_argument("--kv-dtype", default="fp8")
     parser.add_argument("--index-dtype", default="fp8")
     return parser.parse_args()

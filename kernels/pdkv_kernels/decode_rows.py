@@ -1,6 +1,6 @@
-"""The first and the last kernel of a decode step: its rows from what the host says of them, and what it has chosen.
+"""The first and the last kernels of a decode step: its rows from what the host says of them, and what it has chosen.
 
-Both read or write the host's pinned memory themselves, so a step that is one graph takes no copy beside it, whoever
+They read or write the host's pinned memory themselves, so a step that is one graph takes no copy beside it, whoever
 comes or goes. See ``decode_rows_ref`` for what they mean.
 """
 
@@ -10,12 +10,14 @@ import triton.language as tl
 from torch import Tensor
 
 from pdkv_kernels.decode_rows_ref import BEHIND, END, GROWS, PAGES, START, TOKENS, RowBuffers, RowInputs
+from pdkv_kernels.draw_ref import ASKED, NUM_TOP, TEMPERATURE
 
 _PAGES_AT_ONCE = 1024
 _CHOICES_AT_ONCE = 1024
 _COLUMNS = (tl.constexpr(END), tl.constexpr(START), tl.constexpr(BEHIND), tl.constexpr(GROWS), tl.constexpr(PAGES))
 _END, _START, _BEHIND, _GROWS, _PAGES = _COLUMNS
 _TOKENS = tl.constexpr(TOKENS)
+_ASKED, _TEMPERATURE, _NUM_TOP = tl.constexpr(ASKED), tl.constexpr(TEMPERATURE), tl.constexpr(NUM_TOP)
 
 
 def begin_rows(buffers: RowBuffers, batch: int, query_len: int) -> RowInputs:
@@ -27,10 +29,12 @@ def begin_rows(buffers: RowBuffers, batch: int, query_len: int) -> RowInputs:
         torch.empty(batch * query_len, dtype=torch.int64, device=device),
         torch.empty(batch, dtype=torch.int32, device=device),
         torch.empty(batch, dtype=torch.int32, device=device),
+        torch.empty(batch, ASKED, dtype=torch.int64, device=device),
     )
     _begin[(batch,)](
-        buffers.said_at, buffers.said, buffers.said_pages, buffers.step, buffers.numbers, buffers.tables, buffers.last,
-        found.token_ids, found.positions, found.context_lens, found.stored_from,
+        buffers.said_at, buffers.said, buffers.said_pages, buffers.said_asked, buffers.step,
+        buffers.numbers, buffers.asked, buffers.tables, buffers.last,
+        found.token_ids, found.positions, found.context_lens, found.stored_from, found.asked,
         most, width, buffers.tables.shape[1],
         QUERY_LEN=query_len, TOKENS_AT_ONCE=triton.next_power_of_2(query_len), PAGES_AT_ONCE=_PAGES_AT_ONCE,
         num_warps=4,
@@ -47,10 +51,22 @@ def end_rows(buffers: RowBuffers, chosen: Tensor, batch: int, query_len: int) ->
     )  # fmt: skip
 
 
+def retell_rows(buffers: RowBuffers, chosen: Tensor, tops: Tensor, asked: Tensor) -> None:
+    """``retell_rows_ref``; host tensors must be pinned."""
+    batch, _, most_top = tops.shape
+    assert chosen.is_contiguous()
+    assert tops.is_contiguous()
+    _retell[(batch,)](
+        buffers.told, buffers.told_tops, buffers.step, buffers.last, chosen, tops, asked, batch,
+        buffers.told.shape[2], buffers.told_tops.shape[1], most_top,
+        WIDTH=triton.next_power_of_2(2 * most_top), num_warps=1,
+    )  # fmt: skip
+
+
 @triton.jit
 def _begin(
-    said_at, said, said_pages, step_number, numbers, tables, last, token_ids, positions, context_lens, stored_from,
-    most, width, max_blocks,
+    said_at, said, said_pages, said_asked, step_number, numbers, asked, tables, last,
+    token_ids, positions, context_lens, stored_from, asked_now, most, width, max_blocks,
     QUERY_LEN: tl.constexpr, TOKENS_AT_ONCE: tl.constexpr, PAGES_AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
@@ -60,7 +76,8 @@ def _begin(
     line = said + (half * most + row) * width
     pages = tl.load(line + _PAGES, mask=is_said, other=0)
     is_new = is_said & (pages >= 0)
-    own = numbers + (half * most + tl.where(pages < 0, -1 - pages, row)) * _PAGES
+    source = half * most + tl.where(pages < 0, -1 - pages, row)
+    own = numbers + source * _PAGES
     end = tl.where(is_new, tl.load(line + _END, mask=is_new, other=0), tl.load(own + _END))
     start = tl.where(is_new, tl.load(line + _START, mask=is_new, other=0), tl.load(own + _START))
     behind = tl.where(is_new, tl.load(line + _BEHIND, mask=is_new, other=0), tl.load(own + _BEHIND))
@@ -79,6 +96,11 @@ def _begin(
     tl.store(after + _START, start + grows)
     tl.store(after + _BEHIND, row)
     tl.store(after + _GROWS, grows)
+    nth = tl.arange(0, _ASKED)
+    news = tl.load(said_asked + (half * most + row) * _ASKED + nth, mask=is_new, other=0)
+    asks = tl.where(is_new, news, tl.load(asked + source * _ASKED + nth))
+    tl.store(asked_now + row * _ASKED + nth, asks)
+    tl.store(asked + ((1 - half) * most + row) * _ASKED + nth, asks)
     table = tables + row.to(tl.int64) * max_blocks
     says = said_pages + (half * most + row).to(tl.int64) * max_blocks
     for first in range(0, tl.maximum(pages, 0), PAGES_AT_ONCE):
@@ -105,3 +127,21 @@ def _end(
         tl.store(last + row // QUERY_LEN, tl.load(chosen + row, mask=is_last), mask=is_last)
     tl.debug_barrier()
     tl.store(step_number, step + 1)
+
+
+@triton.jit
+def _retell(
+    told, told_tops, step_number, last, chosen, tops, asked, num_rows, half_width, most, most_top, WIDTH: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0)
+    half = (tl.load(step_number) - 1) % 2
+    if tl.load(asked + row * _ASKED + _TEMPERATURE).to(tl.float64, bitcast=True) > 0.0:
+        says = told + half * 2 * half_width
+        tl.store(last + row, tl.load(chosen + row))
+        tl.store(says + row, tl.load(chosen + num_rows + row))
+        tl.store(says + half_width + row, tl.load(chosen + 2 * num_rows + row))
+    if tl.load(asked + row * _ASKED + _NUM_TOP) > 0:
+        nth = tl.arange(0, WIDTH)
+        there = nth < 2 * most_top
+        top = tl.load(tops + row * 2 * most_top + nth, mask=there)
+        tl.store(told_tops + (half * most + row) * 2 * most_top + nth, top, mask=there)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pdkv_kernels.draw_ref import NUM_TOP, TEMPERATURE
+
 END, START, BEHIND, GROWS, PAGES, TOKENS = 0, 1, 2, 3, 4, 5
 """Columns of what is said of a row: where its tokens end, from which position on they are stored, the row of the step
 before whose choice is its last token (-1: it is among its tokens), 1 (0 in the row of no sequence), how many pages are
@@ -24,11 +26,14 @@ class RowBuffers:
     said_at: Tensor  # int64 [2, most], host; the step of which the row's half says something, by its number
     said: Tensor  # int32 [2, most, TOKENS + longest], host
     said_pages: Tensor  # int32 [2, most, max_blocks], host
+    said_asked: Tensor  # int64 [2, most, ASKED], host; what is asked of a row, as ``draw_ref`` has it
     step: Tensor  # int64 [1]; number of the next step to be computed
     numbers: Tensor  # int32 [2, most, PAGES]; the first columns, as the step of that half finds them
+    asked: Tensor  # int64 [2, most, ASKED]; as the step of that half finds it
     tables: Tensor  # int32 [most, max_blocks]
     last: Tensor  # int64 [most]; what the latest step chose behind each row's last token
     told: Tensor  # int64 [2, 2, most * longest], host; what steps tell: tokens, and bits of their log-probabilities
+    told_tops: Tensor  # int64 [2, most, 2, most_top], host; as ``draw_ref`` has it, of rows of which it is asked
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,7 @@ class RowInputs:
     positions: Tensor  # int64 [batch * query_len]; negative where there is no token
     context_lens: Tensor  # int32 [batch]; tokens before the step's
     stored_from: Tensor  # int32 [batch]
+    asked: Tensor  # int64 [batch, ASKED]
 
 
 def begin_rows_ref(buffers: RowBuffers, batch: int, query_len: int) -> RowInputs:
@@ -60,6 +66,9 @@ def begin_rows_ref(buffers: RowBuffers, batch: int, query_len: int) -> RowInputs
             buffers.tables[row] = buffers.tables[-1 - count]
         else:
             buffers.tables[row, :count] = buffers.said_pages[half, row, :count].to(said.device)
+    said_asked = buffers.said_asked[half, :batch].to(said.device)
+    asked = torch.where(is_new[:, None], said_asked, buffers.asked[half, source])
+    buffers.asked[1 - half, :batch] = asked
     tokens = torch.where(is_new[:, None], said[:, TOKENS : TOKENS + query_len], 0).long()
     behind = numbers[:, BEHIND].long()
     tokens[:, -1] = torch.where(behind >= 0, buffers.last[behind.clamp(min=0)], tokens[:, -1])
@@ -70,7 +79,7 @@ def begin_rows_ref(buffers: RowBuffers, batch: int, query_len: int) -> RowInputs
     after[:, END] += numbers[:, GROWS]
     after[:, START] += numbers[:, GROWS]
     after[:, BEHIND] = own_rows.to(torch.int32)
-    return RowInputs(tokens.flatten(), positions.flatten(), ends - query_len, numbers[:, START].clone())
+    return RowInputs(tokens.flatten(), positions.flatten(), ends - query_len, numbers[:, START].clone(), asked)
 
 
 def end_rows_ref(buffers: RowBuffers, chosen: Tensor, batch: int, query_len: int) -> None:
@@ -82,3 +91,17 @@ def end_rows_ref(buffers: RowBuffers, chosen: Tensor, batch: int, query_len: int
     buffers.last[:batch] = chosen[0, query_len - 1 :: query_len]
     buffers.told[half, :, : batch * query_len].copy_(chosen[1:])
     buffers.step.add_(1)
+
+
+def retell_rows_ref(buffers: RowBuffers, chosen: Tensor, tops: Tensor, asked: Tensor) -> None:
+    """Behind ``end_rows`` of a step of one row each, keep and tell what has been drawn since, of rows that ask for it.
+
+    chosen: int64 [3, batch], as ``end_rows`` takes it; tops: int64 [batch, 2, most_top]; asked: int64 [batch, ASKED].
+    """
+    half = (int(buffers.step) - 1) % 2
+    is_drawn = asked[:, TEMPERATURE].contiguous().view(torch.float64) > 0
+    drawn = is_drawn.nonzero().flatten()
+    buffers.last[drawn] = chosen[0, drawn]
+    buffers.told[half][:, drawn.cpu()] = chosen[1:, drawn].to(buffers.told.device)
+    told = (asked[:, NUM_TOP] > 0).nonzero().flatten()
+    buffers.told_tops[half, told.cpu()] = tops[told].to(buffers.told.device)

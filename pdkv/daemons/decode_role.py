@@ -142,7 +142,7 @@ class DecodeRole(Role):
         tokens: list[TokenGenerated] = []
         others: list[RequestEvent] = []
         for event in events:
-            if isinstance(event, TokensGenerated):  # of requests that ask for nothing besides
+            if isinstance(event, TokensGenerated):
                 self._tell_group(event)
             elif isinstance(event, TokenGenerated):
                 tokens.append(event)
@@ -171,7 +171,8 @@ class DecodeRole(Role):
         if event.ids is not self._told_ids:
             self._told_ids = event.ids
             transfers = [*event.ids]
-        self._parts.send(GroupTokens(transfers, event.tokens.tobytes(), event.logprobs.tobytes()))
+        tops = (b"", b"") if event.tops is None else event.tops.pack()
+        self._parts.send(GroupTokens(transfers, event.tokens.tobytes(), event.logprobs.tobytes(), *tops))
 
     def _on_event(self, transfer: TransferId, event: RequestEvent) -> None:
         match event:

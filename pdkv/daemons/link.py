@@ -14,7 +14,7 @@ from operator import itemgetter
 
 import msgspec
 
-from pdkv.m3.logprobs import PromptLogprobs, TopLogprobs
+from pdkv.m3.logprobs import PromptLogprobs, TopLogprobs, Tops
 from pdkv.metrics import Series
 
 MAX_FRAME_BYTES = 256 << 20
@@ -252,6 +252,10 @@ class GroupTokens(msgspec.Struct, frozen=True, tag="group"):
     """By place, native integers of eight bytes; -1: none of that job."""
     logprobs: bytes
     """By place, native doubles."""
+    top_counts: bytes = b""
+    """By place, native integers of eight bytes; empty where no job asks for any."""
+    tops: bytes = b""
+    """As ``Tops.pack`` makes them."""
 
 
 class TokenReader:
@@ -270,7 +274,14 @@ class TokenReader:
         told = zip(
             self._transfers, memoryview(message.tokens).cast("q"), memoryview(message.logprobs).cast("d"), strict=True
         )
-        return (TokensOut(transfer, [token], [logprob]) for transfer, token, logprob in told if token >= 0)
+        if not message.top_counts:
+            return (TokensOut(transfer, [token], [logprob]) for transfer, token, logprob in told if token >= 0)
+        tops = Tops.unpack(message.top_counts, message.tops).each()
+        return (
+            TokensOut(transfer, [token], [logprob], [top] if top.token_ids else [])
+            for (transfer, token, logprob), top in zip(told, tops, strict=True)
+            if token >= 0
+        )
 
 
 class JobFinished(msgspec.Struct, frozen=True, tag="finished"):

@@ -1,31 +1,31 @@
 """Decode steps in fixed shapes on a GPU: captured once as CUDA graphs, replayed with whatever the buffers hold.
 
-A step is one replay and nothing else: the device takes the numbers of its sequences further by itself and has their
-tokens, its first kernel reads what the host says of those that have joined or left, and its last tells what was chosen,
-both in the host's memory. The next step may be launched before anybody has read this one's tokens.
+A step is one replay: the device takes the numbers of its sequences further by itself and has their tokens, its first
+kernel reads what the host says of those that have joined or left, and its last tells what was chosen, both in the
+host's memory. Where somebody asks for more than the likeliest token, a second graph draws behind it. The next step may
+be launched before anybody has read this one's tokens.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from pdkv_kernels.decode_rows_ref import BEHIND, PAGES, TOKENS, RowBuffers, RowInputs, begin_rows_ref, end_rows_ref
-from pdkv_kernels.greedy_ref import greedy_ref
+from pdkv_kernels.decode_rows_ref import BEHIND, PAGES, TOKENS, RowBuffers, RowInputs
+from pdkv_kernels.draw_ref import ASKED
 from torch import Tensor
 
 from pdkv.m3.attention import KvViews, StepBatch
+from pdkv.m3.choosing import kernels_for
 from pdkv.m3.decode_rows import DecodeRows, Rows, Said
+from pdkv.m3.logprobs import MAX_TOP, Tops
 from pdkv.m3.model import M3Model
 from pdkv.m3.requests import EngineSettings
 from pdkv.m3.run import Onward, Run
-from pdkv.m3.sampling import GreedyChoices, Logprobs
+from pdkv.m3.sampling import Choices, Logprobs
 
 MAX_QUERY_LEN = 8
-_ROWS_AT_ONCE = 64
-"""Rows of logits held at once inside a step."""
-
 MaybeDecodes = Sequence[Run] | Onward
 
 
@@ -51,32 +51,6 @@ class DecodeShapes:
         return cls(tuple(sorted(sizes)), tuple(sorted(query_lens)), blocks)
 
 
-class _Kernels(Protocol):
-    """What begins and ends a step: of ``decode_rows`` and ``greedy``, or their references."""
-
-    def begin(self, buffers: RowBuffers, batch: int, query_len: int, /) -> RowInputs: ...
-
-    def choose(self, out: Tensor, logits: Tensor, /) -> None: ...
-
-    def end(self, buffers: RowBuffers, chosen: Tensor, batch: int, query_len: int, /) -> None: ...
-
-
-class _References:
-    begin, choose, end = staticmethod(begin_rows_ref), staticmethod(greedy_ref), staticmethod(end_rows_ref)
-
-
-def _kernels_for(device: torch.device) -> _Kernels:
-    if device.type != "cuda":
-        return _References()
-    from pdkv_kernels import decode_rows, greedy  # noqa: PLC0415  need Triton, which a CPU goes without
-
-    class Kernels:
-        begin, choose = staticmethod(decode_rows.begin_rows), staticmethod(greedy.greedy)
-        end = staticmethod(decode_rows.end_rows)
-
-    return Kernels()
-
-
 def _row_buffers(shapes: "DecodeShapes", device: torch.device) -> RowBuffers:
     """Of rows that are nobody's."""
     most, longest, blocks = shapes.batch_sizes[-1], shapes.query_lens[-1], shapes.max_blocks
@@ -85,11 +59,14 @@ def _row_buffers(shapes: "DecodeShapes", device: torch.device) -> RowBuffers:
         said_at=torch.full((2, most), -1, dtype=torch.int64, pin_memory=pinned),
         said=torch.zeros(2, most, TOKENS + longest, dtype=torch.int32, pin_memory=pinned),
         said_pages=torch.zeros(2, most, blocks, dtype=torch.int32, pin_memory=pinned),
+        said_asked=torch.zeros(2, most, ASKED, dtype=torch.int64, pin_memory=pinned),
         step=torch.zeros(1, dtype=torch.int64, device=device),
         numbers=torch.zeros(2, most, PAGES, dtype=torch.int32, device=device),
+        asked=torch.zeros(2, most, ASKED, dtype=torch.int64, device=device),
         tables=torch.zeros(most, blocks, dtype=torch.int32, device=device),
         last=torch.zeros(most, dtype=torch.int64, device=device),
         told=torch.zeros(2, 2, most * longest, dtype=torch.int64, pin_memory=pinned),
+        told_tops=torch.zeros(2, most, 2, MAX_TOP, dtype=torch.int64, pin_memory=pinned),
     )
     buffers.numbers[:, :, BEHIND] = -1
     return buffers
@@ -99,9 +76,11 @@ class _Side:
     """What the host says to a step and reads of it. There are two: one is written while the device is at the other."""
 
     def __init__(self, buffers: RowBuffers, half: int, device: torch.device) -> None:
-        self.said = Said(buffers.said_at[half].numpy(), buffers.said[half].numpy(), buffers.said_pages[half].numpy())
+        said = buffers.said_at, buffers.said, buffers.said_pages, buffers.said_asked
+        self.said = Said(*(tensor[half].numpy() for tensor in said))
         self.tokens: Rows = buffers.told[half, 0].numpy()
         self.logprobs: Logprobs = buffers.told[half, 1].view(torch.float64).numpy()
+        self.tops = buffers.told_tops[half].numpy()
         self.ended = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self.is_in_use = False
 
@@ -127,11 +106,37 @@ class _Form(NamedTuple):
     """Of the step, one for each token of each run, in order."""
     places: Rows | slice
     """The same, as it is quicker to look up."""
+    draws: bool = False
+    """What is asked of some row is more than a greedy choice, and made behind the step."""
+    counts: Rows | None = None
+    """Of each run, how many likeliest tokens it tells; None: none of any."""
 
     @classmethod
     def of(cls, batch: int, rows: DecodeRows) -> "_Form":
         """One row of each."""
-        return cls(batch, 1, rows.index, slice(rows.count) if rows.is_in_order else rows.index)
+        places = slice(rows.count) if rows.is_in_order else rows.index
+        if not rows.draws:
+            return cls(batch, 1, rows.index, places)
+        counts = rows.counts[places].copy()
+        return cls(batch, 1, rows.index, places, draws=True, counts=counts if counts.any() else None)
+
+
+class _Made(NamedTuple):
+    """What computing a step leaves behind, until the next one is computed."""
+
+    hidden: Tensor  # [batch * query_len, hidden], as lm_head takes it
+    inputs: RowInputs
+    logits: Tensor  # [batch * query_len, vocab], of as many rows as are kept
+    chosen: Tensor  # int64 [3, batch * query_len]
+
+
+class _Graphs(NamedTuple):
+    """Of one shape."""
+
+    step: torch.cuda.CUDAGraph
+    draws: torch.cuda.CUDAGraph | None
+    """Behind it where something is drawn: of one row of each sequence."""
+    made: _Made
 
 
 class DecodeInFlight:
@@ -143,13 +148,20 @@ class DecodeInFlight:
         self._form = form
         self._hidden = hidden
 
-    def wait(self) -> GreedyChoices:
+    @property
+    def is_drawn(self) -> bool:
+        """All that runs ask for is chosen, not greedily alone."""
+        return self._form.query_len == 1
+
+    def wait(self) -> Choices:
         """The choice behind each token of each run, in order. Called once; when it returns, the step's writes into the
         cache are done."""
-        side, places = self._side, self._form.places
+        side, form = self._side, self._form
+        places = form.places
         if side.ended is not None:
             side.ended.synchronize()
-        choices = GreedyChoices(side.tokens[places].copy(), side.logprobs[places].copy())
+        tops = None if form.counts is None else Tops(form.counts, side.tops[places, :, : form.counts.max()].copy())
+        choices = Choices(side.tokens[places].copy(), side.logprobs[places].copy(), tops)
         side.is_in_use = False
         return choices
 
@@ -171,13 +183,16 @@ class DecodeGraphs:
         self._cache = cache
         self._shapes = shapes
         self._replays = replays
-        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        """With what each leaves behind: hidden [batch * query_len, hidden]."""
+        self._graphs: dict[tuple[int, int], _Graphs] = {}
         self._shapes_made: dict[tuple[int, int], _Shape] = {}
         self._pool = torch.cuda.graph_pool_handle() if replays else None
-        self._kernels = _kernels_for(model.device)
+        self._kernels = kernels_for(model.device)
         self._buffers = _row_buffers(shapes, model.device)
-        self._rows = DecodeRows(shapes.batch_sizes[-1])
+        most = shapes.batch_sizes[-1]
+        self._logits = model.empty_logits(most)
+        """Of a step with one row of each sequence; where there are more, of the last that were looked at."""
+        self._tops = torch.empty(most, 2, MAX_TOP, dtype=torch.int64, device=model.device)
+        self._rows = DecodeRows(most, min(MAX_TOP, model.config.vocab_size))
         self._form: _Form | None = None
         """Of the latest step."""
         self._sides = _Side(self._buffers, 0, model.device), _Side(self._buffers, 1, model.device)
@@ -220,7 +235,7 @@ class DecodeGraphs:
         elif step.left or step.joined:
             form = self._go_on(step, side.said, number)
         assert form is not None, "nobody is there to go on"
-        hidden = self._computed(form.batch, form.query_len)
+        hidden = self._computed(form)
         if side.ended is not None:
             side.ended.record(self._stream)
         side.is_in_use = True
@@ -252,35 +267,47 @@ class DecodeGraphs:
     def _batch_of(self, count: int) -> int:
         return next(n for n in self._shapes.batch_sizes if n >= count)
 
-    def _computed(self, batch: int, query_len: int) -> Tensor:
+    def _computed(self, form: _Form) -> Tensor:
         """Or about to be."""
+        batch, query_len = form.batch, form.query_len
         found = self._graphs.get((batch, query_len))
         if found is None:
             with torch.inference_mode():
                 if not self._replays:
-                    return self._compute(batch, query_len)
+                    made = self._compute(batch, query_len)
+                    if form.draws:
+                        self._draw(made)
+                    return made.hidden
                 found = self._captured(batch, query_len)
-        graph, hidden = found
-        graph.replay()
-        return hidden
+        found.step.replay()
+        if form.draws and found.draws is not None:
+            found.draws.replay()
+        return found.made.hidden
 
-    def _captured(self, batch: int, query_len: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    def _captured(self, batch: int, query_len: int) -> _Graphs:
         device = self._model.device
         # A step that is tried out must leave what the real one begins with.
         buffers = self._buffers
-        kept = [(buffer, buffer.clone()) for buffer in (buffers.step, buffers.numbers, buffers.tables, buffers.last)]
+        begins = buffers.step, buffers.numbers, buffers.asked, buffers.tables, buffers.last
+        kept = [(buffer, buffer.clone()) for buffer in begins]
         aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         aside.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(aside):  # what compiles, loads or measures itself at first use does so here
-            self._compute(batch, query_len)
+            made = self._compute(batch, query_len)
+            if query_len == 1:
+                self._draw(made)
         torch.cuda.current_stream(device).wait_stream(aside)
         for buffer, content in kept:
             buffer.copy_(content)
-        graph = torch.cuda.CUDAGraph()
+        graph, draws = torch.cuda.CUDAGraph(), None
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            hidden = self._compute(batch, query_len)
-        self._graphs[batch, query_len] = graph, hidden
-        return graph, hidden
+            made = self._compute(batch, query_len)
+        if query_len == 1:
+            draws = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(draws, pool=self._pool, capture_error_mode="thread_local"):
+                self._draw(made)
+        self._graphs[batch, query_len] = found = _Graphs(graph, draws, made)
+        return found
 
     def _shape_of(self, batch: int, query_len: int) -> "_Shape":
         """Kept, so that no graph has to make it again with every step."""
@@ -288,7 +315,7 @@ class DecodeGraphs:
             self._shapes_made[batch, query_len] = _Shape.of(batch, query_len, self._model.device)
         return self._shapes_made[batch, query_len]
 
-    def _compute(self, batch: int, query_len: int) -> Tensor:  # [batch * query_len, hidden], as lm_head takes it
+    def _compute(self, batch: int, query_len: int) -> _Made:
         """All from the buffers, nothing from the host: this is what a graph holds."""
         shape = self._shape_of(batch, query_len)
         inputs = self._kernels.begin(self._buffers, batch, query_len)
@@ -305,12 +332,21 @@ class DecodeGraphs:
             ),
             self._cache,
         )
-        chosen = torch.empty(3, batch * query_len, dtype=torch.int64, device=hidden.device)
-        for begin in range(0, batch * query_len, _ROWS_AT_ONCE):
-            few = slice(begin, begin + _ROWS_AT_ONCE)
-            self._kernels.choose(chosen[:, few], self._model.plain_logits(hidden[few]))
+        num_rows = batch * query_len
+        chosen = torch.empty(3, num_rows, dtype=torch.int64, device=hidden.device)
+        logits = self._logits
+        for begin in range(0, num_rows, len(self._logits)):
+            few = slice(begin, min(begin + len(self._logits), num_rows))
+            logits = self._model.plain_logits(hidden[few], self._logits)
+            self._kernels.choose(chosen[:, few], logits)
         self._kernels.end(self._buffers, chosen, batch, query_len)
-        return hidden
+        return _Made(hidden, inputs, logits, chosen)
+
+    def _draw(self, made: _Made) -> None:
+        """Behind a step of one row of each, and as ``_compute`` from the buffers alone."""
+        tops = self._tops[: len(made.logits)]
+        self._kernels.draw(made.chosen, tops, made.logits, made.inputs.asked, made.inputs.positions)
+        self._kernels.retell(self._buffers, made.chosen, tops, made.inputs.asked)
 
 
 def _last_rows(places: Sequence[int], lengths: Sequence[int], query_len: int) -> Rows:

@@ -6,11 +6,13 @@ from typing import NamedTuple
 import numpy as np
 from pdkv_kernels.decode_rows_ref import BEHIND, END, GROWS, PAGES, START, TOKENS
 
+from pdkv.m3.logprobs import MAX_TOP
 from pdkv.m3.requests import RequestId
 from pdkv.m3.run import Onward, Run, Seating, seated, seating
 
 Rows = np.ndarray[tuple[int], np.dtype[np.int64]]
 Numbers = np.ndarray[tuple[int, int], np.dtype[np.int32]]
+Words = np.ndarray[tuple[int, int], np.dtype[np.int64]]
 Pages = tuple[int, ...]
 
 _NOBODY = np.array([0, 0, -1, 0, 0], dtype=np.int32)
@@ -23,6 +25,7 @@ class Said(NamedTuple):
     at: Rows  # [most]: the step, by its number, to which something is said of the row
     lines: Numbers  # int32 [most, TOKENS + longest], columns as in ``pdkv_kernels.decode_rows_ref``
     pages: Numbers  # int32 [most, max_blocks]
+    asked: Words  # int64 [most, ASKED], columns as in ``pdkv_kernels.draw_ref``
 
 
 class DecodeRows:
@@ -33,8 +36,9 @@ class DecodeRows:
     told of those that change.
     """
 
-    def __init__(self, most: int) -> None:
-        """``most``: sequences of a step."""
+    def __init__(self, most: int, most_top: int = MAX_TOP) -> None:
+        """``most``: sequences of a step; ``most_top``: likeliest tokens that there are to tell of any."""
+        self._most_top = most_top
         self._ids: list[RequestId] = []
         self.index: Rows = np.zeros(0, dtype=np.int64)
         """The row of each run of the latest step. Not written to again: whoever has it may keep it."""
@@ -44,6 +48,12 @@ class DecodeRows:
         self._batch = 0
         """Rows of the latest step's shape."""
         self._pages: list[Pages] = [() for _ in range(most)]
+        self.counts: Rows = np.zeros(most, dtype=np.int64)
+        """By row: how many likeliest tokens are asked for. Of rows that are nobody's none."""
+        self._draws = np.zeros(most, dtype=bool)
+        """By row: more than a greedy choice is asked for."""
+        self.draws = False
+        """Of some row of the latest step."""
 
     @property
     def count(self) -> int:
@@ -74,6 +84,7 @@ class DecodeRows:
         said.at[: len(runs)] = number
         for row, run in zip(index.tolist(), runs, strict=True):
             self._say_pages(row, run.pages, said)
+            self._ask(row, run, said)
         self._empty(said, number, batch, count_before)
 
     def go_on(self, step: Onward, said: Said, number: int, batch: int) -> None:
@@ -114,6 +125,7 @@ class DecodeRows:
         said.lines[row, : TOKENS + 1] = (run.end, run.start, -1, 1, 0, token)
         said.at[row] = number
         self._say_pages(row, run.pages, said)
+        self._ask(row, run, said)
 
     def _say_pages(self, row: int, pages: Pages, said: Said) -> None:
         if pages is not self._pages[row] and pages != self._pages[row]:
@@ -121,10 +133,18 @@ class DecodeRows:
             said.lines[row, PAGES] = len(pages)
         self._pages[row] = pages
 
+    def _ask(self, row: int, run: Run, said: Said) -> None:
+        sampling = run.sampling
+        assert sampling is not None, "a decode step chooses behind every run"
+        said.asked[row] = sampling.words(run.num_top)
+        self.counts[row] = min(run.num_top, self._most_top)
+        self._draws[row] = run.num_top > 0 or sampling.temperature > 0
+
     def _move(self, source: int, to: int, said: Said, number: int) -> None:
         said.lines[to, PAGES] = -1 - source
         said.at[to] = number
         self._pages[to] = self._pages[source]
+        self.counts[to], self._draws[to] = self.counts[source], self._draws[source]
 
     def _empty(self, said: Said, number: int, batch: int, count_before: int) -> None:
         """Say that rows are nobody's: those that were somebody's, and those that the last step's shape did not have."""
@@ -132,8 +152,11 @@ class DecodeRows:
             if begin < end:
                 said.lines[begin:end, :TOKENS] = _NOBODY
                 said.lines[begin:end, TOKENS:] = 0
+                said.asked[begin:end] = 0
                 said.at[begin:end] = number
         self._batch = batch
+        self.counts[self.count :], self._draws[self.count :] = 0, False
+        self.draws = b"\1" in self._draws.tobytes()  # quicker than to ask numpy whether there is any
 
     def _place(self, runs: Sequence[Run]) -> None:
         ids = [run.id for run in runs]

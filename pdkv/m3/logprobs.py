@@ -25,6 +25,29 @@ class TopLogprobs(msgspec.Struct, frozen=True):
 NO_TOP = TopLogprobs()
 
 
+class Tops(msgspec.Struct, frozen=True, gc=False):
+    """The likeliest tokens behind rows of a step, likeliest first, where some are asked for."""
+
+    counts: npt.NDArray[np.int64]  # [num_entries]; how many there are of each
+    told: npt.NDArray[np.int64]  # [num_entries, 2, most]; ids, then bits of log-probabilities in float64
+
+    def each(self) -> list[TopLogprobs]:
+        """One for each entry."""
+        ids, logprobs = self.told[:, 0].tolist(), self.told[:, 1].view(np.float64).tolist()
+        told = zip(self.counts.tolist(), ids, logprobs, strict=True)
+        return [TopLogprobs(tuple(a[:count]), tuple(b[:count])) if count else NO_TOP for count, a, b in told]
+
+    def pack(self) -> tuple[bytes, bytes]:
+        """Counts, and as much of the rest as there is of any entry."""
+        return self.counts.tobytes(), self.told[:, :, : self.counts.max()].tobytes()
+
+    @classmethod
+    def unpack(cls, counts: bytes, told: bytes) -> "Tops":
+        """What ``pack`` made."""
+        numbers = np.frombuffer(counts, np.int64)
+        return cls(numbers, np.frombuffer(told, np.int64).reshape(len(numbers), 2, -1))
+
+
 class PromptLogprobs(msgspec.Struct, frozen=True):
     """Of consecutive prompt tokens: each one's own log-probability, and the likeliest in its place.
 

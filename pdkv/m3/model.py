@@ -59,10 +59,17 @@ class M3Model:
         whole = self.group.gather_columns(mine)
         return None if whole is None else whole[:, : self.config.vocab_size]
 
-    def plain_logits(self, hidden: Tensor) -> Tensor:  # [num_rows, hidden] -> the weights' dtype [num_rows, vocab]
-        """``logits`` before they are widened, of a model that is not divided."""
+    def empty_logits(self, num_rows: int) -> Tensor:
+        """Room for ``plain_logits``: the weights' dtype [num_rows, rows of lm_head]."""
+        head = self._weights.lm_head
+        return torch.empty(num_rows, head.shape[0], dtype=head.dtype, device=head.device)
+
+    def plain_logits(self, hidden: Tensor, room: Tensor | None = None) -> Tensor:
+        """``logits`` before they are widened, of a model that is not divided: [num_rows, hidden] -> the weights' dtype
+        [num_rows, vocab]. Into the first rows of ``room``, where there is one."""
         assert self.group.size == 1, "a rank has a part of the vocabulary"
-        return functional.linear(hidden, self._weights.lm_head)[:, : self.config.vocab_size]
+        out = None if room is None else room[: hidden.shape[0]]
+        return torch.mm(hidden, self._weights.lm_head.t(), out=out)[:, : self.config.vocab_size]
 
     @torch.no_grad()
     def hidden(self, batch: StepBatch, cache: KvViews, on_stored: OnStored | None = None) -> Tensor:

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from enum import StrEnum
+from itertools import repeat
 from typing import NewType
 
 import msgspec
 
-from pdkv.m3.logprobs import NO_TOP, PromptLogprobs, TopLogprobs
+from pdkv.m3.logprobs import NO_TOP, PromptLogprobs, TopLogprobs, Tops
 from pdkv.m3.sampling import NO_TOKEN, Logprobs, SamplingParams, Tokens
 
 RequestId = NewType("RequestId", bytes)
@@ -160,6 +161,8 @@ class TokensGenerated(msgspec.Struct, frozen=True, gc=False):
     """The same list as with the last such event, while they are the same in the same places. Not to be changed."""
     tokens: Tokens  # int64 [num_ids]; NO_TOKEN where nothing is told of the request
     logprobs: Logprobs  # float64 [num_ids]
+    tops: Tops | None = None
+    """Of ``num_ids`` entries, where any is asked for."""
 
 
 RequestEvent = (
@@ -172,7 +175,8 @@ def singly(events: Iterable[EngineEvent]) -> Iterator[RequestEvent]:
     """In the same order, each of one request."""
     for event in events:
         if isinstance(event, TokensGenerated):
-            told = map(TokenGenerated, event.ids, event.tokens.tolist(), event.logprobs.tolist())
+            tops = repeat(NO_TOP) if event.tops is None else event.tops.each()
+            told = map(TokenGenerated, event.ids, event.tokens.tolist(), event.logprobs.tolist(), tops)
             yield from (one for one in told if one.token != NO_TOKEN)
         else:
             yield event

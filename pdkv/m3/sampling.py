@@ -1,15 +1,16 @@
 """Choosing the next token: greedy, or by temperature and nucleus, with randomness of seed and position alone."""
 
+import struct
 from collections.abc import Sequence
 
 import msgspec
 import numpy as np
-import torch
+from pdkv_kernels.draw_ref import draw_rows, uniform
 from pdkv_kernels.greedy_ref import NOT_FINITE
 from torch import Tensor
 
 from pdkv.errors import ModelError, RequestError
-from pdkv.m3.logprobs import NO_TOP, TopLogprobs
+from pdkv.m3.logprobs import NO_TOP, TopLogprobs, Tops
 
 Tokens = np.ndarray[tuple[int], np.dtype[np.int64]]
 Logprobs = np.ndarray[tuple[int], np.dtype[np.float64]]
@@ -18,6 +19,7 @@ NO_TOKEN = NOT_FINITE
 """In an array of tokens: none."""
 
 _SEED_BITS = 64
+_FIELDS, _WORDS = struct.Struct("=ddQq"), struct.Struct("=4q")
 _NUMBERS_AT_ONCE = 1 << 22
 """Logits that are looked at together: 32 MiB in float64, of which a draw makes some six more, and a nucleus ten."""
 
@@ -30,6 +32,10 @@ class SamplingParams(msgspec.Struct, frozen=True):
     seed: int = 0
     top_p: float = 1.0
     """Draw only from the smallest set of likeliest tokens that has this share of the probability; 0 leaves one."""
+
+    def words(self, num_top: int) -> tuple[int, ...]:
+        """These and how many likeliest tokens to tell, as a device is asked: ``pdkv_kernels.draw_ref.ASKED``."""
+        return _WORDS.unpack(_FIELDS.pack(self.temperature, self.top_p, self.seed % (1 << _SEED_BITS), num_top))
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature < float("inf"):
@@ -48,16 +54,19 @@ class Sample(msgspec.Struct, frozen=True, gc=False):
     top: TopLogprobs = NO_TOP
 
 
-class GreedyChoices(msgspec.Struct, frozen=True, gc=False):
-    """The likeliest tokens behind rows of a step, as a device told them: entry by entry, and no object for each."""
+class Choices(msgspec.Struct, frozen=True, gc=False):
+    """What was chosen behind rows of a step, as a device told it: entry by entry, and no object for each."""
 
     tokens: Tokens  # int64 [num_entries]; NO_TOKEN where logits are not finite, and nothing can be chosen
     logprobs: Logprobs  # float64 [num_entries]
+    tops: Tops | None = None
+    """None where nobody asks for any."""
 
     def samples(self) -> list[Sample | None]:
         """One for each entry; None where there is no token."""
-        told = zip(self.tokens.tolist(), self.logprobs.tolist(), strict=True)
-        return [None if token == NO_TOKEN else Sample(token, logprob) for token, logprob in told]
+        tops = [NO_TOP] * len(self.tokens) if self.tops is None else self.tops.each()
+        told = zip(self.tokens.tolist(), self.logprobs.tolist(), tops, strict=True)
+        return [None if token == NO_TOKEN else Sample(token, logprob, top) for token, logprob, top in told]
 
 
 def sample(
@@ -90,9 +99,11 @@ def _sample(
     tokens = logits.argmax(dim=-1)  # the lowest id among equals
     drawn = [row for row, param in enumerate(params) if param.temperature > 0]
     if drawn:
-        uniform = [_uniform(params[row].seed, positions[row]) for row in drawn]
+        some = [params[row] for row in drawn]
+        numbers = [uniform(params[row].seed, positions[row]) for row in drawn]
         rows = logits if len(drawn) == len(params) else logits[drawn]
-        tokens[drawn] = _draw(rows, [params[row] for row in drawn], uniform)
+        temperatures, shares = [param.temperature for param in some], [param.top_p for param in some]
+        tokens[drawn] = draw_rows(rows, temperatures, shares, numbers)
     logprobs = logits.log_softmax(dim=-1)
     own = logprobs.gather(1, tokens[:, None])[:, 0]
     tops = [likeliest(logprobs[row], count) if count else NO_TOP for row, count in enumerate(num_top)]
@@ -103,43 +114,3 @@ def likeliest(logprobs: Tensor, count: int) -> TopLogprobs:  # logprobs: [vocab]
     """The ``count`` likeliest tokens, or all there are."""
     values, ids = logprobs.topk(min(count, logprobs.numel()))
     return TopLogprobs(tuple(ids.tolist()), tuple(values.tolist()))
-
-
-def _draw(logits: Tensor, params: Sequence[SamplingParams], uniform: Sequence[float]) -> Tensor:  # int64 [num_rows]
-    """Invert the cumulative distributions at ``uniform`` numbers, one a row.
-
-    Tokens keep the order of their ids whatever ``top_p`` leaves out, so a nucleus of all of them changes no draw.
-    """
-    temperatures, wanted = (
-        torch.tensor(column, dtype=logits.dtype, device=logits.device)
-        for column in ([param.temperature for param in params], uniform)
-    )
-    weights = (logits - logits.amax(dim=-1, keepdim=True)).div_(temperatures[:, None]).exp_()
-    nuclei = [row for row, param in enumerate(params) if param.top_p < 1.0]
-    if nuclei:
-        cut = weights[nuclei]
-        weights[nuclei] = torch.where(_nucleus(cut, [params[row].top_p for row in nuclei]), cut, 0.0)
-    cumulative = weights.cumsum(dim=-1)
-    total = cumulative[:, -1]
-    target = torch.minimum(total * wanted, total.nextafter(torch.zeros_like(total)))  # the end itself is nobody's
-    return torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
-
-
-def _nucleus(weights: Tensor, top_p: Sequence[float]) -> Tensor:  # [num_rows, vocab], sums not 1 -> bool, same shape
-    """The fewest likeliest tokens that have ``top_p`` of all weight: those before which less than that has come.
-
-    At least one; of equals those with the lowest ids.
-    """
-    ordered, order = weights.sort(dim=-1, descending=True, stable=True)
-    before = ordered.cumsum(dim=-1) - ordered
-    shares = torch.tensor(top_p, dtype=weights.dtype, device=weights.device)
-    kept = before < (shares * ordered.sum(dim=-1))[:, None]
-    kept[:, 0] = True
-    return torch.zeros_like(kept).scatter(1, order, kept)
-
-
-def _uniform(seed: int, position: int) -> float:
-    """In [0, 1), 53 random bits: Philox is a hash of its key, here (seed, position)."""
-    key = np.array([seed % (1 << _SEED_BITS), position], dtype=np.uint64)
-    raw = int(np.random.Philox(key=key).random_raw())
-    return (raw >> 11) * 2.0**-53

@@ -29,7 +29,7 @@ from pdkv.m3.requests import (
     TokensGenerated,
 )
 from pdkv.m3.run import NOT_FINITE, Onward, Run, Step, TokenBounds
-from pdkv.m3.sampling import NO_TOKEN, GreedyChoices, Sample
+from pdkv.m3.sampling import NO_TOKEN, Choices, Sample
 from pdkv.m3.sequence import Sequence, Stage
 from pdkv.m3.under_way import DecodeGroup, UnderWay
 from pdkv.memory.pages import PagePool
@@ -154,25 +154,18 @@ class Scheduler:
         """The next step: every decode that has a slot, then one chunk of prompt tokens. It is under way until
         ``complete``; ``[]`` is no step.
 
-        Behind a step that is under way: ``[]`` unless all that it chooses is chosen greedily and nothing but decodes
-        are to follow.
+        Behind a step that is under way: ``[]`` unless that is one of a group and nothing but decodes are to follow.
         """
-        places: dict[int, int] = {}  # in the step under way, by the sequence's identity
         if self._under_way:
             first = self._under_way[0]
             if len(self._under_way) > 1 or first.group is None or self._prefilling:
                 return []
-            onward = self._schedule_onward(first.group, first.step)
-            if onward is not None:
-                return onward
-            places = {id(sequence): place for place, sequence in enumerate(first.sequences)}
-        # What ends by its length is known to end, whatever its last token will be.
-        going = [s for s in self._decoding.values() if len(s.tokens) + (id(s) in places) < s.most_tokens]
-        sequences, prompts = going[: self._settings.max_batch], list(self._prefilling.values())
+            return self._schedule_onward(first.group, first.step)
+        sequences, prompts = [*self._decoding.values()][: self._settings.max_batch], [*self._prefilling.values()]
         if self._settings.batch_invariant:
             sequences, prompts = self._apart(sequences, prompts)
         most_drafts, overlaps = self._settings.speculative_tokens, self._settings.overlap
-        runs = [s.decode_run(most_drafts, places.get(id(s)), tells_all_pages=overlaps) for s in sequences]
+        runs = [s.decode_run(most_drafts, tells_all_pages=overlaps) for s in sequences]
         shares = share_chunk([prompt.num_prompt_left for prompt in prompts], self._settings.prefill_chunk)
         for prompt, share in zip(prompts, shares, strict=True):
             if share:
@@ -191,9 +184,8 @@ class Scheduler:
         self._prompts_turn = not self._prompts_turn
         return ([], prompts[:1]) if self._prompts_turn else (decodes, [])
 
-    def _schedule_onward(self, group: DecodeGroup, step: int) -> Step | None:
-        """Who stays goes on behind that step, who can joins. None: among those is somebody for whom the device cannot
-        go on alone."""
+    def _schedule_onward(self, group: DecodeGroup, step: int) -> Step:
+        """Who stays goes on behind that step, who can joins."""
         if group.begins_second_step(self._settings.max_batch):
             present = set(group.sequences)
             self._joining = dict.fromkeys([its for its in self._decoding.values() if its not in present])
@@ -202,8 +194,6 @@ class Scheduler:
         if left or self._joining:
             num_free = self._settings.max_batch - len(group.sequences) + len(left)
             joined = list(islice(self._joining, num_free))
-            if not all(sequence.decodes_plainly for sequence in joined):
-                return None
             if len(left) == len(group.sequences) and not joined:
                 return []
             if left or joined:
@@ -228,8 +218,8 @@ class Scheduler:
         """A step is under way. What is proposed hangs on tokens: with proposals no step is launched behind another."""
         can_go_on = only_decodes and not self._settings.speculative_tokens
         self._group = None
-        if can_go_on and all(sequence.decodes_plainly for sequence in sequences):
-            assert not self._under_way, "only a group goes on behind a group, or somebody who does not decode plainly"
+        if can_go_on:
+            assert not self._under_way, "only a group goes on behind a group"
             starts, size = [run.start for run in runs], self._bounds.block_size
             self._group = group = DecodeGroup(sequences, starts, size)
             to_keep = [its for its, start in zip(sequences, starts, strict=True) if start % size == 0]
@@ -237,13 +227,13 @@ class Scheduler:
         else:
             self._under_way.append(UnderWay(sequences, None))
 
-    def complete(self, step: Step, samples: SequenceOf[Sample | None] | GreedyChoices) -> list[EngineEvent]:
+    def complete(self, step: Step, samples: SequenceOf[Sample | None] | Choices) -> list[EngineEvent]:
         """Account for the oldest step under way: ``samples`` are ``num_choices`` of each run, in order; ``None`` is
         what cannot be chosen because the model's output is not finite, and ends the request."""
         if not step:
             return self.admit()
         under_way = self._under_way.popleft()
-        if isinstance(samples, GreedyChoices):
+        if isinstance(samples, Choices):
             if under_way.group is not None:
                 return self._complete_plainly(under_way, under_way.group, samples)
             samples = samples.samples()
@@ -266,7 +256,7 @@ class Scheduler:
         assert num_seen == len(samples), "more samples than runs that wanted one"
         return events + self.admit()
 
-    def _complete_plainly(self, step: UnderWay, group: DecodeGroup, choices: GreedyChoices) -> list[EngineEvent]:
+    def _complete_plainly(self, step: UnderWay, group: DecodeGroup, choices: Choices) -> list[EngineEvent]:
         """What ``_accept_if_held`` does, with next to nothing for each of those that just go on. All tokens come
         first."""
         for sequence in step.to_keep:
@@ -275,7 +265,7 @@ class Scheduler:
         tokens, noted = choices.tokens, self._places_of_note(step, group, choices)
         if not noted:
             group.tell(tokens)
-            return [TokensGenerated(step.ids, tokens, choices.logprobs), *self.admit()]
+            return [TokensGenerated(step.ids, tokens, choices.logprobs, choices.tops), *self.admit()]
         tokens = tokens.copy()
         ends: list[EngineEvent] = []
         for place in noted:
@@ -292,10 +282,10 @@ class Scheduler:
                 ends.append(RequestFinished(sequence.request.id, reason))
             sequence.stop_following()
         group.tell(tokens)
-        told = TokensGenerated(step.ids, tokens, choices.logprobs)
+        told = TokensGenerated(step.ids, tokens, choices.logprobs, choices.tops)
         return [told, *ends, *self.admit()] if tokens.max() != NO_TOKEN else [*ends, *self.admit()]
 
-    def _places_of_note(self, step: UnderWay, group: DecodeGroup, choices: GreedyChoices) -> list[int]:
+    def _places_of_note(self, step: UnderWay, group: DecodeGroup, choices: Choices) -> list[int]:
         """Places whose choice is more than one token of a request that goes on: the last, or nobody's, or none."""
         places = [*group.leaving(step.step), *group.released_in(step)]
         is_of_note = self._is_of_note.take(choices.tokens)

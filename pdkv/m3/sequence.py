@@ -7,11 +7,9 @@ import numpy as np
 
 from pdkv.m3.prefix_cache import BlockNames
 from pdkv.m3.requests import DecodeRequest, EngineRequest, FinishReason, PrefillRequest
-from pdkv.m3.run import PENDING, Run
+from pdkv.m3.run import Run
 from pdkv.m3.sampling import Tokens
 from pdkv.m3.speculation import PromptLookup
-
-_PENDING = (PENDING,)
 
 
 class Stage(Enum):
@@ -63,10 +61,6 @@ class Sequence:
         """Leading tokens of the prompt whose state is in the pages. Of what follows it, that is all but the last."""
         self.num_kept = 0
         """Leading blocks whose pages are kept in the prefix cache."""
-        self.decodes_plainly = (
-            not isinstance(request, PrefillRequest) and request.sampling.temperature == 0 and not request.num_top
-        )
-        """Greedily, and nothing is told but the token and its log-probability: all of it is known on the device."""
         self.most_tokens = len(request.prompt) + (1 if isinstance(request, PrefillRequest) else request.max_tokens)
         """It ends, at the latest, with so many."""
         self.ignores_eos = isinstance(request, PrefillRequest) or request.ignore_eos
@@ -178,30 +172,22 @@ class Sequence:
             prompt_top=request.prompt_top or 0,
         )
 
-    def decode_run(self, most_drafts: int, behind: int | None = None, *, tells_all_pages: bool) -> Run:
+    def decode_run(self, most_drafts: int, *, tells_all_pages: bool) -> Run:
         """The last generated token, and what may follow it: never more than may still be generated.
 
         ``tells_all_pages``: those too that it will come to, so that runs behind need not tell of any.
-
-        ``behind``: the place of its run in the step in flight, which chooses the token. What is not known can be
-        followed by no proposal.
         """
         request, known = self.request, self.tokens
-        if behind is None:
-            start, tokens = len(known) - 1, (known[-1],)
-            room = self.most_tokens - len(known) - 1
-            drafts = self._lookup.propose(known, min(most_drafts, room)) if most_drafts else ()
-        else:
-            start, tokens, drafts = len(known), _PENDING, ()
+        start, room = len(known) - 1, self.most_tokens - len(known) - 1
+        drafts = self._lookup.propose(known, min(most_drafts, room)) if most_drafts else ()
         return Run(
             id=request.id,
-            tokens=tokens + drafts,
+            tokens=(known[-1], *drafts),
             start=start,
             pages=self.pages if tells_all_pages else self._pages_up_to(start + 1 + len(drafts)),
             sampling=request.sampling,
             num_drafts=len(drafts),
             num_top=request.num_top,
-            behind=behind,
         )
 
     def take(self, token: int, eos_tokens: frozenset[int]) -> FinishReason | None:

@@ -6,13 +6,14 @@ from typing import NamedTuple, Protocol
 import msgspec
 import torch
 
+from pdkv.m3.choosing import Choice, Chooser
 from pdkv.m3.config import M3Config
 from pdkv.m3.decode_graphs import MAX_QUERY_LEN, DecodeGraphs, DecodeInFlight, DecodeShapes
 from pdkv.m3.layer_progress import LayerProgress
 from pdkv.m3.model import KvViews, M3Model, StepBatch
 from pdkv.m3.requests import PromptScored, RequestId, RequestRefused
 from pdkv.m3.run import NOT_FINITE, Onward, Run, Step
-from pdkv.m3.sampling import GreedyChoices, Sample, SamplingParams, sample
+from pdkv.m3.sampling import Choices, Sample, sample
 from pdkv.m3.scoring import score
 
 _ROWS_AT_ONCE = 64
@@ -22,7 +23,7 @@ _ROWS_AT_ONCE = 64
 class StepOutput(NamedTuple):
     """Of rank 0; other ranks make the same collective calls and come out with nothing."""
 
-    samples: list[Sample | None] | GreedyChoices
+    samples: list[Sample | None] | Choices
     """What was chosen, ``num_choices`` entries a run; ``None`` where the logits are not finite."""
     scored: dict[RequestId, PromptScored | RequestRefused]
     """What was scored, by request."""
@@ -64,15 +65,6 @@ class Runner(Protocol):
         ...
 
 
-class _Choice(NamedTuple):
-    """A token to choose."""
-
-    sampling: SamplingParams
-    position: int
-    """Where it will stand."""
-    num_top: int
-
-
 class StepRunner:
     """Steps of one rank's model over its cache, on the model's device. Collective: every rank runs the same steps."""
 
@@ -111,9 +103,10 @@ class StepRunner:
     def launch(self, step: Step) -> StepInFlight:
         if isinstance(step, Onward):
             assert self._graphs is not None, "only decode steps go on"
-            return _GoingOn(self._graphs.launch(step))
+            return _Decoding(self._graphs.launch(step))
         if self._graphs is not None and self._graphs.takes(step):
-            return _Decoding(self, step, self._graphs.launch(step))
+            flight = self._graphs.launch(step)
+            return _Decoding(flight) if flight.is_drawn else _Verifying(self, step, flight)
         assert all(run.behind is None for run in step), "tokens that are on the device, for a step that is not"
         return Landed(self._compute(step))
 
@@ -145,18 +138,29 @@ class StepRunner:
         return StepOutput(samples, scored)
 
     @torch.inference_mode()
-    def choose(self, hidden: torch.Tensor, choices: Sequence["_Choice"]) -> list[Sample | None]:
+    def choose(self, hidden: torch.Tensor, choices: Sequence[Choice]) -> list[Sample | None]:
         """hidden: [num_choices, hidden], as lm_head takes it; a limited number of rows becomes logits at a time."""
         samples: list[Sample | None] = []  # stay empty on every rank but the first
+        chooser = None
+        if hidden.device.type != "cpu" and choices and self._model.group.rank == 0:
+            chooser = Chooser(choices, hidden.device)
         for begin in range(0, len(choices), _ROWS_AT_ONCE):
             few = slice(begin, begin + _ROWS_AT_ONCE)
+            if chooser is not None and self._model.group.size == 1:
+                chooser.choose(self._model.plain_logits(hidden[few]))  # as decode steps do
+                continue
             logits = self._model.logits(hidden[few])
-            samples += [] if logits is None else _choose(logits, choices[few])
-        return samples
+            if logits is None:
+                continue
+            if chooser is not None:
+                chooser.choose(logits)
+            else:
+                samples += _choose(logits, choices[few])
+        return samples if chooser is None else chooser.wait().samples()
 
 
-class _GoingOn(msgspec.Struct, frozen=True):
-    """Greedy choices are all that is asked for."""
+class _Decoding(msgspec.Struct, frozen=True):
+    """All that is asked for is chosen with the step."""
 
     flight: DecodeInFlight
 
@@ -164,7 +168,7 @@ class _GoingOn(msgspec.Struct, frozen=True):
         return StepOutput(self.flight.wait(), _NOTHING_SCORED)
 
 
-class _Decoding(NamedTuple):
+class _Verifying(NamedTuple):
     """Greedy choices come with the step; where something else is asked for, the row's logits are computed again.
 
     Nothing may be launched behind a step of that kind before it has been waited for."""
@@ -212,14 +216,14 @@ def step_batch(runs: Sequence[Run], block_size: int, device: torch.device) -> St
     )
 
 
-def _choices(run: Run) -> list[_Choice]:
+def _choices(run: Run) -> list[Choice]:
     """In the order of the run's rows."""
     if run.sampling is None:
         return []
-    return [_Choice(run.sampling, run.end - i, run.num_top) for i in reversed(range(run.num_choices))]
+    return [Choice(run.sampling, run.end - i, run.num_top) for i in reversed(range(run.num_choices))]
 
 
-def _choose(logits: torch.Tensor, choices: Sequence[_Choice]) -> list[Sample | None]:
+def _choose(logits: torch.Tensor, choices: Sequence[Choice]) -> list[Sample | None]:
     """The token after each row of ``logits``, float32 [num_choices, vocab]; ``None`` where the logits are not finite,
     so that one damaged request harms only itself."""
     is_finite: list[bool] = logits.isfinite().all(dim=1).tolist()

@@ -15,7 +15,7 @@ than for one, on a processor that has forgotten how."""
 
 
 class DecodeGroup:
-    """Sequences that decode step after step, each one token a step, greedily, whoever leaves and joins meanwhile. Owned
+    """Sequences that decode step after step, each one token a step, whoever leaves and joins meanwhile. Owned
     by the scheduler. Places are of its latest step; steps are counted from its first.
 
     What a step of many costs the host is work for each of them, the more so as the host's caches are cold after every
@@ -136,8 +136,7 @@ class UnderWay(msgspec.Struct, frozen=True, gc=False):
     sequences: list[Sequence]
     """By run. An id may be another request's by the time the step ends; this is whose run it was."""
     group: DecodeGroup | None
-    """Whose step it is, if it only decodes, one token of each, greedily, and tells no more than the token: the device
-    can go on alone."""
+    """Whose step it is, if it only decodes, one token of each: the device can go on alone."""
     step: int = 0
     """Its number in the group."""
     ids: list[RequestId] = []

@@ -129,15 +129,17 @@ def test_whoever_ends_or_asks_for_more_is_told_besides(model: M3Model) -> None:
     worker = Worker(model)
     worker.ask(b"a")
     worker.ask(b"b", max_tokens=2)
-    worker.ask(b"c", num_top=2)
+    worker.ask(b"c", num_top=2, sampling=Sampling(0.7, 3))
     for name in (b"a", b"b", b"c"):
         worker.arrive(name)
-    tokens, more, finished = worker.step()
-    assert isinstance(tokens, StepTokens), "who asks for more is in no group"
-    assert isinstance(more, TokensOut)
+    told, finished = worker.step()
+    assert isinstance(told, GroupTokens)
     assert isinstance(finished, JobFinished)
-    assert tokens.transfers == (b"a", b"b")
-    assert (more.transfer, len(more.tokens), len(more.top)) == (b"c", 1, 1)
+    each = list(TokenReader().each(told))
+    assert [(one.transfer, len(one.tokens)) for one in each] == [(name, 1) for name in (b"a", b"b", b"c")]
+    assert [[len(top.token_ids) for top in one.top] for one in each] == [[], [], [2]]
+    (top,) = each[2].top
+    assert top.logprobs[0] >= top.logprobs[1]
     assert (finished.transfer, finished.reason) == (b"b", "length")
     while worker.engine.has_work:
         worker.step()

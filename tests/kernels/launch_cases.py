@@ -10,8 +10,10 @@ from functools import partial
 import torch
 from pdkv_kernels.cast_store import cast_store
 from pdkv_kernels.decode_batch import DecodeBatch
-from pdkv_kernels.decode_rows import begin_rows, end_rows
+from pdkv_kernels.decode_rows import begin_rows, end_rows, retell_rows
 from pdkv_kernels.decode_rows_ref import PAGES, TOKENS, RowBuffers
+from pdkv_kernels.draw import draw
+from pdkv_kernels.draw_ref import ASKED
 from pdkv_kernels.greedy import greedy
 from pdkv_kernels.kv_store_ref import HeadNorms, PackedHeads, TokenRows
 from pdkv_kernels.moe_combine import moe_combine
@@ -26,6 +28,7 @@ from pdkv.m3.triton_operations import TritonOperations, lacks_room
 HIDDEN, DIM, ROTARY = 6144, 128, 64
 TOPK, INIT, LOCAL = 16, 0, 1
 EXPERTS, CHOSEN = 128, 4
+MOST_TOP = 20
 LAYERS = 60
 ARENA_BYTES = 3 << 30  # more than 32 bits of a signed offset reach; no byte of it is touched
 SCALE = DIM**-0.5
@@ -126,6 +129,8 @@ def _token_cases() -> Iterator[Case]:
         yield Case(f"moe_combine {kind}", partial(_combine, dtype))
     yield Case("page_digest", _digest)
     yield Case("greedy", _greedy)
+    for dtype in (BF16, FLOAT32):
+        yield Case(f"draw {str(dtype).removeprefix('torch.')}", partial(_draw, dtype))
     for query_len in (1, 2, 4, 8):
         yield Case(f"decode rows, {query_len} each", partial(_rows, query_len))
 
@@ -161,20 +166,33 @@ def _greedy() -> None:
     greedy(torch.empty(3, 64, dtype=torch.int64), torch.empty(64, 200_064, dtype=BF16))
 
 
+def _draw(dtype: torch.dtype) -> None:
+    chosen, tops, asked, positions = (
+        torch.empty(*shape, dtype=torch.int64) for shape in ((3, 64), (64, 2, MOST_TOP), (64, ASKED), (64,))
+    )
+    draw(chosen, tops, torch.empty(64, 200_064, dtype=dtype), asked, positions)
+
+
 def _rows(query_len: int) -> None:
     most, long, int_ = 256, torch.int64, torch.int32
     buffers = RowBuffers(
         said_at=torch.empty(2, most, dtype=long),
         said=torch.empty(2, most, TOKENS + query_len, dtype=int_),
         said_pages=torch.empty(2, most, 4096, dtype=int_),
+        said_asked=torch.empty(2, most, ASKED, dtype=long),
         step=torch.empty(1, dtype=long),
         numbers=torch.empty(2, most, PAGES, dtype=int_),
+        asked=torch.empty(2, most, ASKED, dtype=long),
         tables=torch.empty(most, 4096, dtype=int_),
         last=torch.empty(most, dtype=long),
         told=torch.empty(2, 2, most * query_len, dtype=long),
+        told_tops=torch.empty(2, most, 2, MOST_TOP, dtype=long),
     )
     begin_rows(buffers, most, query_len)
-    end_rows(buffers, torch.empty(3, most * query_len, dtype=long), most, query_len)
+    chosen = torch.empty(3, most * query_len, dtype=long)
+    end_rows(buffers, chosen, most, query_len)
+    if query_len == 1:
+        retell_rows(buffers, chosen, buffers.told_tops[0], buffers.asked[0])
 
 
 def _store(layer: Layer, num_rows: int, *, index: bool = True) -> None:
@@ -233,6 +251,7 @@ BRIEF = (
     Case("moe_combine", partial(_combine, BF16)),
     Case("page_digest", _digest),
     Case("greedy", _greedy),
+    Case("draw", partial(_draw, BF16)),
     Case("decode rows", partial(_rows, 1)),
     Case("kv_store", partial(_store, Layer(FP8, 4), 8)),
     Case("cast_store", partial(_cast, Layer(FP8, 4))),

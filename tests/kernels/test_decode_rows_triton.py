@@ -4,12 +4,22 @@ import dataclasses
 
 import pytest
 import torch
-from pdkv_kernels.decode_rows import begin_rows, end_rows
-from pdkv_kernels.decode_rows_ref import PAGES, TOKENS, RowBuffers, RowInputs, begin_rows_ref, end_rows_ref
+from pdkv_kernels.decode_rows import begin_rows, end_rows, retell_rows
+from pdkv_kernels.decode_rows_ref import (
+    PAGES,
+    TOKENS,
+    RowBuffers,
+    RowInputs,
+    begin_rows_ref,
+    end_rows_ref,
+    retell_rows_ref,
+)
+from pdkv_kernels.draw_ref import ASKED, NUM_TOP, TEMPERATURE
 
 from tests.kernels.decode_case import on
 
 MOST, LONGEST, MAX_BLOCKS = 37, 4, 1100
+MOST_TOP = 20
 KINDS = [on(device, torch.int32) for device in ("cpu", "cuda")]
 
 
@@ -24,17 +34,20 @@ def buffers(generator: torch.Generator) -> RowBuffers:
         said_at=torch.zeros(2, MOST, dtype=torch.int64),
         said=numbers(2, MOST, TOKENS + LONGEST),
         said_pages=numbers(2, MOST, MAX_BLOCKS),
+        said_asked=numbers(2, MOST, ASKED, dtype=torch.int64),
         step=torch.ones(1, dtype=torch.int64),
         numbers=lines,
+        asked=numbers(2, MOST, ASKED, dtype=torch.int64),
         tables=numbers(MOST, MAX_BLOCKS),
         last=numbers(MOST, dtype=torch.int64),
         told=numbers(2, 2, MOST * LONGEST, dtype=torch.int64),
+        told_tops=numbers(2, MOST, 2, MOST_TOP, dtype=torch.int64),
     )
 
 
 def on_device(all_of_it: RowBuffers, device: str) -> RowBuffers:
     """A copy, the host's part pinned where the device is another."""
-    host = {"said_at", "said", "said_pages", "told"}
+    host = {"said_at", "said", "said_pages", "said_asked", "told", "told_tops"}
     copies = {}
     for field in dataclasses.fields(all_of_it):
         tensor = getattr(all_of_it, field.name).clone()
@@ -73,5 +86,13 @@ def test_rows_of_step_after_step_equal_the_reference(device: str, _: torch.dtype
         chosen = torch.randint(0, 1 << 40, (3, batch * query_len), generator=generator)
         end_rows(found, chosen.to(device), batch, query_len)
         end_rows_ref(wanted, chosen, batch, query_len)
+        if query_len == 1:
+            tops = torch.randint(0, 1 << 40, (batch, 2, MOST_TOP), generator=generator)
+            asked = torch.zeros(batch, ASKED, dtype=torch.int64)
+            asked[::3, TEMPERATURE] = 1  # of a float64 the smallest
+            asked[::2, NUM_TOP] = 5
+            chosen = chosen + 1
+            retell_rows(found, chosen.to(device), tops.to(device), asked.to(device))
+            retell_rows_ref(wanted, chosen, tops, asked)
         for field in dataclasses.fields(RowBuffers):
             assert torch.equal(getattr(found, field.name).cpu(), getattr(wanted, field.name)), (step, field.name)

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pdkv_kernels.decode_rows_ref import BEHIND, PAGES, TOKENS, RowBuffers, begin_rows_ref, end_rows_ref
+from pdkv_kernels.draw_ref import ASKED
 
 from pdkv.m3.decode_rows import DecodeRows, Said
 from pdkv.m3.requests import RequestId
@@ -25,11 +26,14 @@ class Device:
             said_at=torch.full((2, MOST), -1),
             said=torch.full((2, MOST, TOKENS + 1), JUNK, dtype=torch.int32),
             said_pages=torch.full((2, MOST, MAX_BLOCKS), JUNK, dtype=torch.int32),
+            said_asked=torch.full((2, MOST, ASKED), JUNK),
             step=torch.zeros(1, dtype=torch.int64),
             numbers=torch.zeros(2, MOST, PAGES, dtype=torch.int32),
+            asked=torch.zeros(2, MOST, ASKED, dtype=torch.int64),
             tables=torch.full((MOST, MAX_BLOCKS), JUNK, dtype=torch.int32),
             last=torch.full((MOST,), JUNK),
             told=torch.zeros(2, 2, MOST, dtype=torch.int64),
+            told_tops=torch.zeros(2, MOST, 2, 0, dtype=torch.int64),
         )
         self.buffers.numbers[:, :, BEHIND] = -1
         self.num_steps = 0
@@ -40,8 +44,9 @@ class Device:
         half = self.num_steps % 2
         self.buffers.said[half] = JUNK
         self.buffers.said_pages[half] = JUNK
+        self.buffers.said_asked[half] = JUNK
         return Said(*(tensor[half].numpy() for tensor in (
-            self.buffers.said_at, self.buffers.said, self.buffers.said_pages
+            self.buffers.said_at, self.buffers.said, self.buffers.said_pages, self.buffers.said_asked
         )))  # fmt: skip
 
     def enter(self, runs: list[Run]) -> None:
@@ -60,8 +65,12 @@ class Device:
         for row, number in zip(index, now, strict=True):
             assert found.positions[row] == found.context_lens[row] == found.stored_from[row] == starts[number]
             assert found.token_ids[row] == tokens[number]
+            assert found.asked[row].tolist() == list(sampling_of(number).words(number % 3))
+            assert self.rows.counts[row] == number % 3
             assert self.buffers.tables[row, : len(pages_of(number))].tolist() == list(pages_of(number))
         assert (found.positions[len(now) :] < 0).all(), "rows of nobody store nothing"
+        assert not found.asked[len(now) :].any(), "and draw nothing"
+        assert self.rows.draws == any(number % 2 or number % 3 for number in now)
         chosen = found.token_ids + 1000
         end_rows_ref(self.buffers, torch.stack((chosen, chosen, chosen)), batch, 1)
         assert self.buffers.told[self.num_steps % 2, 0, index].tolist() == [tokens[number] + 1000 for number in now]
@@ -76,10 +85,23 @@ def pages_of(number: int) -> tuple[int, ...]:
     return tuple(range(10 * number, 10 * number + 1 + number % MAX_BLOCKS))
 
 
+def sampling_of(number: int) -> SamplingParams:
+    """Every other one draws."""
+    return SamplingParams(temperature=number % 2, seed=number - 3, top_p=1 / (1 + number))
+
+
 def run(number: int, start: int, behind: int | None = None) -> Run:
     tokens = (number,) if behind is None else (PENDING,)
     id_ = RequestId(b"%d" % number)
-    return Run(id=id_, tokens=tokens, start=start, pages=pages_of(number), sampling=SamplingParams(), behind=behind)
+    return Run(
+        id=id_,
+        tokens=tokens,
+        start=start,
+        pages=pages_of(number),
+        sampling=sampling_of(number),
+        num_top=number % 3,
+        behind=behind,
+    )
 
 
 steps = st.lists(st.tuples(st.sets(st.integers(0, MOST - 1)), st.integers(0, MOST), st.booleans()), max_size=16)
@@ -119,7 +141,9 @@ def test_nothing_is_said_of_whoever_stays() -> None:
     device = Device()
     device.enter([run(number, 3) for number in range(MOST)])
     assert device.rows.index.tolist() == list(range(MOST))
-    said = Said(np.full(MOST, -1), np.zeros((MOST, TOKENS + 1), np.int32), np.zeros((MOST, MAX_BLOCKS), np.int32))
+    shapes = {"lines": (MOST, TOKENS + 1), "pages": (MOST, MAX_BLOCKS)}
+    numbers = {name: np.zeros(shape, np.int32) for name, shape in shapes.items()}
+    said = Said(np.full(MOST, -1), **numbers, asked=np.zeros((MOST, ASKED), np.int64))
     device.rows.go_on(Onward(left=(1,), joined=(run(7, 9),)), said, 1, MOST)
     assert said.at.tolist() == [-1, 1, -1, -1, -1, -1], "who joins has the row of the one that has left"
     assert said.pages[1].tolist() == list(pages_of(7))

@@ -286,22 +286,17 @@ def test_an_id_may_be_used_again_while_its_last_step_is_in_flight(
     assert worker.pool.num_free == NUM_PAGES
 
 
-@pytest.mark.parametrize("speculative_tokens", [0, 2])
-def test_what_needs_the_host_waits_for_it(
-    model: M3Model, sources: list[PrefilledPrompt], speculative_tokens: int
-) -> None:
-    """Tokens that are drawn, and proposals, which hang on tokens: no step is launched behind theirs."""
+def test_proposals_wait_for_the_host(model: M3Model, sources: list[PrefilledPrompt]) -> None:
+    """They hang on tokens: no step is launched behind theirs."""
     worker = Worker(model, overlap=True, late=True)
-    limits = EngineSettings(max_model_len=300, max_batch=BATCH, speculative_tokens=speculative_tokens)
+    limits = EngineSettings(max_model_len=300, max_batch=BATCH, speculative_tokens=2)
     assert isinstance(worker.runner, LateRunner)
     shaped = StepRunner(model, worker.arena, DecodeShapes.of(limits, 128, NUM_PAGES), always_shaped=True)
     worker.runner = LateRunner(shaped)
     worker.engine = Engine(worker.runner, worker.pool, limits)
-    sampling = GREEDY if speculative_tokens else HOT
-    one = msgspec.structs.replace(request(1, sources[0], 6, ignore_eos=True), sampling=sampling)
-    worker.submit(one, sources[0])
+    worker.submit(request(1, sources[0], 6, ignore_eos=True), sources[0])
     worker.run()
-    assert all(run.behind is None for step in worker.runner.launched for run in step)
+    assert not any(isinstance(step, Onward) for step in worker.runner.launched)
     assert len(worker.tokens[rid(1)]) == 6
 
 

@@ -10,7 +10,7 @@ from hypothesis.stateful import rule
 
 from pdkv.m3.requests import RequestId
 from pdkv.m3.run import PENDING, Onward, Run, Step, seated, seating
-from pdkv.m3.sampling import NO_TOKEN, GreedyChoices, Sample
+from pdkv.m3.sampling import NO_TOKEN, Choices, Sample
 from tests.m3.test_scheduler_histories import BATCH, BLOCK, CHUNK, SchedulerHistories, next_token
 
 
@@ -100,10 +100,10 @@ class OverlappedHistories(SchedulerHistories):
                 assert len(self.generated[run.id]) + 2 <= self.requests[run.id].max_tokens, "its end was known"
 
 
-def told(samples: list[Sample | None]) -> GreedyChoices:
+def told(samples: list[Sample | None]) -> Choices:
     """As a device does it."""
     tokens = [NO_TOKEN if sample is None else sample.token for sample in samples]
-    return GreedyChoices(np.array(tokens, dtype=np.int64), np.zeros(len(samples)))
+    return Choices(np.array(tokens, dtype=np.int64), np.zeros(len(samples)))
 
 
 OverlappedHistories.TestCase.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)

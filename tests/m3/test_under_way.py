@@ -15,7 +15,7 @@ from pdkv.m3.requests import (
     singly,
 )
 from pdkv.m3.run import Onward, Step, TokenBounds
-from pdkv.m3.sampling import GreedyChoices, SamplingParams
+from pdkv.m3.sampling import Choices, SamplingParams
 from pdkv.m3.scheduler import Scheduler
 from pdkv.memory.pages import PagePool
 
@@ -69,7 +69,7 @@ class Device:
         step, size = self.flights.pop(0)
         tokens = (self.num_chosen + np.arange(size)) % VOCAB
         self.num_chosen += size
-        self.take(self.scheduler.complete(step, GreedyChoices(tokens, np.full(size, -0.5))))
+        self.take(self.scheduler.complete(step, Choices(tokens, np.full(size, -0.5))))
 
     def take(self, events: list[EngineEvent]) -> None:
         for event in singly(events):

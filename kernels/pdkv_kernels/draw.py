@@ -1,0 +1,305 @@
+"""Draws in a fixed few launches: no sort, no wait for the host, and sums in one order whatever the company.
+
+A row is cut into parts of so many columns. Where ``top_p`` cuts, the logit at which it does is found four bits at a
+time: each launch sums the weights of every part by the next four bits of what is still in question, and the one behind
+it goes on from there. Then every part's weight that is left, then the part and the column in which the number falls.
+
+Weights are exponentials in float32, sums are in float64. What a row gives hangs on its logits and on what is asked of
+it, and on no other row, nor on how many there are.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pdkv_kernels.draw_ref import ASKED, NUM_TOP, SEED, TEMPERATURE, TOP_P
+
+_COLUMNS = 4096
+_BITS = 4
+_DIGITS = tl.constexpr(1 << _BITS)
+_CUT = tl.constexpr(3)
+"""Of every part, what of it is in the nucleus: keys above the first number, and of those equal to it so many of the
+row's as the second says, of which the third come in parts before this one."""
+_STATE = tl.constexpr(3)
+"""Of every row and pass: digits of the key that are known, bits of the weight above, bits of the weight wanted."""
+_NO_COLUMN = tl.constexpr((1 << 31) - 1)
+_MOST_EQUALS = tl.constexpr(float(1 << 30))
+_COLUMNS_ASKED = tuple(tl.constexpr(column) for column in (TEMPERATURE, TOP_P, SEED, NUM_TOP, ASKED))
+_TEMPERATURE, _TOP_P, _SEED, _NUM_TOP, _ASKED = _COLUMNS_ASKED
+
+
+def draw(chosen: Tensor, tops: Tensor, logits: Tensor, asked: Tensor, positions: Tensor) -> None:
+    """``draw_ref``; of equally likely tokens to tell of, the lowest come first."""
+    num_rows, vocab = logits.shape
+    most_top = tops.shape[2]
+    assert logits.stride(1) == chosen.stride(1) == positions.stride(0) == 1
+    assert asked.is_contiguous()
+    assert tops.is_contiguous()
+    parts = triton.cdiv(vocab, _COLUMNS)
+    key_bits = 16 if logits.dtype == torch.bfloat16 else 32
+    passes = key_bits // _BITS
+
+    def scratch(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=logits.device)
+
+    state = scratch(passes, num_rows, _STATE.value)
+    sums = scratch(2, num_rows, parts, _DIGITS.value, dtype=torch.float64)
+    left = scratch(num_rows, parts, dtype=torch.float64)
+    cuts = scratch(num_rows, parts, _CUT.value)
+    likely = scratch(num_rows, parts, most_top)
+    sizes = (chosen.stride(0), logits.stride(0), vocab, parts)
+    shape = {"KEY_BITS": key_bits, "COLUMNS": _COLUMNS, "PARTS": triton.next_power_of_2(parts)}
+    grid = (parts, num_rows)
+    for number in range(passes):
+        before, after = sums[(number + 1) % 2], sums[number % 2]
+        _narrow[grid](
+            chosen, logits, asked, state[number - 1], state[number], before, after, *sizes,
+            KNOWN=number * _BITS, **shape, num_warps=8,
+        )  # fmt: skip
+    _weigh[grid](
+        chosen, logits, asked, state[-1], sums[(passes - 1) % 2], left, cuts, likely, most_top, *sizes,
+        **shape, num_warps=8,
+    )  # fmt: skip
+    _pick[(num_rows,)](
+        chosen, tops, logits, asked, positions, left, cuts, likely, most_top, *sizes,
+        WIDTH=triton.next_power_of_2(most_top), **shape, num_warps=8,
+    )  # fmt: skip
+
+
+@triton.jit
+def _float64(bits):
+    return bits.to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def _bits(value):
+    return value.to(tl.int64, bitcast=True)
+
+
+@triton.jit
+def _key(logit, KEY_BITS: tl.constexpr):
+    """int64 of so many bits, ordered as the logits are, of which one of bfloat16 has 16 that are all the same."""
+    bits = tl.where(logit == 0.0, 0.0, logit).to(tl.int32, bitcast=True).to(tl.int64)
+    key = tl.where(bits < 0, -1 - bits, bits + (1 << 31))
+    return key >> (32 - KEY_BITS)
+
+
+@triton.jit
+def _logit(key, KEY_BITS: tl.constexpr):
+    """Of which ``_key`` is."""
+    low = (1 << (32 - KEY_BITS)) - 1
+    whole = (key << (32 - KEY_BITS)) + tl.where(key < (1 << (KEY_BITS - 1)), low, 0)
+    bits = tl.where(whole < (1 << 31), -1 - whole, whole - (1 << 31))
+    return bits.to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _weight(logit, largest, temperature):
+    """float32 in all but type: at most 1."""
+    divisor = tl.maximum(temperature, 1e-30).to(tl.float32)
+    return tl.exp((logit - largest) / divisor).to(tl.float64)
+
+
+@triton.jit
+def _largest(chosen, logits, row, logits_row):
+    """Of the row's logits: greedy has found it."""
+    return tl.load(logits + row * logits_row + tl.load(chosen + row)).to(tl.float32)
+
+
+@triton.jit
+def _loaded(logits, row, part, logits_row, vocab, COLUMNS: tl.constexpr):
+    """A part's columns, and their logits."""
+    column = part * COLUMNS + tl.arange(0, COLUMNS)
+    found = tl.load(logits + row * logits_row + column, mask=column < vocab, other=float("-inf"))
+    return column, found.to(tl.float32)
+
+
+@triton.jit
+def _descended(state, sums, share, row, part, num_parts, KNOWN: tl.constexpr, PARTS: tl.constexpr):
+    """What is known behind a pass at whose begin ``KNOWN`` bits of the key were: its digits now, the weight above it,
+    the weight wanted, the weight that has those digits in every part, and in this one.
+
+    The last token in the nucleus is of the lowest digit that has any weight, and before which less than is wanted has
+    come."""
+    digit = tl.arange(0, _DIGITS)
+    nth = tl.arange(0, PARTS)
+    of_parts = sums + (row * num_parts + nth[:, None]) * _DIGITS + digit[None, :]
+    weights = tl.load(of_parts, mask=nth[:, None] < num_parts, other=0.0)
+    weight = tl.sum(weights, axis=0)
+    key = tl.zeros([], tl.int64)
+    above = tl.zeros([], tl.float64)
+    wanted = tl.maximum(share * tl.sum(weight, axis=0), 1e-300)  # the likeliest is always in
+    if KNOWN > 0:
+        key = tl.load(state + row * _STATE)
+        above = _float64(tl.load(state + row * _STATE + 1))
+        wanted = _float64(tl.load(state + row * _STATE + 2))
+    higher = tl.where(digit[:, None] > digit[None, :], tl.reshape(weight, (_DIGITS, 1)), 0.0)
+    before = above + tl.sum(higher, axis=0)
+    last = tl.min(tl.where((weight > 0.0) & (before < wanted), digit, _DIGITS - 1), axis=0)
+    above = tl.sum(tl.where(digit == last, before, 0.0), axis=0)
+    by_part = tl.sum(tl.where(digit[None, :] == last, weights, 0.0), axis=1)
+    own = tl.sum(tl.where(nth == part, by_part, 0.0), axis=0)
+    return key * _DIGITS + last, above, wanted, by_part, own
+
+
+@triton.jit
+def _narrow(
+    chosen, logits, asked, state_before, state, sums_before, sums, chosen_row, logits_row, vocab, num_parts,
+    KNOWN: tl.constexpr, KEY_BITS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Sum this part's weights by the next digit, of keys whose digits so far are those of the nucleus's end."""
+    part = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    temperature = _float64(tl.load(asked + row * _ASKED + _TEMPERATURE))
+    share = _float64(tl.load(asked + row * _ASKED + _TOP_P))
+    if (temperature > 0.0) & (share < 1.0) & (tl.load(chosen + chosen_row + row) >= 0):
+        known = tl.zeros([], tl.int64)
+        is_there = True
+        if KNOWN > 0:
+            known, above, wanted, _, own = _descended(
+                state_before, sums_before, share, row, part, num_parts, KNOWN - 4, PARTS
+            )
+            is_there = own > 0.0
+            if part == 0:
+                tl.store(state + row * _STATE, known)
+                tl.store(state + row * _STATE + 1, _bits(above))
+                tl.store(state + row * _STATE + 2, _bits(wanted))
+        mine = sums + (row * num_parts + part) * _DIGITS
+        if is_there:
+            column, logit = _loaded(logits, row, part, logits_row, vocab, COLUMNS)
+            key = _key(logit, KEY_BITS)
+            weight = _weight(logit, _largest(chosen, logits, row, logits_row), temperature)
+            is_of_them = (column < vocab) & ((key >> (KEY_BITS - KNOWN)) == known)
+            digit = tl.where(is_of_them, (key >> (KEY_BITS - KNOWN - 4)) & (_DIGITS - 1), _DIGITS).to(tl.int32)
+            for one in tl.static_range(0, _DIGITS):
+                tl.store(mine + one, tl.sum(tl.where(digit == one, weight, 0.0), axis=0))
+        else:
+            tl.store(mine + tl.arange(0, _DIGITS), tl.zeros([_DIGITS], tl.float64))
+
+
+@triton.jit
+def _kept(key, lowest, num_equals, equals_before):
+    """Of a part's keys, which are in the nucleus."""
+    is_equal = key == lowest
+    number = equals_before + tl.cumsum(is_equal.to(tl.int32), axis=0) - 1
+    return (key > lowest) | (is_equal & (number < num_equals))
+
+
+@triton.jit
+def _weigh(
+    chosen, logits, asked, state, sums, left, cuts, likely, most_top, chosen_row, logits_row, vocab, num_parts,
+    KEY_BITS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """The weight that a row's part has left, and its likeliest columns."""
+    part = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    temperature = _float64(tl.load(asked + row * _ASKED + _TEMPERATURE))
+    share = _float64(tl.load(asked + row * _ASKED + _TOP_P))
+    num_top = tl.minimum(tl.load(asked + row * _ASKED + _NUM_TOP), most_top).to(tl.int32)
+    is_sound = tl.load(chosen + chosen_row + row) >= 0
+    draws = is_sound & (temperature > 0.0)
+    if draws | (is_sound & (num_top > 0)):
+        column, logit = _loaded(logits, row, part, logits_row, vocab, COLUMNS)
+        if draws:
+            largest = _largest(chosen, logits, row, logits_row)
+            lowest = tl.full([], -1, tl.int64)
+            num_equals = tl.zeros([], tl.int64)
+            equals_before = tl.zeros([], tl.int64)
+            if share < 1.0:
+                lowest, above, wanted, by_part, _ = _descended(
+                    state, sums, share, row, part, num_parts, KEY_BITS - 4, PARTS
+                )
+                each = _weight(_logit(lowest, KEY_BITS), largest, temperature)
+                each = tl.maximum(each, 1e-300)
+                num_equals = tl.ceil(tl.minimum((wanted - above) / each, _MOST_EQUALS)).to(tl.int64)
+                before = tl.where(tl.arange(0, PARTS) < part, by_part, 0.0)
+                equals_before = tl.floor(tl.sum(before, axis=0) / each + 0.5).to(tl.int64)
+            kept = (column < vocab) & _kept(_key(logit, KEY_BITS), lowest, num_equals, equals_before)
+            weight = tl.where(kept, _weight(logit, largest, temperature), 0.0)
+            own = row * num_parts + part
+            tl.store(left + own, tl.sum(weight, axis=0))
+            tl.store(cuts + own * _CUT, lowest)
+            tl.store(cuts + own * _CUT + 1, num_equals)
+            tl.store(cuts + own * _CUT + 2, equals_before)
+        for nth in range(0, num_top):
+            best = tl.max(logit, axis=0)
+            is_best = (logit == best) & (logit > float("-inf"))
+            first = tl.min(tl.where(is_best, column, _NO_COLUMN), axis=0)
+            tl.store(likely + (row * num_parts + part) * most_top + nth, first.to(tl.int64))
+            logit = tl.where(column == first, float("-inf"), logit)
+
+
+@triton.jit
+def _round(first, second, third, fourth, key, other_key):
+    """Of Philox with four words of 64 bits."""
+    one = tl.full([], 0xD2E7470EE14C6C93, tl.uint64)
+    other = tl.full([], 0xCA5A826395121157, tl.uint64)
+    high, low = tl.umulhi(one, first), one * first
+    other_high, other_low = tl.umulhi(other, third), other * third
+    return other_high ^ second ^ key, other_low, high ^ fourth ^ other_key, low
+
+
+@triton.jit
+def _uniform(seed, position):
+    """``draw_ref.uniform``."""
+    key, other_key = seed.to(tl.uint64), position.to(tl.uint64)
+    first, second = tl.full([], 1, tl.uint64), tl.full([], 0, tl.uint64)
+    third, fourth = tl.full([], 0, tl.uint64), tl.full([], 0, tl.uint64)
+    for _ in tl.static_range(0, 10):
+        first, second, third, fourth = _round(first, second, third, fourth, key, other_key)
+        key += tl.full([], 0x9E3779B97F4A7C15, tl.uint64)
+        other_key += tl.full([], 0xBB67AE8584CAA73B, tl.uint64)
+    return (first >> 11).to(tl.int64).to(tl.float64) * (1.0 / (1 << 53))
+
+
+@triton.jit
+def _pick(
+    chosen, tops, logits, asked, positions, left, cuts, likely, most_top, chosen_row, logits_row, vocab, num_parts,
+    WIDTH: tl.constexpr, KEY_BITS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """The column in which the row's number falls, and the likeliest of all parts."""
+    row = tl.program_id(0).to(tl.int64)
+    temperature = _float64(tl.load(asked + row * _ASKED + _TEMPERATURE))
+    num_top = tl.minimum(tl.load(asked + row * _ASKED + _NUM_TOP), most_top).to(tl.int32)
+    is_sound = tl.load(chosen + chosen_row + row) >= 0
+    nth = tl.arange(0, PARTS)
+    if is_sound & ((temperature > 0.0) | (num_top > 0)):
+        largest = _largest(chosen, logits, row, logits_row)
+        most = _float64(tl.load(chosen + 2 * chosen_row + row))
+        if num_top > 0:
+            place = tl.arange(0, WIDTH)
+            is_told = (nth[:, None] < num_parts) & (place[None, :] < num_top)
+            of_parts = likely + (row * num_parts + nth[:, None]) * most_top + place[None, :]
+            column = tl.load(of_parts, mask=is_told, other=_NO_COLUMN)
+            is_told = is_told & (column < vocab)
+            logit = tl.load(logits + row * logits_row + column, mask=is_told, other=float("-inf")).to(tl.float32)
+            for number in range(0, num_top):
+                best = tl.max(tl.max(logit, axis=1), axis=0)
+                equals = tl.where(is_told & (logit == best), column, _NO_COLUMN)
+                first = tl.min(tl.min(equals, axis=1), axis=0)
+                logprob = (best - largest).to(tl.float64) + most
+                is_there = best > float("-inf")
+                tl.store(tops + row * 2 * most_top + number, first, mask=is_there)
+                tl.store(tops + (row * 2 + 1) * most_top + number, _bits(logprob), mask=is_there)
+                logit = tl.where(column == first, float("-inf"), logit)
+        if temperature > 0.0:
+            seed = tl.load(asked + row * _ASKED + _SEED)
+            number = _uniform(seed, tl.load(positions + row) + 1)
+            weights = tl.load(left + row * num_parts + nth, mask=nth < num_parts, other=0.0)
+            up_to = tl.cumsum(weights, axis=0)
+            target = tl.max(up_to, axis=0) * number
+            part = tl.min(tl.where((weights > 0.0) & (up_to > target), nth, PARTS), axis=0)
+            part = tl.minimum(part, tl.max(tl.where(weights > 0.0, nth, 0), axis=0))
+            rest = target - tl.max(tl.where(nth < part, up_to, 0.0), axis=0)
+            column, logit = _loaded(logits, row, part, logits_row, vocab, COLUMNS)
+            cut = cuts + (row * num_parts + part) * _CUT
+            kept = _kept(_key(logit, KEY_BITS), tl.load(cut), tl.load(cut + 1), tl.load(cut + 2))
+            weight = tl.where((column < vocab) & kept, _weight(logit, largest, temperature), 0.0)
+            is_beyond = (weight > 0.0) & (tl.cumsum(weight, axis=0) > rest)
+            token = tl.min(tl.where(is_beyond, column, _NO_COLUMN), axis=0)
+            token = tl.minimum(token, tl.max(tl.where(weight > 0.0, column, 0), axis=0))  # sums round in another order
+            logprob = tl.max(tl.where(column == token, logit, float("-inf")), axis=0) - largest
+            tl.store(chosen + row, token.to(tl.int64))
+            tl.store(chosen + chosen_row + row, token.to(tl.int64))
+            tl.store(chosen + 2 * chosen_row + row, _bits(logprob.to(tl.float64) + most))
