@@ -36,10 +36,9 @@ class ScanPlan:
     splits: int  # programs that share one sequence
     num_warps: int
     num_stages: int  # of its loop: one more than the tiles that are on their way
-    ahead: int = 32  # pages that a program looks up at once; 0: each in its turn
-    early_tiles: int = 0  # tiles that the second-level cache is asked for before its turn, where nothing is settled
-    requests: bool = True  # each tile comes by one request, not by one for each 16 bytes; where launches overlap
-    registers: int = 0  # of a thread at most, where launches overlap; 0: as many as it likes
+    ahead: int = 32  # pages that a program looks up at once
+    in_advance: bool = True  # where it is settled what they are, the first tiles are asked for before its turn
+    early_tiles: int = 1  # tiles that the second-level cache is asked for before its turn otherwise
 
 
 def scan_blocks(
@@ -59,13 +58,13 @@ def scan_blocks(
     key_code, key_data = fp8_code(index_k, beside=index_q.dtype)
     query_code, query_data = fp8_code(index_q, beside=index_k.dtype)
     early = chained()
+    in_advance = early and batch.settled and plan.in_advance
     columns = triton.next_power_of_2(heads) * triton.next_power_of_2(batch.query_len)
     tiles = key_data
     in_one_piece = early and _in_one_piece(key_data)
-    if requests := plan.requests and in_one_piece:
+    if in_one_piece:
         tiles = TensorDescriptor(key_data, list(key_data.shape), list(key_data.stride()), [1, BLOCK, dim])
     stages = stages_that_fit(plan.num_stages, BLOCK * dim * index_k.element_size(), columns * dim * 4)
-    assert plan.ahead or not batch.settled, plan
     _scan_kernel[(batch.num_seqs, plan.splits)](
         query_data,
         key_data,
@@ -92,12 +91,11 @@ def scan_blocks(
         KEY_CODE=key_code,
         QUERY_CODE=query_code,
         AHEAD=plan.ahead,
-        REQUESTS=requests,
-        EARLY_TILES=plan.early_tiles if in_one_piece and not batch.settled else 0,
-        FIRST_TILES=stages if early and batch.settled else 0,
+        REQUESTS=in_one_piece,
+        EARLY_TILES=plan.early_tiles if in_one_piece and not in_advance else 0,
+        FIRST_TILES=stages if in_advance else 0,
         EARLY=early,
         **launch_options(early, plan.num_warps, stages),
-        **({"maxnreg": plan.registers} if early and plan.registers else {}),
     )
 
 
@@ -163,9 +161,8 @@ def _scan_kernel(
     # What needs no length is asked for together with it.
     if FIRST_TILES == 0:
         q_bits = tl.load(q_at, mask=real[:, None], other=0.0)
-    if AHEAD > 0:
-        nth = tl.arange(0, AHEAD)
-        pages = tl.load(table_row + split + nth * splits, mask=split + nth * splits < max_blocks, other=0)
+    nth = tl.arange(0, AHEAD)
+    pages = tl.load(table_row + split + nth * splits, mask=split + nth * splits < max_blocks, other=0)
     seq_len = tl.load(seq_lens_ptr + seq)
     num_blocks = (seq_len + TOKENS - 1) // TOKENS
     visible = tl.maximum(seq_len - query_len + row + 1, 0)  # [columns], keys that the column sees
@@ -183,36 +180,26 @@ def _scan_kernel(
         q = tl.trans(half_of_bits(q_bits, QUERY_CODE))  # [DIM, columns]
     keys_at = keys_ptr + (flat_row * HEADS + head) * keys_stride
     k_offsets = token[:, None] * k_token_stride + dims[None, :]
-    if AHEAD == 0:
-        for block in tl.range(split, num_blocks, splits):
-            page = tl.load(table_row + block)
+    for begin in tl.range(0, count, AHEAD, num_stages=1):
+        # Which pages, before the loop: inside it, each tile would wait for its page's number.
+        if begin != 0:
+            blocks = split + (begin + nth) * splits
+            pages = tl.load(table_row + blocks, mask=blocks < max_blocks, other=0)
+        for step in tl.range(0, tl.minimum(AHEAD, count - begin)):
+            block = split + (begin + step) * splits
+            page = tl.sum(tl.where(nth == step, pages, 0), axis=0)
             if REQUESTS:
                 k = half_of_bits(tl.reshape(tiles.load([page, 0, 0]), (TOKENS, DIM)), KEY_CODE)
             else:
                 k = half_of_bits(tl.load(k_ptr + page.to(tl.int64) * k_page_stride + k_offsets), KEY_CODE)
+            if FIRST_TILES > 0:
+                # Inside the loop, since its pipeline has asked for the first tiles in front of it.
+                if begin + step == 0:
+                    tl.extra.cuda.gdc_wait()
+                    tl.extra.cuda.gdc_launch_dependents()
+                    q = tl.trans(half_of_bits(tl.load(q_at, mask=real[:, None], other=0.0), QUERY_CODE))
             key = _block_keys(k, q, block, visible, visible_blocks, init_blocks, local_blocks, TOKENS)
             tl.store(keys_at + block, key, mask=real & (block < visible_blocks))
-    else:
-        for begin in tl.range(0, count, AHEAD, num_stages=1):
-            # Which pages, before the loop: inside it, each tile would wait for its page's number.
-            if begin != 0:
-                blocks = split + (begin + nth) * splits
-                pages = tl.load(table_row + blocks, mask=blocks < max_blocks, other=0)
-            for step in tl.range(0, tl.minimum(AHEAD, count - begin)):
-                block = split + (begin + step) * splits
-                page = tl.sum(tl.where(nth == step, pages, 0), axis=0)
-                if REQUESTS:
-                    k = half_of_bits(tl.reshape(tiles.load([page, 0, 0]), (TOKENS, DIM)), KEY_CODE)
-                else:
-                    k = half_of_bits(tl.load(k_ptr + page.to(tl.int64) * k_page_stride + k_offsets), KEY_CODE)
-                if FIRST_TILES > 0:
-                    # Inside the loop, since its pipeline has asked for the first tiles in front of it.
-                    if begin + step == 0:
-                        tl.extra.cuda.gdc_wait()
-                        tl.extra.cuda.gdc_launch_dependents()
-                        q = tl.trans(half_of_bits(tl.load(q_at, mask=real[:, None], other=0.0), QUERY_CODE))
-                key = _block_keys(k, q, block, visible, visible_blocks, init_blocks, local_blocks, TOKENS)
-                tl.store(keys_at + block, key, mask=real & (block < visible_blocks))
 
 
 @triton.jit

@@ -4,6 +4,8 @@ Among groups of blocks, the best 16 blocks lie in those 16 groups whose best blo
 first, and then the members of the winners.
 """
 
+from enum import IntEnum
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -21,11 +23,16 @@ GROUP = 8
 """Blocks of a group; rows of keys are multiples of it. 16 and 32 were slower on an H200 wherever it mattered."""
 
 
-def select_blocks(out: Tensor, keys: Tensor, batch: DecodeBatch, *, scan_follows: bool) -> None:
-    """Write each row's and head's best blocks to out, int32 [num_rows, heads, topk], by the keys of ``scan_blocks``.
+class Successor(IntEnum):
+    """When the launch behind the selection may start, where launches overlap."""
 
-    scan_follows: see ``index_topk_decode_into``.
-    """
+    AT_ONCE = 0  # beside the scan in front
+    IN_TURN = 1  # beside the selection
+    BEHIND = 2  # when the selection has ended
+
+
+def select_blocks(out: Tensor, keys: Tensor, batch: DecodeBatch, successor: Successor) -> None:
+    """Write each row's and head's best blocks to out, int32 [num_rows, heads, topk], by the keys of ``scan_blocks``."""
     num_rows, heads, topk = out.shape
     early = chained()
     chunk = min(max(triton.next_power_of_2(keys.shape[1]), 64), MOST_BLOCKS_AT_ONCE)
@@ -48,7 +55,7 @@ def select_blocks(out: Tensor, keys: Tensor, batch: DecodeBatch, *, scan_follows
         GROUPS=chunk // group,
         GROUP=group,
         WHOLE=keys.shape[1] if chunk >= keys.shape[1] else 0,
-        SCAN_FOLLOWS=scan_follows,
+        SUCCESSOR=int(successor),
         EARLY=early,
         **launch_options(early, 1 if chunk <= 64 else 4 if chunk <= 2048 else 8, 1),
     )
@@ -71,19 +78,17 @@ def _select_kernel(
     GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
     WHOLE: tl.constexpr,  # columns of keys, if all are to be read at once, whatever the length; else 0
-    SCAN_FOLLOWS: tl.constexpr,
+    SUCCESSOR: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     row = tl.program_id(0)
     head = tl.program_id(1)
     seq = row // query_len
     if EARLY:
-        # A scan asks for its first tiles while this waits and ranks. Attention would take the places of those programs
-        # of the scan in front that end first, and many of them on the same multiprocessors.
-        if SCAN_FOLLOWS:
+        if SUCCESSOR == 0:
             tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-        if not SCAN_FOLLOWS:
+        if SUCCESSOR == 1:
             tl.extra.cuda.gdc_launch_dependents()
     keys_at = keys_ptr + (row.to(tl.int64) * HEADS + head) * keys_stride
     blocks = tl.arange(0, GROUPS)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from pdkv_kernels.decode_batch import DecodeBatch, uniform_batch
 from pdkv_kernels.index_scan import ScanPlan, scan_blocks
-from pdkv_kernels.index_selection import GROUP, select_blocks
+from pdkv_kernels.index_selection import GROUP, Successor, select_blocks
+from pdkv_kernels.launch import FEW_PROGRAMS
 from pdkv_kernels.paged import BLOCK, RaggedQueries
 
 _MULTIPROCESSORS = 132
@@ -82,42 +83,34 @@ def index_topk_decode_into(
     assert keys.shape[1] % GROUP == 0, keys.shape
     if num_rows == 0:
         return
-    plan = plan or scan_plan(batch, index_q, index_k)
+    plan = plan or scan_plan(batch, index_q, index_k, scan_follows=scan_follows)
     scan_blocks(keys, index_q, index_k, batch, (rule.init_blocks, rule.local_blocks), plan)
-    select_blocks(out, keys, batch, scan_follows=scan_follows)
+    attention = _attention_starts(num_rows * heads, index_k.element_size())
+    select_blocks(out, keys, batch, Successor.AT_ONCE if scan_follows else attention)
 
 
-def scan_plan(batch: DecodeBatch, index_q: Tensor, index_k: Tensor) -> ScanPlan:
-    """By shapes alone, measured on an H200."""
-    is_small = index_k.element_size() == 1
-    # Eight columns are enough for Hopper's larger matrix instructions, which hold one more tile.
-    is_wide = triton.next_power_of_2(index_q.shape[1]) * triton.next_power_of_2(batch.query_len) >= 8
-    if not batch.settled and not is_wide:
-        return _unsettled_plan(batch.num_seqs, index_k.element_size())
-    # Programs fill the multiprocessors exactly, and their tiles the memory that threads share: where the next scan's
-    # programs found room beside this one's, some multiprocessors would hold more of them than others, and be the last.
-    if is_small:
-        programs, stages = 4, 3 if is_wide else 4
-    elif is_wide:
-        programs, stages = 2, 3
-    else:
-        programs, stages = (3, 3) if batch.num_seqs <= 16 else (2, 4)
-    splits = max(1, programs * _MULTIPROCESSORS // batch.num_seqs)
-    return ScanPlan(splits - splits % 4 if splits > 8 else splits, 4, stages)
+def scan_plan(batch: DecodeBatch, index_q: Tensor, index_k: Tensor, *, scan_follows: bool = False) -> ScanPlan:
+    """By shapes alone, measured on an H200, in layers: behind an ordinary kernel and the store, in front of attention.
 
-
-def _unsettled_plan(num_seqs: int, key_bytes: int) -> ScanPlan:
-    """For this many sequences and bytes of a key's element.
-
-    About four programs on each multiprocessor were best. One sequence is short work: its programs fill the
-    multiprocessors exactly, each with three tiles in flight. Many short sequences fill them with eight, if registers
-    let them; short tiles gain most by pages that are known beforehand, long ones by being asked for in one piece.
+    Programs fill the multiprocessors exactly, and their tiles the memory that threads share: where as many more of them
+    find room, those that start early crowd on some multiprocessors, which are then the last.
     """
-    if num_seqs == 1:
-        return ScanPlan(528 if key_bytes == 1 else 264, 4, 4, ahead=16, early_tiles=1, requests=False)
-    if num_seqs > 128 and key_bytes == 1:
-        return ScanPlan(max(2, 1024 // num_seqs), 4, 3, ahead=0, early_tiles=1, requests=False, registers=64)
-    splits = 1 << (max(2, 512 // num_seqs).bit_length() - 1)
-    if key_bytes == 1:
-        return ScanPlan(splits, 4, 3, ahead=16, early_tiles=1, requests=False)
-    return ScanPlan(splits, 4, 3, ahead=0, requests=key_bytes == 2)
+    rows, heads, _ = index_q.shape
+    # Eight columns are enough for Hopper's larger matrix instructions, which hold one more tile.
+    is_wide = triton.next_power_of_2(heads) * triton.next_power_of_2(batch.query_len) >= 8
+    in_advance = True
+    if index_k.element_size() > 1:
+        programs, stages = (2, 3) if is_wide else (3, 3) if batch.num_seqs <= 16 else (2, 4)
+    elif is_wide or scan_follows or rows * heads <= FEW_PROGRAMS:
+        programs, stages = 4, 3 if is_wide else 4
+    else:  # behind a store whose successor does not start early
+        programs, stages, in_advance = 3, 3, False
+    splits = max(1 if in_advance else 2, programs * _MULTIPROCESSORS // batch.num_seqs)
+    return ScanPlan(splits - splits % 4 if splits > 8 else splits, 4, stages, in_advance=in_advance)
+
+
+def _attention_starts(programs: int, key_bytes: int) -> Successor:
+    """By the selection's programs. Over bytes, attention's own are small: many fit into a multiprocessor, and crowd
+    where the selection has left room, unless it is too small to matter or the same everywhere."""
+    crowds = key_bytes == 1 and FEW_PROGRAMS < programs < 2 * _MULTIPROCESSORS - FEW_PROGRAMS
+    return Successor.BEHIND if crowds else Successor.IN_TURN

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pdkv_kernels.hardware import hardware
 from pdkv_kernels.kv_store_ref import HeadNorms, PackedHeads, Queries, TokenRows
-from pdkv_kernels.launch import chained, launch_options
+from pdkv_kernels.launch import FEW_PROGRAMS, chained, launch_options
 from pdkv_kernels.paged import BLOCK, LayerPages
 from pdkv_kernels.rms_norm import inverse_root
 from pdkv_kernels.rounding import (
@@ -67,6 +67,10 @@ def kv_store(
     other_programs = triton.cdiv(num_rows, vectors // others)
     # Between, programs of the next launch would take places that this one's last programs need.
     early = chained() and (num_rows >= _MANY_ROWS or num_rows <= _FEW_ROWS)
+    # In decode the indexer's scan follows, or attention. Their programs start where there is room, and crowd there if
+    # many of them fit into a multiprocessor, as do all but a scan's of two-byte keys. They start behind this one, then.
+    crowds = index_k is None or index_k.element_size() == 1
+    at_once = num_rows >= _MANY_ROWS or num_rows * heads.kv <= FEW_PROGRAMS or not crowds
     _kv_store[(other_programs + q_programs,)](
         packed, norms.q, norms.k, norms.index_q if index_k is not None else norms.q,
         norms.index_k if index_k is not None else norms.q, rows.slots, rows.cos, rows.sin,
@@ -81,7 +85,7 @@ def kv_store(
         KV_FORM=kv_form, KV_TYPE=_type(k), KV_MAX=MAX[kv_form], INDEX_FORM=index_form, INDEX_TYPE=_type(index_pages),
         INDEX_Q_FORM=index_q_form, INDEX_Q_TYPE=_type(index_q), Q_FORM=q_form, Q_TYPE=_type(q),
         BLOCK=BLOCK, VECTORS=vectors, PORTABLE=portable(), FLAT=hardware().amd, EARLY=early,
-        enable_fp_fusion=False, **launch_options(early, _WARPS, 1),
+        AT_ONCE=at_once, enable_fp_fusion=False, **launch_options(early, _WARPS, 1),
     )  # fmt: skip
     return out
 
@@ -157,11 +161,12 @@ def _kv_store(
     KV_FORM: tl.constexpr, KV_TYPE: tl.constexpr, KV_MAX: tl.constexpr, INDEX_FORM: tl.constexpr,
     INDEX_TYPE: tl.constexpr, INDEX_Q_FORM: tl.constexpr, INDEX_Q_TYPE: tl.constexpr, Q_FORM: tl.constexpr,
     Q_TYPE: tl.constexpr, BLOCK: tl.constexpr, VECTORS: tl.constexpr, PORTABLE: tl.constexpr, FLAT: tl.constexpr,
-    EARLY: tl.constexpr,
+    EARLY: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """Some vectors: heads of q, or, in the first programs, all other heads of some rows."""
     if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
+        if AT_ONCE:  # else at the end
+            tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     nth = tl.arange(0, VECTORS)
     column = tl.arange(0, HALF_P)

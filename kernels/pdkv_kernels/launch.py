@@ -7,6 +7,9 @@ its successors start: after its own wait, or at once where nothing is gained by 
 
 from pdkv_kernels.hardware import hardware
 
+FEW_PROGRAMS = 16
+"""So few leave the machine as good as empty: what starts beside them finds room everywhere alike."""
+
 
 def chained() -> bool:
     """Whether kernels may be launched before the one in front of them has ended, and wait inside.

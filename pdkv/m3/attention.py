@@ -68,9 +68,10 @@ def attention_step(batch: StepBatch, config: M3Config, operations: Operations) -
     positions = batch.positions
     decode = None
     if batch.query_len:
-        # What is read would be settled: of a layer's kernels only the store may overlap with the indexer's. But between
-        # a layer's other kernels the promise gained nothing (docs/performance.md), so it is not given.
-        decode = DecodeBatch(batch.context_lens + batch.query_len, batch.page_table, batch.query_len)
+        # Settled: of a layer's kernels only the store may still run when the indexer's first begins, for in front of it
+        # is the projection, an ordinary launch; all that the scan reads but the step's own keys is older than that.
+        lens = batch.context_lens + batch.query_len
+        decode = DecodeBatch(lens, batch.page_table, batch.query_len, settled=True)
         seqs = torch.arange(positions.numel(), device=positions.device) // batch.query_len
     else:
         seqs = row_sequences(batch.query_starts)

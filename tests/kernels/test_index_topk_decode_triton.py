@@ -127,8 +127,8 @@ def test_real_dimensions(device: str, dtype: torch.dtype, heads: int, query_len:
         ScanPlan(1, 4, 2),
         ScanPlan(2, 8, 4, ahead=4),
         ScanPlan(1, 4, 8),
-        ScanPlan(3, 4, 3, ahead=2, early_tiles=2, requests=False),
-        ScanPlan(4, 4, 3, early_tiles=1, requests=False, registers=64),
+        ScanPlan(3, 4, 3, ahead=2, in_advance=False, early_tiles=2),
+        ScanPlan(4, 4, 3, in_advance=False, early_tiles=0),
     ],
 )
 def test_every_way_to_scan_chooses_the_same(device: str, dtype: torch.dtype, settled: bool, plan: ScanPlan):

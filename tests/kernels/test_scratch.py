@@ -62,7 +62,7 @@ def test_prefill(dtype: torch.dtype) -> None:
 
 def test_decode(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention's workspaces are full of NaN in its own tests."""
-    monkeypatch.setattr("pdkv_kernels.index_topk_decode.scan_plan", lambda _batch, _q, _k: ScanPlan(2, 4, 2))
+    monkeypatch.setattr("pdkv_kernels.index_topk_decode.scan_plan", lambda _batch, _q, _k, **_: ScanPlan(2, 4, 2))
     case = make_prefill(DEVICE, torch.float8_e4m3fn, [(140, 1), (0, 1), (255, 1)], heads=(4, 2), dim=DIM)
     check(lambda: (index_topk_decode(case.index_q, case.index_k, case.queries, *FORCED),))
 
