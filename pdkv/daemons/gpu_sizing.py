@@ -39,6 +39,7 @@ def room_on(settings: WorkerSettings, model: M3Model) -> GpuRoom | None:
 def room_in(memory: GpuMemory, settings: WorkerSettings, config: M3Config, itemsize: int) -> GpuRoom:
     """What is left for pages of the worker's share, or of what is free where that is less, beside the reserve."""
     reserve = _FIXED_RESERVE + chunk_in(memory.total, settings, config, itemsize) * activation_bytes(config, itemsize)
+    reserve += settings.max_batch * config.vocab_size * itemsize  # logits of a decode step
     if config.dtype == "float32":
         reserve += settings.max_model_len * gathered_bytes(config, itemsize)
     share = int(memory.total * settings.gpu_memory_utilization) - memory.ours
