@@ -11,6 +11,7 @@ OPERATIONS = {
     "index_topk_decode": "benchmarks.index_topk_decode",
     "sparse_attention_decode": "benchmarks.sparse_attention_decode",
     "paged_attention_decode": "benchmarks.paged_attention_decode",
+    "decode_layer": "benchmarks.decode_layer",
     "index_topk_prefill": "benchmarks.index_topk_prefill",
     "sparse_attention_prefill": "benchmarks.sparse_attention_prefill",
     "paged_attention_prefill": "benchmarks.paged_attention_prefill",
