@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from pdkv.m3.config import kv_layout
 from pdkv.m3.decode_graphs import DecodeShapes
 from pdkv.m3.engine import Engine
+from pdkv.m3.logprobs import TopLogprobs
 from pdkv.m3.model import M3Model, load_model
 from pdkv.m3.requests import (
     DecodeRequest,
@@ -33,6 +34,8 @@ from pdkv.verify.state_loss import PrefilledPrompt, prefill
 from tests.soak import write_tiny_checkpoint
 
 GREEDY, HOT = SamplingParams(), SamplingParams(temperature=2.0, seed=3)
+WAYS = (GREEDY, HOT, SamplingParams(temperature=1.5, seed=-9, top_p=0.8), GREEDY, SamplingParams(1.0, 4, 0.5))
+"""How each prompt is answered."""
 EVERY_NINTH = tuple(range(4, 320, 9))
 NUM_PAGES, BATCH = 7, 3
 LENGTHS = (3, 90, 120, 127, 200)
@@ -106,6 +109,7 @@ class Worker:
         self.engine = Engine(self.runner, self.pool, limits)
         self.sources: dict[RequestId, PrefilledPrompt] = {}
         self.tokens: dict[RequestId, list[int]] = {}
+        self.tops: dict[RequestId, list[TopLogprobs]] = {}
         self.reasons: dict[RequestId, FinishReason] = {}
         self.pages: dict[RequestId, tuple[int, ...]] = {}
 
@@ -122,8 +126,9 @@ class Worker:
                     self.receive(self.sources[id_], pages, cached)
                     source = self.sources[id_]
                     self.take(self.engine.resume(id_, source.token, source.logprob))
-                case TokenGenerated(id=id_, token=token):
+                case TokenGenerated(id=id_, token=token, top=top):
                     self.tokens[id_].append(token)
+                    self.tops.setdefault(id_, []).append(top)
                 case RequestFinished(id=id_, reason=reason):
                     self.reasons[id_] = reason
                 case _:
@@ -148,8 +153,9 @@ def rid(number: int) -> RequestId:
 
 
 def request(number: int, source: PrefilledPrompt, max_tokens: int, *, ignore_eos: bool = False) -> DecodeRequest:
+    sampling = WAYS[LENGTHS.index(len(source.tokens))]
     return DecodeRequest(
-        id=rid(number), prompt=source.tokens, max_tokens=max_tokens, sampling=GREEDY, ignore_eos=ignore_eos
+        id=rid(number), prompt=source.tokens, max_tokens=max_tokens, sampling=sampling, ignore_eos=ignore_eos
     )
 
 
@@ -197,7 +203,8 @@ def test_overlapped_steps_answer_as_steps_that_wait(
     jobs: list[tuple[int, int, bool, int | None, int]],
     cached: bool,
 ) -> None:
-    """Requests come, end by length, by an end token or because they are given up, and their pages go to the next."""
+    """Requests come, end by length, by an end token or because they are given up, and their pages go to the next. What
+    is drawn for one hangs on nobody's company."""
     worker = Worker(model, overlap=True, late=late, cached=cached)
     given_up: dict[RequestId, int] = {}
     asked = []
@@ -284,6 +291,29 @@ def test_an_id_may_be_used_again_while_its_last_step_is_in_flight(
     worker.run()
     assert worker.tokens[rid(1)] == answers[2][:9]
     assert worker.pool.num_free == NUM_PAGES
+
+
+def test_likeliest_tokens_come_with_steps_as_one_by_one(model: M3Model, sources: list[PrefilledPrompt]) -> None:
+    """Of who asks for them, whoever comes and goes beside it."""
+    told = []
+    for overlap in (True, False):
+        worker = Worker(model, overlap=overlap)
+        if not overlap:  # no shapes: choices are made beside the step
+            plain = StepRunner(model, worker.arena)
+            worker.engine = Engine(plain, worker.pool, EngineSettings(max_model_len=300, max_batch=BATCH))
+        worker.submit(request(0, sources[0], 4, ignore_eos=True), sources[0])
+        for number, num_top in ((1, 3), (2, 1)):
+            asked = msgspec.structs.replace(request(number, sources[number], 6, ignore_eos=True), num_top=num_top)
+            worker.submit(asked, sources[number])
+        worker.run()
+        told.append(worker)
+    for number, num_top in ((0, 0), (1, 3), (2, 1)):
+        found, wanted = (worker.tops[rid(number)][1:] for worker in told)  # the first token comes with its state
+        assert told[0].tokens[rid(number)] == told[1].tokens[rid(number)]
+        assert [top.token_ids for top in found] == [top.token_ids for top in wanted]
+        assert {len(top.logprobs) for top in found} == {num_top}
+        for mine, its in zip(found, wanted, strict=True):
+            assert mine.logprobs == pytest.approx(its.logprobs, abs=1e-4)
 
 
 def test_proposals_wait_for_the_host(model: M3Model, sources: list[PrefilledPrompt]) -> None:
