@@ -111,6 +111,6 @@ def scan_plan(batch: DecodeBatch, index_q: Tensor, index_k: Tensor, *, scan_foll
 
 def _attention_starts(programs: int, key_bytes: int) -> Successor:
     """By the selection's programs. Over bytes, attention's own are small: many fit into a multiprocessor, and crowd
-    where the selection has left room, unless it is too small to matter or the same everywhere."""
-    crowds = key_bytes == 1 and FEW_PROGRAMS < programs < 2 * _MULTIPROCESSORS - FEW_PROGRAMS
+    where the selection has left room, unless it is too small to matter or so large that it leaves none."""
+    crowds = key_bytes == 1 and FEW_PROGRAMS < programs <= 2 * _MULTIPROCESSORS
     return Successor.BEHIND if crowds else Successor.IN_TURN
