@@ -4,7 +4,7 @@ A row is cut into parts of so many columns. Where ``top_p`` cuts, the logit at w
 time: each launch sums the weights of every part by the next four bits of what is still in question, and the one behind
 it goes on from there. Then every part's weight that is left, then the part and the column in which the number falls.
 
-Weights are exponentials in float32, sums are in float64. What a row gives hangs on its logits and on what is asked of
+Weights are exponentials in float32; sums of parts by digits are too, all others in float64. What a row gives hangs on its logits and on what is asked of
 it, and on no other row, nor on how many there are.
 """
 
@@ -16,8 +16,10 @@ from torch import Tensor
 from pdkv_kernels.draw_ref import ASKED, NUM_TOP, SEED, TEMPERATURE, TOP_P
 
 _COLUMNS = 4096
-_BITS = 4
-_DIGITS = tl.constexpr(1 << _BITS)
+_MANY_ROWS, _PARTS_AT_ONCE = 32, 4
+"""Where there are many rows, programs are of several parts, one after the other, each with its own sums."""
+_BITS = tl.constexpr(4)
+_DIGITS = tl.constexpr(1 << 4)
 _CUT = tl.constexpr(3)
 """Of every part, what of it is in the nucleus: keys above the first number, and of those equal to it so many of the
 row's as the second says, of which the third come in parts before this one."""
@@ -38,27 +40,28 @@ def draw(chosen: Tensor, tops: Tensor, logits: Tensor, asked: Tensor, positions:
     assert tops.is_contiguous()
     parts = triton.cdiv(vocab, _COLUMNS)
     key_bits = 16 if logits.dtype == torch.bfloat16 else 32
-    passes = key_bits // _BITS
+    passes = key_bits // _BITS.value
 
     def scratch(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=logits.device)
 
     state = scratch(passes, num_rows, _STATE.value)
-    sums = scratch(2, num_rows, parts, _DIGITS.value, dtype=torch.float64)
+    sums = scratch(2, num_rows, parts, _DIGITS.value, dtype=torch.float32)
     left = scratch(num_rows, parts, dtype=torch.float64)
     cuts = scratch(num_rows, parts, _CUT.value)
     likely = scratch(num_rows, parts, most_top)
     sizes = (chosen.stride(0), logits.stride(0), vocab, parts)
     shape = {"KEY_BITS": key_bits, "COLUMNS": _COLUMNS, "PARTS": triton.next_power_of_2(parts)}
-    grid = (parts, num_rows)
+    at_once = 1 if num_rows < _MANY_ROWS else _PARTS_AT_ONCE
+    grid = (triton.cdiv(parts, at_once), num_rows)
     for number in range(passes):
         before, after = sums[(number + 1) % 2], sums[number % 2]
         _narrow[grid](
-            chosen, logits, asked, state[number - 1], state[number], before, after, *sizes,
-            KNOWN=number * _BITS, **shape, num_warps=8,
+            chosen, logits, asked, state[number - 1], state[number], before, after, number * _BITS.value, at_once,
+            *sizes, **shape, num_warps=4,
         )  # fmt: skip
     _weigh[grid](
-        chosen, logits, asked, state[-1], sums[(passes - 1) % 2], left, cuts, likely, most_top, *sizes,
+        chosen, logits, asked, state[-1], sums[(passes - 1) % 2], left, cuts, likely, most_top, at_once, *sizes,
         **shape, num_warps=8,
     )  # fmt: skip
     _pick[(num_rows,)](
@@ -96,9 +99,8 @@ def _logit(key, KEY_BITS: tl.constexpr):
 
 @triton.jit
 def _weight(logit, largest, temperature):
-    """float32 in all but type: at most 1."""
-    divisor = tl.maximum(temperature, 1e-30).to(tl.float32)
-    return tl.exp((logit - largest) / divisor).to(tl.float64)
+    """float32, at most 1."""
+    return tl.exp((logit - largest) / tl.maximum(temperature, 1e-30).to(tl.float32))
 
 
 @triton.jit
@@ -116,21 +118,21 @@ def _loaded(logits, row, part, logits_row, vocab, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _descended(state, sums, share, row, part, num_parts, KNOWN: tl.constexpr, PARTS: tl.constexpr):
-    """What is known behind a pass at whose begin ``KNOWN`` bits of the key were: its digits now, the weight above it,
-    the weight wanted, the weight that has those digits in every part, and in this one.
+def _descended(state, sums, share, row, num_parts, known_bits, PARTS: tl.constexpr):
+    """What is known behind a pass at whose begin so many bits of the key were: its digits now, the weight above it, the
+    weight wanted, and the weight that has those digits in every part.
 
     The last token in the nucleus is of the lowest digit that has any weight, and before which less than is wanted has
     come."""
     digit = tl.arange(0, _DIGITS)
     nth = tl.arange(0, PARTS)
     of_parts = sums + (row * num_parts + nth[:, None]) * _DIGITS + digit[None, :]
-    weights = tl.load(of_parts, mask=nth[:, None] < num_parts, other=0.0)
+    weights = tl.load(of_parts, mask=nth[:, None] < num_parts, other=0.0).to(tl.float64)
     weight = tl.sum(weights, axis=0)
     key = tl.zeros([], tl.int64)
     above = tl.zeros([], tl.float64)
     wanted = tl.maximum(share * tl.sum(weight, axis=0), 1e-300)  # the likeliest is always in
-    if KNOWN > 0:
+    if known_bits > 0:
         key = tl.load(state + row * _STATE)
         above = _float64(tl.load(state + row * _STATE + 1))
         wanted = _float64(tl.load(state + row * _STATE + 2))
@@ -139,43 +141,45 @@ def _descended(state, sums, share, row, part, num_parts, KNOWN: tl.constexpr, PA
     last = tl.min(tl.where((weight > 0.0) & (before < wanted), digit, _DIGITS - 1), axis=0)
     above = tl.sum(tl.where(digit == last, before, 0.0), axis=0)
     by_part = tl.sum(tl.where(digit[None, :] == last, weights, 0.0), axis=1)
-    own = tl.sum(tl.where(nth == part, by_part, 0.0), axis=0)
-    return key * _DIGITS + last, above, wanted, by_part, own
+    return key * _DIGITS + last, above, wanted, by_part
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["known_bits"])
 def _narrow(
-    chosen, logits, asked, state_before, state, sums_before, sums, chosen_row, logits_row, vocab, num_parts,
-    KNOWN: tl.constexpr, KEY_BITS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
+    chosen, logits, asked, state_before, state, sums_before, sums, known_bits, at_once, chosen_row, logits_row, vocab,
+    num_parts, KEY_BITS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Sum this part's weights by the next digit, of keys whose digits so far are those of the nucleus's end."""
-    part = tl.program_id(0)
+    """Sum weights of parts by the next digit, of keys whose digits so far are those of the nucleus's end."""
+    first = tl.program_id(0) * at_once
     row = tl.program_id(1).to(tl.int64)
     temperature = _float64(tl.load(asked + row * _ASKED + _TEMPERATURE))
     share = _float64(tl.load(asked + row * _ASKED + _TOP_P))
     if (temperature > 0.0) & (share < 1.0) & (tl.load(chosen + chosen_row + row) >= 0):
+        largest = _largest(chosen, logits, row, logits_row)
         known = tl.zeros([], tl.int64)
-        is_there = True
-        if KNOWN > 0:
-            known, above, wanted, _, own = _descended(
-                state_before, sums_before, share, row, part, num_parts, KNOWN - 4, PARTS
+        nth = tl.arange(0, PARTS)
+        by_part = tl.full([PARTS], 1.0, tl.float64)
+        if known_bits > 0:
+            known, above, wanted, by_part = _descended(
+                state_before, sums_before, share, row, num_parts, known_bits - _BITS, PARTS
             )
-            is_there = own > 0.0
-            if part == 0:
+            if first == 0:
                 tl.store(state + row * _STATE, known)
                 tl.store(state + row * _STATE + 1, _bits(above))
                 tl.store(state + row * _STATE + 2, _bits(wanted))
-        mine = sums + (row * num_parts + part) * _DIGITS
-        if is_there:
-            column, logit = _loaded(logits, row, part, logits_row, vocab, COLUMNS)
-            key = _key(logit, KEY_BITS)
-            weight = _weight(logit, _largest(chosen, logits, row, logits_row), temperature)
-            is_of_them = (column < vocab) & ((key >> (KEY_BITS - KNOWN)) == known)
-            digit = tl.where(is_of_them, (key >> (KEY_BITS - KNOWN - 4)) & (_DIGITS - 1), _DIGITS).to(tl.int32)
-            for one in tl.static_range(0, _DIGITS):
-                tl.store(mine + one, tl.sum(tl.where(digit == one, weight, 0.0), axis=0))
-        else:
-            tl.store(mine + tl.arange(0, _DIGITS), tl.zeros([_DIGITS], tl.float64))
+        unknown = KEY_BITS - known_bits
+        for part in range(first, tl.minimum(first + at_once, num_parts)):
+            mine = sums + (row * num_parts + part) * _DIGITS
+            if tl.sum(tl.where(nth == part, by_part, 0.0), axis=0) > 0.0:
+                column, logit = _loaded(logits, row, part, logits_row, vocab, COLUMNS)
+                key = _key(logit, KEY_BITS)
+                weight = _weight(logit, largest, temperature)
+                is_of_them = (column < vocab) & ((key >> unknown) == known)
+                digit = tl.where(is_of_them, (key >> (unknown - _BITS)) & (_DIGITS - 1), _DIGITS).to(tl.int32)
+                for one in tl.static_range(0, _DIGITS):
+                    tl.store(mine + one, tl.sum(tl.where(digit == one, weight, 0.0), axis=0))
+            else:
+                tl.store(mine + tl.arange(0, _DIGITS), tl.zeros([_DIGITS], tl.float32))
 
 
 @triton.jit
@@ -188,11 +192,11 @@ def _kept(key, lowest, num_equals, equals_before):
 
 @triton.jit
 def _weigh(
-    chosen, logits, asked, state, sums, left, cuts, likely, most_top, chosen_row, logits_row, vocab, num_parts,
+    chosen, logits, asked, state, sums, left, cuts, likely, most_top, at_once, chosen_row, logits_row, vocab, num_parts,
     KEY_BITS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """The weight that a row's part has left, and its likeliest columns."""
-    part = tl.program_id(0)
+    """The weight that parts of a row have left, and their likeliest columns."""
+    begin = tl.program_id(0) * at_once
     row = tl.program_id(1).to(tl.int64)
     temperature = _float64(tl.load(asked + row * _ASKED + _TEMPERATURE))
     share = _float64(tl.load(asked + row * _ASKED + _TOP_P))
@@ -200,34 +204,33 @@ def _weigh(
     is_sound = tl.load(chosen + chosen_row + row) >= 0
     draws = is_sound & (temperature > 0.0)
     if draws | (is_sound & (num_top > 0)):
-        column, logit = _loaded(logits, row, part, logits_row, vocab, COLUMNS)
-        if draws:
-            largest = _largest(chosen, logits, row, logits_row)
-            lowest = tl.full([], -1, tl.int64)
-            num_equals = tl.zeros([], tl.int64)
-            equals_before = tl.zeros([], tl.int64)
-            if share < 1.0:
-                lowest, above, wanted, by_part, _ = _descended(
-                    state, sums, share, row, part, num_parts, KEY_BITS - 4, PARTS
-                )
-                each = _weight(_logit(lowest, KEY_BITS), largest, temperature)
-                each = tl.maximum(each, 1e-300)
-                num_equals = tl.ceil(tl.minimum((wanted - above) / each, _MOST_EQUALS)).to(tl.int64)
-                before = tl.where(tl.arange(0, PARTS) < part, by_part, 0.0)
-                equals_before = tl.floor(tl.sum(before, axis=0) / each + 0.5).to(tl.int64)
-            kept = (column < vocab) & _kept(_key(logit, KEY_BITS), lowest, num_equals, equals_before)
-            weight = tl.where(kept, _weight(logit, largest, temperature), 0.0)
+        largest = _largest(chosen, logits, row, logits_row)
+        nth = tl.arange(0, PARTS)
+        lowest = tl.full([], -1, tl.int64)
+        num_equals = tl.zeros([], tl.int64)
+        equals = tl.zeros([PARTS], tl.float64)  # how many in every part
+        if draws & (share < 1.0):
+            lowest, above, wanted, equals = _descended(state, sums, share, row, num_parts, KEY_BITS - _BITS, PARTS)
+            each = tl.maximum(_weight(_logit(lowest, KEY_BITS), largest, temperature).to(tl.float64), 1e-300)
+            num_equals = tl.ceil(tl.minimum((wanted - above) / each, _MOST_EQUALS)).to(tl.int64)
+            equals = tl.floor(equals / each + 0.5)
+        for part in range(begin, tl.minimum(begin + at_once, num_parts)):
+            column, logit = _loaded(logits, row, part, logits_row, vocab, COLUMNS)
             own = row * num_parts + part
-            tl.store(left + own, tl.sum(weight, axis=0))
-            tl.store(cuts + own * _CUT, lowest)
-            tl.store(cuts + own * _CUT + 1, num_equals)
-            tl.store(cuts + own * _CUT + 2, equals_before)
-        for nth in range(0, num_top):
-            best = tl.max(logit, axis=0)
-            is_best = (logit == best) & (logit > float("-inf"))
-            first = tl.min(tl.where(is_best, column, _NO_COLUMN), axis=0)
-            tl.store(likely + (row * num_parts + part) * most_top + nth, first.to(tl.int64))
-            logit = tl.where(column == first, float("-inf"), logit)
+            if draws:
+                equals_before = tl.sum(tl.where(nth < part, equals, 0.0), axis=0).to(tl.int64)
+                kept = (column < vocab) & _kept(_key(logit, KEY_BITS), lowest, num_equals, equals_before)
+                weight = tl.where(kept, _weight(logit, largest, temperature), 0.0).to(tl.float64)
+                tl.store(left + own, tl.sum(weight, axis=0))
+                tl.store(cuts + own * _CUT, lowest)
+                tl.store(cuts + own * _CUT + 1, num_equals)
+                tl.store(cuts + own * _CUT + 2, equals_before)
+            for number in range(0, num_top):
+                best = tl.max(logit, axis=0)
+                is_best = (logit == best) & (logit > float("-inf"))
+                found = tl.min(tl.where(is_best, column, _NO_COLUMN), axis=0)
+                tl.store(likely + own * most_top + number, found.to(tl.int64))
+                logit = tl.where(column == found, float("-inf"), logit)
 
 
 @triton.jit
@@ -295,7 +298,7 @@ def _pick(
             column, logit = _loaded(logits, row, part, logits_row, vocab, COLUMNS)
             cut = cuts + (row * num_parts + part) * _CUT
             kept = _kept(_key(logit, KEY_BITS), tl.load(cut), tl.load(cut + 1), tl.load(cut + 2))
-            weight = tl.where((column < vocab) & kept, _weight(logit, largest, temperature), 0.0)
+            weight = tl.where((column < vocab) & kept, _weight(logit, largest, temperature), 0.0).to(tl.float64)
             is_beyond = (weight > 0.0) & (tl.cumsum(weight, axis=0) > rest)
             token = tl.min(tl.where(is_beyond, column, _NO_COLUMN), axis=0)
             token = tl.minimum(token, tl.max(tl.where(weight > 0.0, column, 0), axis=0))  # sums round in another order

@@ -46,12 +46,14 @@ def kernels_for(device: torch.device) -> ChoosingKernels:
     """The kernels on a GPU, else the references."""
     if device.type != "cuda":
         return _References()
-    from pdkv_kernels import decode_rows, draw, greedy  # noqa: PLC0415  need Triton, which a CPU goes without
+    # They need Triton, which a CPU goes without.
+    from pdkv_kernels.decode_rows import begin_rows, end_rows, retell_rows  # noqa: PLC0415
+    from pdkv_kernels.draw import draw as draw_tokens  # noqa: PLC0415
+    from pdkv_kernels.greedy import greedy  # noqa: PLC0415
 
     class Kernels:
-        begin, choose = staticmethod(decode_rows.begin_rows), staticmethod(greedy.greedy)
-        end, retell = staticmethod(decode_rows.end_rows), staticmethod(decode_rows.retell_rows)
-        draw = staticmethod(draw.draw)
+        begin, choose, end = staticmethod(begin_rows), staticmethod(greedy), staticmethod(end_rows)
+        draw, retell = staticmethod(draw_tokens), staticmethod(retell_rows)
 
     return Kernels()
 
