@@ -66,15 +66,14 @@ class DecodeRows:
         A run of fewer tokens than the shape's rows has them last: rows before them repeat what is stored already.
         """
         batch, query_len = shape
-        before, count_before = self.index, self.count
+        count_before = self.count
         self._place(runs)
         index, lines = self.index, said.lines
         lengths = [len(run.tokens) for run in runs]
         starts = np.array([run.start for run in runs], dtype=np.int32)
         lines[index, START] = starts
         lines[index, END] = starts + np.array(lengths, dtype=np.int32)
-        lines[index, BEHIND] = [-1 if run.behind is None else before[run.behind] for run in runs]
-        lines[index, GROWS], lines[index, PAGES] = 1, 0
+        lines[index, BEHIND], lines[index, GROWS], lines[index, PAGES] = -1, 1, 0
         end = TOKENS + query_len
         if min(lengths) == query_len:
             lines[index, TOKENS:end] = [run.tokens for run in runs]

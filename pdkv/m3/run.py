@@ -13,10 +13,6 @@ _T = TypeVar("_T")
 NOT_FINITE = "the model's output is not finite: the checkpoint, or the state that the request attends to, is damaged"
 
 
-PENDING = -1
-"""In the place of a token that the step in flight chooses: it is on the device, and nobody here has read it."""
-
-
 class TokenBounds(msgspec.Struct, frozen=True, kw_only=True):
     """What the scheduler must know of the model."""
 
@@ -43,8 +39,6 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Prompt tokens to score: they follow the first ``len(targets)`` of ``tokens``."""
     prompt_top: int = 0
     """Likeliest tokens to tell with each of ``targets``."""
-    behind: int | None = None
-    """Its only token is what this run, by its place, of the step in flight chooses; ``tokens`` says ``PENDING``."""
 
     @property
     def end(self) -> int:

@@ -107,7 +107,6 @@ class StepRunner:
         if self._graphs is not None and self._graphs.takes(step):
             flight = self._graphs.launch(step)
             return _Decoding(flight) if flight.is_drawn else _Verifying(self, step, flight)
-        assert all(run.behind is None for run in step), "tokens that are on the device, for a step that is not"
         return Landed(self._compute(step))
 
     def run(self, runs: Sequence[Run]) -> StepOutput:

@@ -9,7 +9,7 @@ from pdkv_kernels.draw_ref import ASKED
 
 from pdkv.m3.decode_rows import DecodeRows, Said
 from pdkv.m3.requests import RequestId
-from pdkv.m3.run import PENDING, Onward, Run, seated, seating
+from pdkv.m3.run import Onward, Run, seated, seating
 from pdkv.m3.sampling import SamplingParams
 
 MOST, MAX_BLOCKS = 6, 4
@@ -90,17 +90,16 @@ def sampling_of(number: int) -> SamplingParams:
     return SamplingParams(temperature=number % 2, seed=number - 3, top_p=1 / (1 + number))
 
 
-def run(number: int, start: int, behind: int | None = None) -> Run:
-    tokens = (number,) if behind is None else (PENDING,)
+def run(number: int, start: int, token: int | None = None) -> Run:
+    """Its token is its number, unless it is another."""
     id_ = RequestId(b"%d" % number)
     return Run(
         id=id_,
-        tokens=tokens,
+        tokens=(number if token is None else token,),
         start=start,
         pages=pages_of(number),
         sampling=sampling_of(number),
         num_top=number % 3,
-        behind=behind,
     )
 
 
@@ -127,10 +126,9 @@ def test_whoever_stays_is_found_and_whoever_joins_has_all_it_needs(
             return
         starts = {number: start + 1 for number, start in starts.items()} | {number: 7 * number for number in new}
         tokens = {number: token + 1000 for number, token in tokens.items()} | {number: number for number in new}
-        places = {number: place for place, number in enumerate(now)}
         if says_all:
             now = [number for place, number in enumerate(now) if place not in left][::-1] + new
-            device.enter([run(number, starts[number], places.get(number)) for number in now])
+            device.enter([run(number, starts[number], tokens[number]) for number in now])
         else:
             now = seated(now, seating(len(now), left, len(new)), new)
             device.go_on(Onward(tuple(left), tuple(run(number, starts[number]) for number in new)), len(now))

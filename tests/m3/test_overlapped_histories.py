@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import rule
 
 from pdkv.m3.requests import RequestId
-from pdkv.m3.run import PENDING, Onward, Run, Step, seated, seating
+from pdkv.m3.run import Onward, Run, Step, seated, seating
 from pdkv.m3.sampling import NO_TOKEN, Choices, Sample
 from tests.m3.test_scheduler_histories import BATCH, BLOCK, CHUNK, SchedulerHistories, next_token
 
@@ -22,6 +22,8 @@ class Flight:
     runs: list[Run]
     tokens: dict[RequestId, tuple[int, ...]]
     samples: list[Sample | None]
+    places: dict[RequestId, int]
+    """Whose tokens the step before chooses, in which place; those of other runs are known."""
 
 
 class OverlappedHistories(SchedulerHistories):
@@ -51,17 +53,16 @@ class OverlappedHistories(SchedulerHistories):
 
     def launch(self, before: Flight | None, damaged: int | None) -> Flight:
         step = self.scheduler.schedule()
-        runs = self.onward(before, step) if isinstance(step, Onward) else step
-        self.check_budgets(runs)
-        flight = Flight(step, runs, {}, [])
+        runs, places = self.onward(before, step) if isinstance(step, Onward) else (step, {})
+        flight = Flight(step, runs, {}, [], places)
+        self.check_flight(flight)
         for number, run in enumerate(runs):
             known = [*self.requests[run.id].prompt, *self.generated[run.id]]
             tokens, start = run.tokens, self.computed[run.id]
-            if run.behind is not None:
+            if run.id in places:
                 assert before is not None
-                assert before.runs[run.behind].id == run.id
-                assert run.tokens == (PENDING,)
-                chosen = before.samples[run.behind]
+                assert before.runs[places[run.id]].id == run.id
+                chosen = before.samples[places[run.id]]
                 tokens, start = (chosen.token if chosen is not None else 0,), start + 1
             assert run.start == start
             flight.tokens[run.id] = tokens
@@ -72,31 +73,29 @@ class OverlappedHistories(SchedulerHistories):
                 flight.samples.append(None if number == damaged else Sample(next_token(seen), 0.0))
         return flight
 
-    def onward(self, before: Flight | None, step: Onward) -> list[Run]:
-        """What it stands for."""
+    def onward(self, before: Flight | None, step: Onward) -> tuple[list[Run], dict[RequestId, int]]:
+        """What it stands for, and the places of those that stay."""
         assert before is not None
-        assert all(run.behind is not None or len(run.tokens) == 1 for run in before.runs)
-        further = [
-            msgspec.structs.replace(run, tokens=(PENDING,), start=run.start + 1, behind=place)
-            for place, run in enumerate(before.runs)
-        ]
+        assert all(len(run.tokens) == 1 for run in before.runs)
+        further = [msgspec.structs.replace(run, start=run.start + 1) for run in before.runs]
         runs = seated(further, seating(len(further), step.left, len(step.joined)), step.joined)
         stay = [run.id for place, run in enumerate(before.runs) if place not in step.left]
         assert sorted(run.id for run in runs) == sorted([*stay, *(run.id for run in step.joined)])
-        return runs
+        return runs, {run.id: place for place, run in enumerate(before.runs) if run.id in stay}
 
     def store(self, run: Run, tokens: tuple[int, ...]) -> None:
         """By page number, whoever has the pages now."""
         for position, token in enumerate(tokens, start=run.start):
             self.memory[run.pages[position // BLOCK]][position % BLOCK] = token
 
-    def check_budgets(self, runs: list[Run]) -> None:
-        super().check_budgets([run for run in runs if run.behind is None])
+    def check_flight(self, flight: Flight) -> None:
+        runs = flight.runs
+        self.check_budgets([run for run in runs if run.id not in flight.places])
         assert len({run.id for run in runs}) == len(runs)
         assert sum(bool(self.generated[run.id]) for run in runs) <= BATCH
         assert sum(len(run.tokens) for run in runs if not self.generated[run.id]) <= CHUNK
         for run in runs:
-            if run.behind is not None:
+            if run.id in flight.places:
                 assert len(self.generated[run.id]) + 2 <= self.requests[run.id].max_tokens, "its end was known"
 
 
