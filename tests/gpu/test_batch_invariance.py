@@ -1,6 +1,8 @@
-"""Batch-invariant steps on a GPU: a request's tokens and log-probabilities are the same bits whoever else is there."""
+"""Batch-invariant steps on a GPU: a request's tokens and log-probabilities are the same bits whoever else is there,
+chosen greedily or drawn."""
 
 from pdkv.m3.engine import Engine
+from pdkv.m3.logprobs import TopLogprobs
 from pdkv.m3.model import M3Model
 from pdkv.m3.requests import CompleteRequest, EngineSettings, RequestFinished, RequestId, TokenGenerated, singly
 from pdkv.m3.sampling import SamplingParams
@@ -10,7 +12,10 @@ from tests.gpu.models import gpu_model, small_config
 PROMPTS = [tuple((number * 31 + i * 7) % 380 for i in range(700 + 90 * number)) for number in range(6)]
 NUM_TOKENS = 24
 
-Told = dict[int, list[tuple[int, float]]]
+WAYS = (SamplingParams(), SamplingParams(temperature=1.2, seed=6), SamplingParams(temperature=0.9, seed=-6, top_p=0.9))
+"""How requests are answered, by turns."""
+
+Told = dict[int, list[tuple[int, float, TopLogprobs]]]
 
 
 def engine_of(model: M3Model) -> Engine:
@@ -30,13 +35,14 @@ def ask(engine: Engine, at_a_time: int, order: list[int]) -> Told:
                     id=RequestId(bytes([number])),
                     prompt=PROMPTS[number],
                     max_tokens=NUM_TOKENS - number,
-                    sampling=SamplingParams(),
+                    sampling=WAYS[number % len(WAYS)],
                     ignore_eos=True,
+                    num_top=number % 2,
                 )
             )
         for event in singly(engine.step()):
             if isinstance(event, TokenGenerated):
-                told[event.id[0]].append((event.token, event.logprob))
+                told[event.id[0]].append((event.token, event.logprob, event.top))
             elif isinstance(event, RequestFinished):
                 running -= 1
     return told
