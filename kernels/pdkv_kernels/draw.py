@@ -4,8 +4,8 @@ A row is cut into parts of so many columns. Where ``top_p`` cuts, the logit at w
 time: each launch sums the weights of every part by the next four bits of what is still in question, and the one behind
 it goes on from there. Then every part's weight that is left, then the part and the column in which the number falls.
 
-Weights are exponentials in float32; sums of parts by digits are too, all others in float64. What a row gives hangs on its logits and on what is asked of
-it, and on no other row, nor on how many there are.
+Weights are exponentials in float32; sums of parts by digits are too, all others in float64. What a row gives hangs on
+its logits and on what is asked of it, and on no other row, nor on how many there are.
 """
 
 import torch
