@@ -28,21 +28,16 @@ SHAPES = [
 RULE = SelectionRule(topk=16, init_blocks=0, local_blocks=1)
 DIM = 128
 GOAL = Goal(ratio=1.3, share=0.9)
-AS_ENGINE = " engine"
 
 
 def works(question: Question, rates: Rates) -> Iterator[Work]:
     """Bytes: every visible index key once. Both read the same views of arena rows: vLLM's kernel takes any strides.
 
-    Each shape twice: calls one after another, each told that a scan follows; and, with ``AS_ENGINE`` behind the shape's
-    name, as the engine calls it, where attention follows.
+    Calls follow one another, and each is told so; how the engine has them, between other kernels, is ``decode_layer``'s.
     """
     for shape in SHAPES:
         if wanted(question, shape.name):
-            case = make(shape)
-            yield _work(case, question.rival, scan_follows=True)
-            yield _work(case, question.rival, scan_follows=False)
-            del case
+            yield _work(make(shape), question.rival)
             torch.cuda.empty_cache()
 
 
@@ -74,12 +69,12 @@ def make(shape: Shape) -> Case:
     return Case(shape, batch, q, keys, rows.pitch)
 
 
-def ours(case: Case, plan: ScanPlan | None = None, *, scan_follows: bool = True) -> list[Call]:
+def ours(case: Case, plan: ScanPlan | None = None) -> list[Call]:
     """A call for each layer."""
     rows, heads, _ = case.q.shape
     out = torch.empty(rows, heads, RULE.topk, dtype=torch.int32, device="cuda")
     workspace = IndexWorkspace(rows, heads, case.shape.blocks, "cuda")
-    run = partial(index_topk_decode_into, scan_follows=scan_follows)
+    run = partial(index_topk_decode_into, scan_follows=True)
     return [partial(run, out, case.q, k, case.batch, RULE, workspace, plan) for k in case.keys]
 
 
@@ -93,11 +88,11 @@ def theirs(case: Case) -> list[Call]:
     return [partial(kernel, case.q, k, *lens, *rule, out=out) for k in case.keys]
 
 
-def _work(case: Case, with_rival: bool, *, scan_follows: bool) -> Work:
+def _work(case: Case, with_rival: bool) -> Work:
     shape = case.shape
     return Work(
-        shape=shape.name if scan_follows else shape.name + AS_ENGINE,
-        calls=ours(case, scan_follows=scan_follows),
+        shape=shape.name,
+        calls=ours(case),
         num_bytes=case.num_bytes,
         num_flops=2 * case.q.shape[0] * shape.kv_heads * shape.context * DIM,
         rival=theirs(case) if with_rival else (),
