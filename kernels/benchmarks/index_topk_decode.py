@@ -33,7 +33,7 @@ GOAL = Goal(ratio=1.3, share=0.9)
 def works(question: Question, rates: Rates) -> Iterator[Work]:
     """Bytes: every visible index key once. Both read the same views of arena rows: vLLM's kernel takes any strides.
 
-    Calls follow one another, and each is told so; how the engine has them, between other kernels, is ``decode_layer``'s.
+    Calls follow one another, and each is told so. How the engine has them, between other kernels: ``decode_layer``.
     """
     for shape in SHAPES:
         if wanted(question, shape.name):
