@@ -5,7 +5,8 @@ import torch
 
 from pdkv.m3.choosing import Choice, Chooser
 from pdkv.m3.sampling import Sample, SamplingParams, sample
-from tests.gpu.models import GPU
+from tests.gpu.models import GPU, gpu_model, small_config
+from tests.m3.divided_draws import divided_answers, undivided_answers
 
 VOCAB, ROWS = 200_064, 48
 WAYS = [(0.0, 1.0), (1.0, 1.0), (0.7, 0.9), (1.5, 0.3), (2.0, 1.0)]
@@ -18,7 +19,7 @@ CHOICES = [
 
 def chosen(logits: torch.Tensor, choices: list[Choice], at_once: int = ROWS) -> list[Sample | None]:
     chooser = Chooser(choices, GPU)
-    for few in logits.split(at_once):
+    for few in torch.split(logits, at_once):
         chooser.choose(few)
     return chooser.wait().samples()
 
@@ -53,3 +54,9 @@ def test_a_vocabulary_in_bfloat16_gives_what_it_gives_in_float32() -> None:
     hair away may differ, and none here does."""
     logits = (3 * torch.randn(ROWS, VOCAB, generator=torch.Generator().manual_seed(2))).to(GPU, torch.bfloat16)
     assert chosen(logits, CHOICES) == chosen(logits.float(), CHOICES)
+
+
+def test_a_divided_engine_draws_what_an_undivided_one_does() -> None:
+    """Bit for bit: the first token is drawn where the prompt is computed, the others where it is decoded."""
+    model = gpu_model(small_config("bfloat16"))
+    assert divided_answers(model) == undivided_answers(model)

@@ -5,6 +5,8 @@ import torch
 
 from pdkv.m3.choosing import Choice, Chooser, ChoosingKernels, kernels_for
 from pdkv.m3.sampling import SamplingParams, sample
+from tests.gpu.models import cpu_model, small_config
+from tests.m3.divided_draws import NUM_TOKENS, divided_answers, undivided_answers
 
 NAMES = ("begin_rows", "greedy", "end_rows", "draw", "retell_rows")
 VOCAB = 30
@@ -40,3 +42,15 @@ def test_rows_get_what_one_look_at_all_of_them_gives() -> None:
         assert (one.token, one.top.token_ids) == (wanted.token, wanted.top.token_ids)
         assert one.logprob == pytest.approx(wanted.logprob, abs=1e-6)
         assert one.top.logprobs == pytest.approx(wanted.top.logprobs)
+
+
+def test_a_divided_engine_draws_what_an_undivided_one_does() -> None:
+    """The first token is drawn where the prompt is computed, the others by shaped steps, of others' company."""
+    model = cpu_model(small_config("float32"))
+    divided, undivided = divided_answers(model), undivided_answers(model)
+    for number, wanted in undivided.items():
+        assert len(wanted) == NUM_TOKENS
+        assert [token for token, _, _ in divided[number]] == [token for token, _, _ in wanted]
+        for (_, logprob, top), (_, its, its_top) in zip(divided[number], wanted, strict=True):
+            assert logprob == pytest.approx(its, abs=1e-4)
+            assert top.token_ids == its_top.token_ids
