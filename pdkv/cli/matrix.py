@@ -20,6 +20,7 @@ Examples:
 
   pdkv matrix
   pdkv matrix --tp 1,2 --cache fp8/fp8 --cache bfloat16/bfloat16/2 --json
+  pdkv matrix --tp 1,2 --cache fp8/fp8 --device cuda
 
 Exit code 4 when one of the answers is wrong.
 """
@@ -37,6 +38,9 @@ def matrix(
     ] = None,
     tokens: Annotated[int, typer.Option(metavar="N", min=2049, max=100_000, help="Prompt length in tokens.")] = 3072,
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of the prompts.")] = 1,
+    device: Annotated[
+        str, typer.Option(metavar="KIND", help="cpu or cuda; rank r of a worker takes the r-th GPU.")
+    ] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of the table.")] = False,
 ) -> None:
     """Start prefill and decode workers of every rank count, and let each pair of them answer a long prompt.
@@ -51,8 +55,10 @@ def matrix(
         from pdkv.daemons.logs import configure_logging  # noqa: PLC0415
         from pdkv.verify.matrix import DEFAULT_KINDS, MatrixOptions, run_matrix, table  # noqa: PLC0415
 
+        if device not in ("cpu", "cuda"):
+            raise typer.BadParameter(f"--device {device!r}: expected cpu or cuda")
         kinds = tuple(map(_kind, cache)) if cache else DEFAULT_KINDS
-        options = MatrixOptions(ranks=_ranks(tp), kinds=kinds, num_tokens=tokens, seed=seed)
+        options = MatrixOptions(ranks=_ranks(tp), kinds=kinds, num_tokens=tokens, seed=seed, device=device)
         configure_logging("warning", "matrix")
         report = run_matrix(options, lambda line: typer.echo(line, err=True), print_to_stderr)
         typer.echo(msgspec.json.encode(report).decode() if as_json else table(report))

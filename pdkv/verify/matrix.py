@@ -32,6 +32,8 @@ STEPS = 64
 _START_S = 300.0
 _REQUEST_S = 300.0
 _POLL_S = 0.2
+_GPU_SHARE = 0.8
+"""Of a GPU's memory, for all workers together."""
 
 
 class CacheKind(msgspec.Struct, frozen=True):
@@ -65,6 +67,15 @@ class MatrixOptions(msgspec.Struct, frozen=True):
     kinds: tuple[CacheKind, ...] = DEFAULT_KINDS
     num_tokens: int = 3072
     seed: int = 1
+    device: str = "cpu"
+    """cpu or cuda. Rank r of every worker takes the r-th GPU, so there must be as many as the most ranks."""
+
+    @property
+    def device_flags(self) -> tuple[str, ...]:
+        if self.device == "cpu":
+            return ()
+        share = _GPU_SHARE / (2 * len(self.ranks))  # first ranks of all workers stand side by side
+        return ("--device", self.device, "--gpu-memory-utilization", f"{share:.3f}")
 
 
 class Cell(msgspec.Struct, frozen=True):
@@ -152,7 +163,7 @@ async def _workers(
 ) -> AsyncIterator[tuple[Supervisor, list[_Worker]]]:
     shared = (
         *("--model", str(model), "--max-model-len", str(options.num_tokens + STEPS), "--max-batch", "1"),
-        *("--log-level", "warning", "--no-prefix-cache", *kind.flags),
+        *("--log-level", "warning", "--no-prefix-cache", *kind.flags, *options.device_flags),
     )
     with contextlib.ExitStack() as stack:
 
