@@ -23,7 +23,8 @@ from pdkv_kernels.rounding import (
 
 _MANY_ROWS = 2048
 _FEW_ROWS = 64
-_WARPS = 4
+_VECTORS = 16
+"""Vectors of a program, heads times rows."""
 _TRITON_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -61,31 +62,30 @@ def kv_store(
     assert pages.kv.v_scale is None or v_scale.stride() == scale_strides
     assert norms.k.stride(0) == norms.q.stride(0) == 1
     rotary_half = rows.cos.shape[1]
-    others = triton.next_power_of_2(total - heads.q)
-    vectors = max(32 if num_rows >= _MANY_ROWS else 16, others)  # heads times rows of a program
-    q_programs = triton.cdiv(num_rows * heads.q, vectors)
-    other_programs = triton.cdiv(num_rows, vectors // others)
+    counts = [heads.kv, heads.kv, heads.q] + ([heads.index_q, 1] if index_k is not None else [])
+    programs = sum(triton.cdiv(num_rows * count, _VECTORS) for count in counts)
     # Between, programs of the next launch would take places that this one's last programs need.
     early = chained() and (num_rows >= _MANY_ROWS or num_rows <= _FEW_ROWS)
     # In decode the indexer's scan follows, or attention. Their programs start where there is room, and crowd there if
     # many of them fit into a multiprocessor, as do all but a scan's of two-byte keys. They start behind this one, then.
     crowds = index_k is None or index_k.element_size() == 1
     at_once = num_rows >= _MANY_ROWS or num_rows * heads.kv <= FEW_PROGRAMS or not crowds
-    _kv_store[(other_programs + q_programs,)](
+    _kv_store[(programs,)](
         packed, norms.q, norms.k, norms.index_q if index_k is not None else norms.q,
         norms.index_k if index_k is not None else norms.q, rows.slots, rows.cos, rows.sin,
         q, index_q, k, v, k_scale, v_scale, index_pages,
-        num_rows, other_programs, packed.stride(0), packed.stride(1), rows.cos.stride(0), q.stride(0), q.stride(1),
+        num_rows, packed.stride(0), packed.stride(1), rows.cos.stride(0), q.stride(0), q.stride(1),
         index_q.stride(0), index_q.stride(1),
         k.stride(0), k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2), *scale_strides,
         index_pages.stride(0), index_pages.stride(1),
-        HEADS_Q=heads.q, HEADS_KV=heads.kv, HEADS_INDEX=heads.index_q, OTHERS=total - heads.q, OTHERS_P=others,
+        HEADS_Q=heads.q, HEADS_KV=heads.kv, HEADS_INDEX=heads.index_q,
         DIM=dim, EPS=norms.eps, INDEX=index_k is not None, SCALED=pages.kv.k_scale is not None,
         HALF=rotary_half, HALF_P=triton.next_power_of_2(rotary_half), PARTS=triton.cdiv(dim, rotary_half),
         KV_FORM=kv_form, KV_TYPE=_type(k), KV_MAX=MAX[kv_form], INDEX_FORM=index_form, INDEX_TYPE=_type(index_pages),
         INDEX_Q_FORM=index_q_form, INDEX_Q_TYPE=_type(index_q), Q_FORM=q_form, Q_TYPE=_type(q),
-        BLOCK=BLOCK, VECTORS=vectors, PORTABLE=portable(), FLAT=hardware().amd, EARLY=early,
-        AT_ONCE=at_once, enable_fp_fusion=False, **launch_options(early, _WARPS, 1),
+        BLOCK=BLOCK, VECTORS=_VECTORS, PORTABLE=portable(), FLAT=hardware().amd, EARLY=early,
+        AT_ONCE=at_once, AHEAD=hardware().nvidia and packed.element_size() == 2 and num_rows > _FEW_ROWS,
+        enable_fp_fusion=False, **launch_options(early, 2 if num_rows >= _MANY_ROWS else 4, 1),
     )  # fmt: skip
     return out
 
@@ -96,20 +96,44 @@ def _type(data: Tensor) -> tl.dtype:
 
 @triton.jit
 def _load_parts(at, column, exists, HALF: tl.constexpr, DIM: tl.constexpr, PARTS: tl.constexpr):
-    """Vectors in parts of HALF columns, float32: the two that rotate against each other, and the rest."""
+    """Vectors in parts of HALF columns: the two that rotate against each other, and the rest."""
     parts: tl.tuple = ()
     for nth in tl.static_range(PARTS):
         there = exists[:, None] & ((column < HALF) & (nth * HALF + column < DIM))[None, :]
-        parts = parts + (tl.load(at[:, None] + (nth * HALF + column)[None, :], mask=there, other=0.0).to(tl.float32),)
+        parts = parts + (tl.load(at[:, None] + (nth * HALF + column)[None, :], mask=there, other=0.0),)
     return parts
 
 
 @triton.jit
+def _widened(parts, PARTS: tl.constexpr):
+    wide: tl.tuple = ()
+    for nth in tl.static_range(PARTS):
+        wide = wide + (parts[nth].to(tl.float32),)
+    return wide
+
+
+@triton.jit
+def _after(x, y, zero):
+    """x of 16 bits, which cannot be used before y, float32, is there. zero: 0, which no compiler knows."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .b32 none; and.b32 none, $2, $4; or.b32 $0, $1, none; }", "=r,r,r,r,r,r", [x, y, zero],
+        dtype=x.dtype, is_pure=True, pack=2,
+    )  # fmt: skip
+
+
+@triton.jit
 def _rotated(
-    parts, weights, column, cos_at, sin_at, exists,
-    DIM: tl.constexpr, EPS: tl.constexpr, HALF: tl.constexpr, PARTS: tl.constexpr,
+    parts, weight, column, cos_at, sin_at, exists, zero,
+    DIM: tl.constexpr, EPS: tl.constexpr, HALF: tl.constexpr, PARTS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """Norm, then rope, in parts. weights, cos_at, sin_at: where each vector's own begin."""
+    """Norm, then rope, in parts of float32. weight: where the norm's begins; cos_at, sin_at: each vector's."""
+    turns = exists[:, None] & (column < HALF)[None, :]
+    cosine = tl.load(cos_at[:, None] + column[None, :], mask=turns, other=0.0)
+    sine = tl.load(sin_at[:, None] + column[None, :], mask=turns, other=0.0)
+    if AHEAD:
+        # Else the compiler, to spare registers, asks for them when the norm is done, and they come a second wait later.
+        parts = (_after(parts[0], cosine, zero), _after(parts[1], sine, zero)) + parts[2:]
+    parts = _widened(parts, PARTS)
     # In float64 the sum does not depend on its order, so every device and tile size rounds to the same float32.
     squares = (parts[0] * parts[0]).to(tl.float64)
     for nth in tl.static_range(1, PARTS):
@@ -120,12 +144,9 @@ def _rotated(
     inverse = inverse_root(mean + tl.full(mean.shape, EPS, tl.float64))[:, None]
     normed: tl.tuple = ()
     for nth in tl.static_range(PARTS):
-        there = ((column < HALF) & (nth * HALF + column < DIM))[None, :]
-        gain = tl.load(weights[:, None] + (nth * HALF + column)[None, :], mask=there, other=0.0).to(tl.float32)
-        normed = normed + (parts[nth] * inverse * (1.0 + gain),)
-    turns = exists[:, None] & (column < HALF)[None, :]
-    cosine = tl.load(cos_at[:, None] + column[None, :], mask=turns, other=0.0)
-    sine = tl.load(sin_at[:, None] + column[None, :], mask=turns, other=0.0)
+        there = (column < HALF) & (nth * HALF + column < DIM)
+        gain = tl.load(weight + nth * HALF + column, mask=there, other=0.0).to(tl.float32)
+        normed = normed + (parts[nth] * inverse * (1.0 + gain)[None, :],)
     x = normed[0] * cosine - normed[1] * sine
     y = normed[1] * cosine + normed[0] * sine
     return (x, y) + normed[2:]
@@ -149,88 +170,102 @@ def _largest(parts, PARTS: tl.constexpr):
     return tl.max(largest, axis=1)
 
 
-@triton.jit(do_not_specialize=["num_rows", "other_programs"])
+@triton.jit
+def _store_parts(
+    at, parts, column, exists, FORM: tl.constexpr, TYPE: tl.constexpr,
+    DIM: tl.constexpr, HALF: tl.constexpr, PARTS: tl.constexpr, PORTABLE: tl.constexpr,
+):  # fmt: skip
+    for nth in tl.static_range(PARTS):
+        there = exists[:, None] & ((column < HALF) & (nth * HALF + column < DIM))[None, :]
+        tl.store(at[:, None] + (nth * HALF + column)[None, :], round_once(parts[nth], FORM, TYPE, PORTABLE), mask=there)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
 def _kv_store(
     packed, q_weight, k_weight, index_q_weight, index_k_weight, slots, cos, sin,
     q, index_q, k, v, k_scale, v_scale, index_k,
-    num_rows, other_programs, packed_row, packed_head, table_row, q_row, q_head, iq_row, iq_head,
+    num_rows, packed_row, packed_head, table_row, q_row, q_head, iq_row, iq_head,
     k_page, k_head, k_token, v_page, v_head, v_token, s_page, s_head, s_token, i_page, i_token,
-    HEADS_Q: tl.constexpr, HEADS_KV: tl.constexpr, HEADS_INDEX: tl.constexpr, OTHERS: tl.constexpr,
-    OTHERS_P: tl.constexpr, DIM: tl.constexpr, EPS: tl.constexpr, INDEX: tl.constexpr, SCALED: tl.constexpr,
+    HEADS_Q: tl.constexpr, HEADS_KV: tl.constexpr, HEADS_INDEX: tl.constexpr,
+    DIM: tl.constexpr, EPS: tl.constexpr, INDEX: tl.constexpr, SCALED: tl.constexpr,
     HALF: tl.constexpr, HALF_P: tl.constexpr, PARTS: tl.constexpr,
     KV_FORM: tl.constexpr, KV_TYPE: tl.constexpr, KV_MAX: tl.constexpr, INDEX_FORM: tl.constexpr,
     INDEX_TYPE: tl.constexpr, INDEX_Q_FORM: tl.constexpr, INDEX_Q_TYPE: tl.constexpr, Q_FORM: tl.constexpr,
     Q_TYPE: tl.constexpr, BLOCK: tl.constexpr, VECTORS: tl.constexpr, PORTABLE: tl.constexpr, FLAT: tl.constexpr,
-    EARLY: tl.constexpr, AT_ONCE: tl.constexpr,
+    EARLY: tl.constexpr, AT_ONCE: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """Some vectors: heads of q, or, in the first programs, all other heads of some rows."""
+    """Some vectors, all of one kind: k first, whose programs take longest, v, index_q, index_k, and at the end q.
+
+    AHEAD: all that a program reads is asked for before any of it is used.
+    """
     if EARLY:
         if AT_ONCE:  # else at the end
             tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+    program = tl.program_id(0)
     nth = tl.arange(0, VECTORS)
     column = tl.arange(0, HALF_P)
-    if tl.program_id(0) >= other_programs:
-        vector = (tl.program_id(0) - other_programs) * VECTORS + nth
+    zero = num_rows >> 31
+    v_begin = tl.cdiv(num_rows * HEADS_KV, VECTORS)
+    index_begin = 2 * v_begin
+    q_begin = index_begin
+    index_k_begin = index_begin
+    if INDEX:
+        index_k_begin += tl.cdiv(num_rows * HEADS_INDEX, VECTORS)
+        q_begin = index_k_begin + tl.cdiv(num_rows, VECTORS)
+    if program >= q_begin:
+        vector = (program - q_begin) * VECTORS + nth
         row, head = (vector // HEADS_Q).to(tl.int64), vector % HEADS_Q
         exists = row < num_rows
         parts = _load_parts(packed + row * packed_row + head * packed_head, column, exists, HALF, DIM, PARTS)
-        weights = q_weight + tl.zeros([VECTORS], tl.int32)
-        table = row * table_row
-        parts = _rotated(parts, weights, column, cos + table, sin + table, exists, DIM, EPS, HALF, PARTS)
-        to = q + row * q_row + head * q_head
-        for part in tl.static_range(PARTS):
-            there = exists[:, None] & ((column < HALF) & (part * HALF + column < DIM))[None, :]
-            rounded = round_once(parts[part], Q_FORM, Q_TYPE, PORTABLE)
-            tl.store(to[:, None] + (part * HALF + column)[None, :], rounded, mask=there)
+        cos_at, sin_at = cos + row * table_row, sin + row * table_row
+        parts = _rotated(parts, q_weight, column, cos_at, sin_at, exists, zero, DIM, EPS, HALF, PARTS, AHEAD)
+        q_at = q + row * q_row + head * q_head
+        _store_parts(q_at, parts, column, exists, Q_FORM, Q_TYPE, DIM, HALF, PARTS, PORTABLE)
+    elif INDEX and program >= index_begin:
+        is_k = program >= index_k_begin
+        vector = (program - tl.where(is_k, index_k_begin, index_begin)) * VECTORS + nth
+        row = tl.where(is_k, vector, vector // HEADS_INDEX).to(tl.int64)
+        head = tl.where(is_k, HEADS_INDEX, vector % HEADS_INDEX)  # behind q, k and v
+        exists = row < num_rows
+        slot = tl.load(slots + row, mask=exists, other=-1)
+        at = packed + row * packed_row + (HEADS_Q + 2 * HEADS_KV + head) * packed_head
+        parts = _load_parts(at, column, exists, HALF, DIM, PARTS)
+        weight = _either(is_k, index_k_weight, index_q_weight, FLAT)
+        cos_at, sin_at = cos + row * table_row, sin + row * table_row
+        parts = _rotated(parts, weight, column, cos_at, sin_at, exists, zero, DIM, EPS, HALF, PARTS, AHEAD)
+        index_k_at = index_k + slot // BLOCK * i_page + slot % BLOCK * i_token
+        index_q_at = index_q + row * iq_row + head * iq_head
+        if INDEX_FORM == INDEX_Q_FORM and INDEX_TYPE == INDEX_Q_TYPE:  # one store: where to is all that differs
+            index_at = _either(is_k, index_k_at, index_q_at, FLAT)
+            wanted = exists & ((slot >= 0) | (not is_k))
+            _store_parts(index_at, parts, column, wanted, INDEX_FORM, INDEX_TYPE, DIM, HALF, PARTS, PORTABLE)
+        else:
+            wanted = is_k & (slot >= 0)
+            _store_parts(index_k_at, parts, column, wanted, INDEX_FORM, INDEX_TYPE, DIM, HALF, PARTS, PORTABLE)
+            wanted = exists & (not is_k)
+            _store_parts(index_q_at, parts, column, wanted, INDEX_Q_FORM, INDEX_Q_TYPE, DIM, HALF, PARTS, PORTABLE)
     else:
-        row = (tl.program_id(0) * (VECTORS // OTHERS_P) + nth // OTHERS_P).to(tl.int64)
-        head = nth % OTHERS_P  # behind q's
-        # 1: k, 2: v, 3: index_q, 4: index_k, 5: nothing that this layer wants
-        kind = 1 + (head >= HEADS_KV).to(tl.int32) + (head >= 2 * HEADS_KV).to(tl.int32)
-        kind += (head == OTHERS - 1).to(tl.int32) * (HEADS_INDEX > 0)
-        kind = tl.where((head >= OTHERS) | (row >= num_rows) | ((kind >= 3) & (not INDEX)), 5, kind)
-        exists = kind < 5
-        plain = _load_parts(
-            packed + row * packed_row + (HEADS_Q + head) * packed_head, column, exists, HALF, DIM, PARTS
-        )
-        weights = _either(kind == 3, index_q_weight, _either(kind == 4, index_k_weight, k_weight, FLAT), FLAT)
-        table = row * table_row
-        turned = _rotated(plain, weights, column, cos + table, sin + table, exists, DIM, EPS, HALF, PARTS)
-        parts = ()
-        for part in tl.static_range(PARTS):
-            parts = parts + (tl.where((kind == 2)[:, None], plain[part], turned[part]),)
-        slot = tl.load(slots + row, mask=row < num_rows, other=-1)
+        is_v = program >= v_begin
+        vector = (program - tl.where(is_v, v_begin, 0)) * VECTORS + nth
+        row, head = (vector // HEADS_KV).to(tl.int64), vector % HEADS_KV
+        exists = row < num_rows
+        slot = tl.load(slots + row, mask=exists, other=-1)
+        at = packed + row * packed_row + (HEADS_Q + tl.where(is_v, HEADS_KV, 0) + head) * packed_head
+        read = _load_parts(at, column, exists, HALF, DIM, PARTS)
+        if is_v:
+            parts = _widened(read, PARTS)
+        else:
+            cos_at, sin_at = cos + row * table_row, sin + row * table_row
+            parts = _rotated(read, k_weight, column, cos_at, sin_at, exists, zero, DIM, EPS, HALF, PARTS, AHEAD)
         stores = slot >= 0
         page, offset = slot // BLOCK, slot % BLOCK
-        kv_head = head % HEADS_KV
-        is_k = kind == 1
-        is_kv = (kind == 1) | (kind == 2)
-        kv_at = _either(
-            is_k, k + page * k_page + kv_head * k_head + offset * k_token,
-            v + page * v_page + kv_head * v_head + offset * v_token, FLAT,
-        )  # fmt: skip
-        index_at = index_k + page * i_page + offset * i_token
-        index_q_at = index_q + row * iq_row + (head - 2 * HEADS_KV) * iq_head
         if SCALED:
-            scale = token_scale(_largest(parts, PARTS), is_kv, KV_FORM, KV_MAX)
-            s_at = page * s_page + kv_head * s_head + offset * s_token
-            tl.store(_either(is_k, k_scale + s_at, v_scale + s_at, FLAT), scale, mask=is_kv & stores)
+            scale = token_scale(_largest(parts, PARTS), exists, KV_FORM, KV_MAX)
+            s_at = page * s_page + head * s_head + offset * s_token
+            tl.store(_either(is_v, v_scale, k_scale, FLAT) + s_at, scale, mask=stores)
             parts = divided(parts, scale, PARTS, PORTABLE)
-        index_same: tl.constexpr = INDEX_FORM == KV_FORM and INDEX_TYPE == KV_TYPE
-        same: tl.constexpr = index_same and INDEX_Q_FORM == KV_FORM and INDEX_Q_TYPE == KV_TYPE
-        for part in tl.static_range(PARTS):
-            c = (part * HALF + column)[None, :]
-            wanted = ((column < HALF) & (part * HALF + column < DIM))[None, :]
-            kept = round_once(parts[part], KV_FORM, KV_TYPE, PORTABLE)
-            if INDEX and same:  # one store: where to is all that differs
-                at = _either(is_kv, kv_at, _either(kind == 4, index_at, index_q_at, FLAT), FLAT)
-                tl.store(at[:, None] + c, kept, mask=(exists & (stores | (kind == 3)))[:, None] & wanted)
-            else:
-                tl.store(kv_at[:, None] + c, kept, mask=(is_kv & stores)[:, None] & wanted)
-            if INDEX and not same:
-                if not index_same:
-                    kept = round_once(parts[part], INDEX_FORM, INDEX_TYPE, PORTABLE)
-                tl.store(index_at[:, None] + c, kept, mask=((kind == 4) & stores)[:, None] & wanted)
-                asked = round_once(parts[part], INDEX_Q_FORM, INDEX_Q_TYPE, PORTABLE)
-                tl.store(index_q_at[:, None] + c, asked, mask=(kind == 3)[:, None] & wanted)
+        k_at = k + page * k_page + head * k_head + offset * k_token
+        v_at = v + page * v_page + head * v_head + offset * v_token
+        kv_at = _either(is_v, v_at, k_at, FLAT)
+        _store_parts(kv_at, parts, column, stores, KV_FORM, KV_TYPE, DIM, HALF, PARTS, PORTABLE)

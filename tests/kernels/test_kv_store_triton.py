@@ -118,6 +118,14 @@ def test_fused_store_equals_the_reference_bit_for_bit(
     assert int((there.cpu() != memory).sum()) <= 4 * 2 * dim
 
 
+@pytest.mark.parametrize(("device", "kv", "index", "scaled"), [on("cuda", E4, E4, True), on("cuda", BF16, BF16, False)])
+def test_many_rows_which_are_launched_otherwise_give_the_same_bits(
+    device: str, kv: torch.dtype, index: torch.dtype, scaled: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("pdkv_kernels.kv_store._MANY_ROWS", 1)
+    test_fused_store_equals_the_reference_bit_for_bit(device, kv, index, scaled, (8, 4, 4))
+
+
 @pytest.mark.parametrize(("device", "dtype"), [on("cpu", F32), on("cuda", BF16)])
 def test_a_dense_layer_and_buffers_in_dtypes_of_their_own(device: str, dtype: torch.dtype):
     for heads, index in ((PackedHeads(6, 2), None), (PackedHeads(6, 2, 2), F32)):
