@@ -1,6 +1,5 @@
 """``pdkv`` commands for tests: each in a process of its own, which a server that has loaded torch forks off."""
 
-import multiprocessing
 import os
 import sys
 import tempfile
@@ -9,10 +8,9 @@ from pathlib import Path
 from subprocess import CompletedProcess
 
 from pdkv.__main__ import main
+from tests.forkserver import FORKED
 
 DEADLINE_S = 250.0
-_FORKED = multiprocessing.get_context("forkserver")
-_FORKED.set_forkserver_preload(["pdkv.daemons.doctor", "pdkv.verify.suite", "pdkv.verify.undivided"])
 
 
 def pdkv(*arguments: str, **environment: str) -> CompletedProcess[str]:
@@ -20,7 +18,7 @@ def pdkv(*arguments: str, **environment: str) -> CompletedProcess[str]:
     does is tested where daemons are started."""
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
-        process = _FORKED.Process(target=_run, args=(arguments, {**os.environ, **environment}, out, err))
+        process = FORKED.Process(target=_run, args=(arguments, {**os.environ, **environment}, out, err))
         process.start()
         process.join(DEADLINE_S)
         if process.is_alive():

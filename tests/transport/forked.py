@@ -1,6 +1,5 @@
 """Far ends of the conformance kit that start at once: forked off a server that has loaded what they need."""
 
-import multiprocessing
 import os
 import select
 import signal
@@ -11,9 +10,7 @@ import msgspec
 
 from pdkv.schema import TransportAddress
 from pdkv.transport.conformance_target import PATIENCE_S, TransportSpec, serve
-
-_FORKED = multiprocessing.get_context("forkserver")
-_FORKED.set_forkserver_preload(["tests.transport.target_server"])
+from tests.forkserver import FORKED
 
 
 class ForkedTarget:
@@ -23,7 +20,7 @@ class ForkedTarget:
         self.seed = seed
         self._socket, theirs = socket.socketpair()
         with theirs:
-            self._process = _FORKED.Process(target=_run, args=(spec, seed, theirs, dict(os.environ)))
+            self._process = FORKED.Process(target=_run, args=(spec, seed, theirs, dict(os.environ)))
             self._process.start()
             self._lines = self._socket.makefile("rb")
             self.address = msgspec.json.decode(self.answer(), type=TransportAddress)
