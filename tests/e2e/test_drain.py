@@ -16,7 +16,7 @@ from tests.e2e.deployment import END_S, Process, Trio, ask, descendants, token_i
 from tests.http import HTTP
 
 LEASE_S = 4.0
-LONG = 4000
+LONG = 2200
 NUM_TOKENS = 8
 
 

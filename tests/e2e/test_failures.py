@@ -22,7 +22,7 @@ from tests.http import HTTP
 
 LEASE_S = 2.0
 DEADLINE_S = 40.0
-LONG = 4000
+LONG = 2200
 NUM_TOKENS = 24
 
 Answer = Future[httpx.Response]
@@ -277,7 +277,7 @@ def test_a_worker_stopped_for_longer_than_the_lease(
     healthy: Trio, pool: ThreadPoolExecutor, role: str, front_too: bool
 ) -> None:
     """Its lease runs out in its sleep: it must not go on as if nothing had been."""
-    prompt = make_prompt(70 + 2 * front_too + (role == "decode"), 3000)  # one that P has not in its cache
+    prompt = make_prompt(70 + 2 * front_too + (role == "decode"), LONG)  # one that P has not in its cache
     sleeper, other = (healthy.prefill, healthy.decode) if role == "prefill" else (healthy.decode, healthy.prefill)
     answer = pool.submit(ask, healthy, prompt)
     wait_for_transfer(healthy, answer)
