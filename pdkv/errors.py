@@ -24,6 +24,7 @@ class FailureCode(StrEnum):
 
     CANCELLED = "cancelled"
     DEADLINE = "deadline"
+    DIGEST_MISMATCH = "digest_mismatch"
     INTERNAL = "internal"
     LEASE_EXPIRED = "lease_expired"
     MANIFEST = "manifest"

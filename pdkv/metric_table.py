@@ -178,6 +178,16 @@ TRANSFER_DESCRIPTORS = _histogram(
 TRANSFER_FAILURES = _counter(
     "pdkv_kv_transfer_failures_total", "Transfers that failed.", (DECODE,), _PATH, Label("code", FAILURES)
 )
+DIGEST_CHECKS = _counter(
+    "pdkv_kv_digest_checks_total",
+    "Digests of blocks of a region that were compared with prefill's, see --verify-pages.",
+    (DECODE,),
+    Label("region", REGIONS),
+    Label("result", ("ok", "mismatch")),
+)
+DIGEST_SECONDS = _histogram(
+    "pdkv_kv_digest_duration_seconds", "Time to digest a run of blocks, on the slowest rank.", WORKERS, _MILLISECONDS
+)
 LEASES_ACTIVE = _gauge("pdkv_kv_leases_active", "Transfers whose pages decode workers may read.", (PREFILL,))
 LEASES_EXPIRED = _counter("pdkv_kv_leases_expired_total", "Leases that ended by time instead of release.", (PREFILL,))
 READS_OUTSTANDING = _gauge("pdkv_kv_reads_outstanding", "Batches of reads that have not ended.", (DECODE,))

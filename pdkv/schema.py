@@ -1,13 +1,13 @@
 """The nouns every layer shares: ids, regions, layouts, manifests and batches of spans. Values only, no behaviour."""
 
-from enum import Enum
+from enum import Enum, StrEnum
 from typing import NewType
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 TransferId = NewType("TransferId", bytes)
 """128 random bits chosen by the router; one try of one request."""
@@ -23,6 +23,14 @@ class Shard(Enum):
 
     BY_HEAD = "by_head"
     REPLICATED = "replicated"
+
+
+class VerifyPages(StrEnum):
+    """Of which pages that it has read D checks digests."""
+
+    OFF = "off"
+    SAMPLE = "sample"
+    FULL = "full"
 
 
 class RegionKey(msgspec.Struct, frozen=True, order=True):

@@ -42,6 +42,7 @@ SHARING = {
     "reuse": "three",
     "spans": "three",
     "streaming_overlap": "three",
+    "verify_pages": "three",
     "lm_eval": "deployment",
     "openai": "deployment",
 }

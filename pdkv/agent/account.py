@@ -80,5 +80,6 @@ class Account:
             hidden_fraction=self._bytes_before_done / self._num_bytes if self._num_bytes else 1.0,
             granted_s=(self._started if self._granted is None else self._granted) - self._started,
             posted_s=self._slowest_post_s,
+            compared_s=max(0.0, at - max(self._landed, done)),
             resident_at=at,
         )

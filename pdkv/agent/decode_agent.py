@@ -19,11 +19,14 @@ from pdkv.agent.events import (
     WorkerIdentity,
 )
 from pdkv.agent.loop import Agent, now
+from pdkv.agent.page_checker import PageChecker
 from pdkv.agent.peer_links import LinkState, PeerLink, PeerLinks
+from pdkv.agent.rank_digests import PagesDigested
 from pdkv.agent.rank_group import RankGroup
 from pdkv.agent.rank_reads import LinkConnected, LinkProbed, PagesRead
 from pdkv.core.decode_session import DecodeSession, DecodeState
 from pdkv.core.events import (
+    Check,
     ClosePeer,
     DecodeEvent,
     DecodeInstruction,
@@ -41,7 +44,7 @@ from pdkv.core.events import (
 from pdkv.core.pull_queue import PullQueue, PullRate
 from pdkv.core.residency import WantedBlocks
 from pdkv.errors import ConfigError, FailureCode, HandshakeError
-from pdkv.schema import LayerRange, TransferId
+from pdkv.schema import LayerRange, TransferId, VerifyPages
 from pdkv.transport.base import Completion
 from pdkv.wire.channel import Channel, Received
 from pdkv.wire.messages import NO_TRANSFER, Done, Granted, OtherVersion, make_envelope
@@ -83,14 +86,16 @@ class DecodeAgent(Agent[DecodeCommand]):
         links: PeerLinks,
         emit: Callable[[DecodeAgentEvent], None],
         rate: PullRate | None = None,
+        checker: PageChecker | None = None,
     ) -> None:
-        """``rate``: how fast to read at most, over all ranks."""
+        """``rate``: how fast to read at most, over all ranks. ``checker``: compares digests of what was read."""
         self._identity = identity
         self._channel = channel
         self._ranks = ranks
         self._links = links
         self._meter = links.meter
         self._emit = emit
+        self._checker = checker
         self._waiting: dict[TransferId, tuple[StartTransfer, PeerLink, float]] = {}
         self._transfers: dict[TransferId, _Transfer] = {}
         self._appointments: Appointments[TransferId] = Appointments()
@@ -111,7 +116,11 @@ class DecodeAgent(Agent[DecodeCommand]):
                 elif transfer in self._transfers:
                     self._handle(self._transfers[transfer], LocalFailure(code, message), at)
             case RankReported(rank=rank, report=report):
-                self._ranks.hear(rank, report)
+                if isinstance(report, PagesDigested):
+                    assert self._checker is not None, "nobody else orders digests"
+                    self._checker.hear(rank, report)
+                else:
+                    self._ranks.hear(rank, report)
             case Inspect(answer=answer):
                 answer(self._statistics())
         self._settle(at)
@@ -164,6 +173,8 @@ class DecodeAgent(Agent[DecodeCommand]):
             if transfer.session.state is not DecodeState.ENDED:
                 self._handle(transfer, LocalFailure(FailureCode.SHUTDOWN, "decode worker is shutting down"), at)
         self._links.farewell()
+        if self._checker is not None:
+            self._checker.close()
 
     # ---- links
 
@@ -185,7 +196,8 @@ class DecodeAgent(Agent[DecodeCommand]):
         block_size = self._identity.manifest.block_size
         left_s = max(0.0, start.deadline_s - (at - asked_at))
         wanted = WantedBlocks(start.num_tokens, block_size, start.resident_blocks)
-        session = DecodeSession(self._identity.policy, wanted, left_s, at)
+        verify = VerifyPages.OFF if self._checker is None else self._checker.verify
+        session = DecodeSession(self._identity.policy, wanted, left_s, at, verify)
         transfer = _Transfer(start, session, link, at)
         self._transfers[start.transfer] = transfer
         self._carry_out(transfer, session.start(at), at)
@@ -212,7 +224,14 @@ class DecodeAgent(Agent[DecodeCommand]):
                     case LinkProbed():
                         self._links.on_probed(answer, at)
                         self._links.on_time(at)
+            while self._checker is not None and (checked := self._checker.take(self._is_receiving)) is not None:
+                quiet = False
+                self._handle(self._transfers[checked[0]], checked[1], at)
             self._settle_links(at)
+
+    def _is_receiving(self, transfer_id: TransferId) -> bool:
+        transfer = self._transfers.get(transfer_id)
+        return transfer is not None and transfer.session.state is DecodeState.RECEIVING
 
     def _settle_links(self, at: float) -> None:
         """Transfers that waited for a link, or lived on one that is lost, learn of it."""
@@ -257,6 +276,10 @@ class DecodeAgent(Agent[DecodeCommand]):
                 case Read(read=read, layers=layers):
                     transfer.reading[read] = _OpenRead()
                     self._queue.put(transfer_id, instruction, self._bytes_per_block(layers))
+                case Check():
+                    assert self._checker is not None, "the session was told to verify"
+                    start = transfer.start
+                    self._checker.check(instruction, transfer_id, transfer.link, start.pages, start.num_tokens)
                 case Resume(token=token, logprob=logprob, attachment=attachment):
                     facts = transfer.account.facts(at, transfer.session.cached_tokens)
                     self._emit(TransferArrived(transfer_id, token, logprob, facts, attachment))

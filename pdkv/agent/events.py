@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from pdkv.agent.rank_digests import PagesDigested
 from pdkv.agent.rank_reads import RankReport
 from pdkv.core.events import SessionPolicy
 from pdkv.errors import FailureCode
@@ -84,7 +85,14 @@ class Inspect(msgspec.Struct, frozen=True):
     answer: "Callable[[AgentStatistics], None]"
 
 
-PrefillCommand = ExpectTransfer | GrantPages | RaiseWatermark | FinishPrefill | AbandonTransfer | Inspect
+class RankReported(msgspec.Struct, frozen=True):
+    """What a rank of this worker has to say. Used by both roles; of reads by decode, and of ranks other than 0."""
+
+    rank: int
+    report: RankReport | PagesDigested
+
+
+PrefillCommand = ExpectTransfer | GrantPages | RaiseWatermark | FinishPrefill | AbandonTransfer | Inspect | RankReported
 
 # ---- events of P's agent
 
@@ -127,13 +135,6 @@ class StartTransfer(msgspec.Struct, frozen=True):
     """Leading blocks whose pages hold their state already: they are not read."""
 
 
-class RankReported(msgspec.Struct, frozen=True):
-    """What another rank of this worker has to say; it came over that rank's link."""
-
-    rank: int
-    report: RankReport
-
-
 DecodeCommand = StartTransfer | AbandonTransfer | Inspect | RankReported
 
 # ---- events of D's agent
@@ -165,6 +166,9 @@ class TransferFacts(msgspec.Struct, frozen=True):
     """From Acquire to Granted: P's queue included."""
     posted_s: float = 0.0
     """Longest time from a message that allowed reads to their being posted."""
+    compared_s: float = 0.0
+    """From the last byte, or Done where that came later, to the last digest that was equal; 0 where none are compared.
+    """
     resident_at: float = 0.0
     """When everything was there, by the agent's clock."""
 

@@ -1,8 +1,12 @@
 """What an agent counts: handshakes, batches of reads, transfers and leases. Owned by the agent thread."""
 
+from collections.abc import Mapping
+
 from pdkv.agent.events import TransferFacts
 from pdkv.errors import FailureCode
 from pdkv.metric_table import (
+    DIGEST_CHECKS,
+    DIGEST_SECONDS,
     FOLLOWED_SECONDS,
     GRANTED_SECONDS,
     HANDSHAKE_SECONDS,
@@ -69,6 +73,17 @@ class AgentMeter:
         """A transfer came to nothing."""
         self._meter.observe(TRANSFER_SECONDS, _known(path), "error", value=seconds)
         self._meter.count(TRANSFER_FAILURES, _known(path), code.value)
+
+    def digested(self, seconds: float) -> None:
+        """Every rank has the digests of a run of blocks."""
+        self._meter.observe(DIGEST_SECONDS, value=seconds)
+
+    def compared(self, checked: Mapping[str, int], mismatched: Mapping[str, int]) -> None:
+        """So many digests of each region were compared, and so many of them differed."""
+        for region, count in checked.items():
+            wrong = mismatched.get(region, 0)
+            self._meter.count(DIGEST_CHECKS, region, "ok", by=count - wrong)
+            self._meter.count(DIGEST_CHECKS, region, "mismatch", by=wrong)
 
     def lease_expired(self) -> None:
         self._meter.count(LEASES_EXPIRED)

@@ -16,7 +16,7 @@ from pdkv.agent.rank_group import RankGroup
 from pdkv.agent.rank_reads import LinkConnected, LinkProbed
 from pdkv.core.manifest import check_pairing
 from pdkv.errors import FailureCode, HandshakeError
-from pdkv.schema import PROTOCOL_VERSION, Incarnation
+from pdkv.schema import PROTOCOL_VERSION, Incarnation, Manifest
 from pdkv.wire.channel import Channel, Received, Route
 from pdkv.wire.messages import NO_TRANSFER, Gone, Hello, OtherVersion, Reject, Welcome, make_envelope
 from pdkv.wire.outbox import Outbox, ResendPolicy
@@ -59,6 +59,8 @@ class PeerLink:
         self.outbox = Outbox(_GREETING)
         self.number: int | None = None
         """What the ranks call it, from CONNECTING on."""
+        self.manifests: tuple[Manifest, ...] = ()
+        """Of all ranks of P, from CONNECTING on."""
         self.num_regions = 0
         self.bytes_by_region: dict[str, int] = {}
         """Bytes of one page over all ranks, by region name."""
@@ -226,6 +228,7 @@ class PeerLinks:
             self.lose(link, exc)
             return
         link.name = welcome.name
+        link.manifests = tuple(offer.manifest for offer in welcome.ranks)
         link.state = LinkState.CONNECTING
         link.number = self._ranks.connect(link.incarnation, welcome.ranks)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from pdkv.agent.appointments import Appointments
+from pdkv.agent.digest_group import DigestGroup, WantedDigests
 from pdkv.agent.events import (
     AbandonTransfer,
     AgentStatistics,
@@ -19,12 +20,17 @@ from pdkv.agent.events import (
     PrefillCommand,
     PrefillWanted,
     RaiseWatermark,
+    RankReported,
     TransferEnded,
     WorkerIdentity,
 )
 from pdkv.agent.loop import Agent, now
 from pdkv.agent.meter import AgentMeter
+from pdkv.agent.rank_digests import PagesDigested
+from pdkv.core.digests import DIGEST_BYTES
 from pdkv.core.events import (
+    Digest,
+    Digested,
     FreePages,
     LocalFailure,
     MessageArrived,
@@ -41,6 +47,7 @@ from pdkv.core.events import (
 )
 from pdkv.core.manifest import check_pairing
 from pdkv.core.prefill_session import PrefillSession, PrefillState
+from pdkv.core.residency import BlockRange
 from pdkv.errors import FailureCode, HandshakeError
 from pdkv.schema import PROTOCOL_VERSION, Incarnation, TransferId
 from pdkv.transport.base import Completion
@@ -62,6 +69,8 @@ from pdkv.wire.messages import (
 )
 
 _LOG = logging.getLogger("pdkv.agent")
+_DIGESTS_AT_ONCE = 1 << 20
+"""Bytes of digests in one message: the first blocks are compared while the next are digested."""
 
 
 class _Peer(msgspec.Struct, frozen=True):
@@ -81,10 +90,18 @@ class _Transfer:
 class PrefillAgent(Agent[PrefillCommand]):
     """Owned by the agent thread. ``emit`` is called from it; it must only queue."""
 
-    def __init__(self, identity: WorkerIdentity, channel: Channel, emit: Callable[[PrefillAgentEvent], None]) -> None:
+    def __init__(
+        self,
+        identity: WorkerIdentity,
+        channel: Channel,
+        emit: Callable[[PrefillAgentEvent], None],
+        digests: DigestGroup[tuple[TransferId, BlockRange]] | None = None,
+    ) -> None:
+        """``digests``: of this worker's pages; without, transfers that want some are refused."""
         self._identity = identity
         self._channel = channel
         self._emit = emit
+        self._digests = digests
         self._meter = AgentMeter()
         self._peers: dict[Incarnation, _Peer] = {}
         self._transfers: dict[TransferId, _Transfer] = {}
@@ -108,6 +125,9 @@ class PrefillAgent(Agent[PrefillCommand]):
                 self._published(command.at)
             case AbandonTransfer(transfer=transfer, code=code, message=message):
                 self._tell(transfer, LocalFailure(code, message), at)
+            case RankReported(rank=rank, report=report):
+                assert isinstance(report, PagesDigested), "P's ranks read nothing"
+                self._on_rank_digested(rank, report, at)
 
     def on_message(self, received: Received, at: float) -> None:
         envelope, body = received.envelope, received.body
@@ -154,6 +174,8 @@ class PrefillAgent(Agent[PrefillCommand]):
         for peer in self._peers.values():  # none shall keep this life's memory mapped
             envelope = make_envelope(ours, peer.incarnation, NO_TRANSFER, 0, self._identity.digest)
             self._channel.send(peer.route, envelope, Gone(incarnation=ours))
+        if self._digests is not None:
+            self._digests.close()
 
     # ---- decode workers
 
@@ -192,13 +214,17 @@ class PrefillAgent(Agent[PrefillCommand]):
     # ---- transfers
 
     def _on_expected(self, transfer_id: TransferId, num_tokens: int, deadline_s: float, at: float) -> None:
-        transfer = self._transfers.setdefault(transfer_id, _Transfer(PrefillSession(self._identity.policy)))
+        transfer = self._transfers.setdefault(transfer_id, _Transfer(self._new_session()))
         outcome = transfer.session.outcome
         if transfer.session.state is PrefillState.ENDED and outcome is not None:
             code = outcome.code or FailureCode.UNKNOWN_TRANSFER
             self._emit(TransferEnded(transfer_id, code, outcome.message or "this transfer has ended"))
             return
         self._handle(transfer_id, transfer, RequestArrived(num_tokens, deadline_s), at)
+
+    def _new_session(self) -> PrefillSession:
+        block_size = self._identity.manifest.block_size
+        return PrefillSession(self._identity.policy, block_size if self._digests is not None else 0)
 
     def _on_transfer_message(self, received: Received, body: Body, peer: _Peer, at: float) -> None:
         transfer_id = TransferId(received.envelope.transfer)
@@ -209,7 +235,7 @@ class PrefillAgent(Agent[PrefillCommand]):
                     unknown = Failed(FailureCode.UNKNOWN_TRANSFER, "no such transfer here")
                     self._reply(received, unknown, transfer_id)
                 return
-            transfer = self._transfers[transfer_id] = _Transfer(PrefillSession(self._identity.policy))
+            transfer = self._transfers[transfer_id] = _Transfer(self._new_session())
         if transfer.peer is None:
             transfer.peer = peer
         elif transfer.peer.incarnation != peer.incarnation:
@@ -234,10 +260,32 @@ class PrefillAgent(Agent[PrefillCommand]):
                     self._send(transfer, transfer_id, seq, body)
                 case StartPrefill():
                     self._emit(PrefillWanted(transfer_id))
+                case Digest():
+                    self._digest(transfer_id, instruction)
                 case FreePages():
                     self._emit(PagesFreed(transfer_id))
                 case Report(outcome=outcome):
                     self._emit(TransferEnded(transfer_id, outcome.code, outcome.message))
+
+    def _digest(self, transfer_id: TransferId, asked: Digest) -> None:
+        """In runs of blocks whose digests fit into a message."""
+        assert self._digests is not None, "the session knows what this worker can"
+        regions = [region for manifest in self._identity.manifests for region in manifest.regions]
+        at_once = max(1, _DIGESTS_AT_ONCE // (DIGEST_BYTES * sum(region.num_heads for region in regions)))
+        for begin in range(0, len(asked.pages), at_once):
+            pages = asked.pages[begin : begin + at_once]
+            start = asked.blocks.start + begin
+            blocks = BlockRange(start, start + len(pages))
+            wanted = WantedDigests(transfer_id, asked.verify, blocks, pages, asked.num_tokens)
+            self._digests.order((transfer_id, blocks), wanted)
+
+    def _on_rank_digested(self, rank: int, report: PagesDigested, at: float) -> None:
+        assert self._digests is not None, "nobody else orders digests"
+        self._digests.hear(rank, report)
+        while (answer := self._digests.take()) is not None:
+            (transfer_id, blocks), found = answer
+            self._meter.digested(found.seconds)
+            self._tell(transfer_id, Digested(blocks, found.by_rank, found.error), at)
 
     def _published(self, ended_at: float) -> None:
         if ended_at:

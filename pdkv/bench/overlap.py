@@ -52,6 +52,8 @@ class Move(msgspec.Struct, frozen=True):
     alone_s: float
     """The same bytes read with nothing beside them; with a limit, at least what it takes them."""
     posted_s: float
+    compared_s: float
+    """From then to the last digest that was compared, with --verify-pages."""
     first_step_s: float
     right: bool
 
@@ -136,6 +138,7 @@ def _move(cold: tuple[Question, Served], cached: tuple[Question, Served], limit_
         read_s=facts.read_s,
         alone_s=max(_facts(cached[1]).read_s, slowest_s),
         posted_s=facts.posted_s,
+        compared_s=facts.compared_s,
         first_step_s=facts.first_step_s or 0.0,
         right=served.tokens == question.expected == cached[1].tokens,
     )
@@ -153,11 +156,13 @@ def table(report: OverlapReport) -> str:
     lines = [
         f"{report.tokens:,} tokens in {chunks}, over {report.path}; {machine}",
         "",
-        f"{'ttft, s':>10} {'bytes':>14} {'alone, s':>10} {'exposed, s':>11} {'of alone':>9} {'hidden':>8}  answer",
+        f"{'ttft, s':>10} {'bytes':>14} {'alone, s':>10} {'exposed, s':>11} {'of alone':>9} {'hidden':>8} "
+        f"{'compared, s':>12}  answer",
     ]
     lines += [
         f"{move.ttft_s:>10.2f} {move.num_bytes:>14,} {move.alone_s:>10.4f} {move.exposed_s:>11.4f} "
-        f"{move.exposed_share:>9.1%} {move.hidden_fraction:>8.2%}  {'right' if move.right else 'WRONG'}"
+        f"{move.exposed_share:>9.1%} {move.hidden_fraction:>8.2%} "
+        f"{move.compared_s:>12.4f}  {'right' if move.right else 'WRONG'}"
         for move in report.moves
     ]
     if report.hops is not None:

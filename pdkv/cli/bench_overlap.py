@@ -40,6 +40,7 @@ def overlap(  # noqa: PLR0913  a command's parameters are its flags
     prefill_chunk: Annotated[int, typer.Option(metavar="N", min=1, help="Prompt tokens computed at a time.")] = 512,
     layer_groups: Annotated[int, typer.Option(metavar="N", min=1, help="Parts of the last chunk's layers.")] = 4,
     max_pull_gbps: Annotated[float, typer.Option(metavar="N", min=0, help="Limit of decode's reads; 0 = none.")] = 0.0,
+    verify_pages: Annotated[str, typer.Option(metavar="off|sample|full", help="Digests that are compared.")] = "off",
     kv_dtype: Annotated[str, typer.Option(metavar="NAME", help="Storage of K/V.")] = "auto",
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of the prompts.")] = 1,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what the workers log.")] = False,
@@ -70,6 +71,7 @@ def overlap(  # noqa: PLR0913  a command's parameters are its flags
                 "prefill_chunk": prefill_chunk,
                 "layer_groups": layer_groups,
                 "max_pull_gbps": max_pull_gbps,
+                "verify_pages": verify_pages,
                 "kv_dtype": kv_dtype,
                 "log_level": level,
             }

@@ -1,6 +1,6 @@
 """D's side of one transfer: the lease, which blocks to read when, and when its pages may be attended to or reused.
 
-    ACQUIRING --Granted--> RECEIVING --Done held and every block resident--> ENDED (Resume, Release)
+    ACQUIRING --Granted--> RECEIVING --Done held, every block resident and verified--> ENDED (Resume, Release)
         anything that goes wrong: FAILING until every posted read has ended, then ENDED (ReturnPages, Cancel)
 
 A session that has ended stays as a tombstone for a while and answers late messages with how it ended.
@@ -10,6 +10,8 @@ from enum import Enum
 from itertools import pairwise
 
 from pdkv.core.events import (
+    Check,
+    Checked,
     ClosePeer,
     DecodeEvent,
     DecodeInstruction,
@@ -27,9 +29,24 @@ from pdkv.core.events import (
     Tick,
 )
 from pdkv.core.lease import HeldLease
-from pdkv.core.residency import Residency, WantedBlocks
+from pdkv.core.residency import BlockRange, Residency, WantedBlocks
+from pdkv.core.verification import Verification
 from pdkv.errors import FailureCode
-from pdkv.wire.messages import Ack, Acquire, Body, Cancel, Done, Failed, Granted, Refused, Release, Renew, Watermark
+from pdkv.schema import VerifyPages
+from pdkv.wire.messages import (
+    Ack,
+    Acquire,
+    Body,
+    Cancel,
+    Digests,
+    Done,
+    Failed,
+    Granted,
+    Refused,
+    Release,
+    Renew,
+    Watermark,
+)
 from pdkv.wire.outbox import Copy, Outbox, OwedAcks
 
 
@@ -43,7 +60,15 @@ class DecodeState(Enum):
 class DecodeSession:
     """One transfer on D, which holds pages for it already. Owned by the agent thread; not thread-safe."""
 
-    def __init__(self, policy: SessionPolicy, wanted: WantedBlocks, deadline_s: float, now: float) -> None:
+    def __init__(
+        self,
+        policy: SessionPolicy,
+        wanted: WantedBlocks,
+        deadline_s: float,
+        now: float,
+        verify: VerifyPages = VerifyPages.OFF,
+    ) -> None:
+        """``verify``: which digests must be equal before the blocks count."""
         self.state = DecodeState.ACQUIRING
         self.outcome: Outcome | None = None
         self._policy = policy
@@ -56,6 +81,8 @@ class DecodeSession:
         self._lease = HeldLease(policy.lease)
         self._renew_at: float | None = None
         self._residency = Residency(wanted.num_blocks, wanted.first)
+        self._verify = verify
+        self._verification = Verification(wanted) if verify is not VerifyPages.OFF else None
         self._source_pages: tuple[int, ...] = ()
         self._watermark: tuple[int, ...] = ()
         """Tokens of each layer group; of none until something was heard."""
@@ -71,7 +98,7 @@ class DecodeSession:
     def start(self, now: float) -> list[DecodeInstruction]:
         """The first instructions: ask P for the state."""
         self._out = []
-        self._put(Acquire(ttl_s=self._policy.lease.ttl_s), now)
+        self._put(Acquire(self._policy.lease.ttl_s, self._verify, self._wanted.first), now)
         return self._out
 
     def handle(self, event: DecodeEvent, now: float) -> list[DecodeInstruction]:
@@ -84,6 +111,8 @@ class DecodeSession:
                 self._on_message(seq, body, now)
             case ReadEnded():
                 self._on_read(event, now)
+            case Checked():
+                self._on_checked(event, now)
             case LocalFailure(code=code, message=message):
                 self._fail(code, message, now)
             case PeerLost(message=message):
@@ -152,7 +181,7 @@ class DecodeSession:
         if isinstance(body, Ack):
             self._on_ack(body.seq, now)
             return
-        if not isinstance(body, Granted | Watermark | Done | Failed | Refused):
+        if not isinstance(body, Granted | Watermark | Digests | Done | Failed | Refused):
             return
         if self.state is DecodeState.ENDED:
             self._send(self._outbox.once(Ack(seq=seq)))
@@ -165,13 +194,15 @@ class DecodeSession:
                 self._on_granted(body, now)
             case Watermark(tokens=tokens):
                 self._raise_watermark(tokens)
+            case Digests():
+                self._on_digests(body, now)
             case Done():
                 self._done = self._done or body
             case Failed(code=code, message=message) | Refused(code=code, message=message):
                 self._fail(code, f"prefill: {message}", now)
         self._read_what_is_complete(now)
         self._succeed_if_complete(now)  # all may have landed before Done
-        if self.state is not DecodeState.RECEIVING or isinstance(body, Done):
+        if self.state is not DecodeState.RECEIVING or isinstance(body, Done | Digests):
             self._acknowledge()
 
     def _on_ack(self, seq: int, now: float) -> None:
@@ -198,6 +229,8 @@ class DecodeSession:
         self._source_pages = granted.pages
         self.cached_tokens = granted.cached_tokens
         self._residency = Residency(self._wanted.num_blocks, self._wanted.first, starts)
+        if self._verification is not None:
+            self._verification.granted(len(starts))
         self._raise_watermark((granted.cached_tokens,) * len(starts))
         if len(self._watermark) != len(starts):
             self._fail(FailureCode.INTERNAL, f"a watermark of {len(self._watermark)} of {len(starts)} groups", now)
@@ -225,17 +258,47 @@ class DecodeSession:
 
     def _on_read(self, ended: ReadEnded, now: float) -> None:
         receiving = self.state is DecodeState.RECEIVING  # an expired lease has ended that in _advance already
-        if self._residency.ended(ended.read, valid=ended.ok and receiving) is None or not receiving:
+        part = self._residency.ended(ended.read, valid=ended.ok and receiving)
+        if part is None or not receiving:
             return
         if not ended.ok:
             self._fail(FailureCode.READ_FAILED, f"a read from prefill failed: {ended.error}", now)
+            return
+        if self._verification is not None:
+            self._verification.landed(part)
+            self._check_what_is_told()
+        self._succeed_if_complete(now)
+
+    # ---- digests
+
+    def _on_digests(self, digests: Digests, now: float) -> None:
+        if self._verification is None or self.state not in (DecodeState.ACQUIRING, DecodeState.RECEIVING):
+            return
+        if wrong := self._verification.told(digests):
+            self._fail(FailureCode.INTERNAL, wrong, now)
         else:
+            self._check_what_is_told()
+
+    def _check_what_is_told(self) -> None:
+        assert self._verification is not None, "nobody else looks"
+        for digests in self._verification.take():
+            self._out.append(Check(BlockRange(digests.start, digests.stop), digests.by_rank))
+
+    def _on_checked(self, checked: Checked, now: float) -> None:
+        if self.state is not DecodeState.RECEIVING or self._verification is None:
+            return
+        if checked.code is not None:
+            self._fail(checked.code, checked.message, now)
+        else:
+            self._verification.equal(checked.blocks)
             self._succeed_if_complete(now)
 
     # ---- ends
 
     def _succeed_if_complete(self, now: float) -> None:
         if self.state is not DecodeState.RECEIVING or self._done is None or not self._residency.complete:
+            return
+        if self._verification is not None and not self._verification.complete:
             return
         self._end(now)
         self._settle(Outcome())

@@ -9,7 +9,7 @@ import msgspec
 from pdkv.core.lease import LeasePolicy
 from pdkv.core.residency import BlockRange
 from pdkv.errors import FailureCode
-from pdkv.schema import ALL_LAYERS, LayerRange
+from pdkv.schema import ALL_LAYERS, LayerRange, VerifyPages
 from pdkv.wire.messages import Body
 from pdkv.wire.outbox import ResendPolicy
 
@@ -83,6 +83,14 @@ class Progressed(msgspec.Struct, frozen=True):
     """None = all."""
 
 
+class Digested(msgspec.Struct, frozen=True):
+    """What became of a ``Digest``, or of a part of its blocks: digests by rank, or why there are none."""
+
+    blocks: BlockRange
+    by_rank: tuple[bytes, ...]
+    error: str = ""
+
+
 class PrefillEnded(msgspec.Struct, frozen=True):
     token: int
     logprob: float
@@ -99,6 +107,14 @@ class ReadEnded(msgspec.Struct, frozen=True):
     read: int
     ok: bool
     error: str = ""
+
+
+class Checked(msgspec.Struct, frozen=True):
+    """What became of a ``Check``. ``code`` is None when every digest was equal."""
+
+    blocks: BlockRange
+    code: FailureCode | None = None
+    message: str = ""
 
 
 # ---- instructions of both sides
@@ -122,6 +138,17 @@ class StartPrefill(msgspec.Struct, frozen=True):
     """Both the request and the Acquire are here: queue it at the engine, if that has not begun already."""
 
 
+class Digest(msgspec.Struct, frozen=True):
+    """Compute the digests of ``blocks``, which nobody writes to any more, in ``pages`` (one a block); to be told as
+    ``Digested``, in one part or several."""
+
+    blocks: BlockRange
+    pages: tuple[int, ...]
+    verify: VerifyPages
+    num_tokens: int
+    """Of the whole prompt."""
+
+
 class FreePages(msgspec.Struct, frozen=True):
     """Stop computing and give back every page: D reads none of them any more."""
 
@@ -137,6 +164,14 @@ class Read(msgspec.Struct, frozen=True):
     blocks: BlockRange
     source_pages: tuple[int, ...]
     layers: LayerRange = ALL_LAYERS
+
+
+class Check(msgspec.Struct, frozen=True):
+    """Compute the digests of ``blocks``, which have landed, and compare them with P's; to be told as ``Checked``."""
+
+    blocks: BlockRange
+    by_rank: tuple[bytes, ...]
+    """P's, by its ranks."""
 
 
 class Resume(msgspec.Struct, frozen=True):
@@ -158,8 +193,16 @@ class ClosePeer(msgspec.Struct, frozen=True):
 
 
 PrefillEvent = (
-    MessageArrived | Tick | PeerLost | LocalFailure | RequestArrived | PagesReserved | Progressed | PrefillEnded
+    MessageArrived
+    | Tick
+    | PeerLost
+    | LocalFailure
+    | RequestArrived
+    | PagesReserved
+    | Progressed
+    | Digested
+    | PrefillEnded
 )
-DecodeEvent = MessageArrived | Tick | PeerLost | LocalFailure | ReadEnded
-PrefillInstruction = Send | Report | StartPrefill | FreePages
-DecodeInstruction = Send | Report | Read | Resume | ReturnPages | ClosePeer
+DecodeEvent = MessageArrived | Tick | PeerLost | LocalFailure | ReadEnded | Checked
+PrefillInstruction = Send | Report | StartPrefill | Digest | FreePages
+DecodeInstruction = Send | Report | Read | Check | Resume | ReturnPages | ClosePeer

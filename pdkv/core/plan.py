@@ -39,6 +39,7 @@ class Part(msgspec.Struct, frozen=True):
 
     name: str
     layer: int
+    head: int
     piece: Piece
 
 
@@ -85,7 +86,7 @@ class TransferPlan(msgspec.Struct, frozen=True):
                     length=length,
                     padding=min(source[rank].row_padding, local.row_padding),
                 )
-                parts.append(Part(region.name, region.layer, piece))
+                parts.append(Part(key.name, key.layer, key.head, piece))
         parts.sort(key=lambda part: part.piece)
         return cls._of(parts, min(manifest.num_pages for manifest in source), local.num_pages)
 

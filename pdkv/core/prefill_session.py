@@ -14,6 +14,8 @@ A session that has ended stays as a tombstone for a while and answers late messa
 from enum import Enum
 
 from pdkv.core.events import (
+    Digest,
+    Digested,
     FreePages,
     LocalFailure,
     MessageArrived,
@@ -32,12 +34,16 @@ from pdkv.core.events import (
     Tick,
 )
 from pdkv.core.lease import GrantedLease
+from pdkv.core.residency import WantedBlocks
+from pdkv.core.verification import OwedDigests
 from pdkv.errors import FailureCode
+from pdkv.schema import VerifyPages
 from pdkv.wire.messages import (
     Ack,
     Acquire,
     Body,
     Cancel,
+    Digests,
     Done,
     Failed,
     Granted,
@@ -62,7 +68,8 @@ class PrefillState(Enum):
 class PrefillSession:
     """One transfer on P. Owned by the agent thread; not thread-safe. Starts with nothing known."""
 
-    def __init__(self, policy: SessionPolicy) -> None:
+    def __init__(self, policy: SessionPolicy, digest_block: int = 0) -> None:
+        """``digest_block``: tokens of a block, where digests of pages can be computed; 0 = they cannot."""
         self.state = PrefillState.WAITING_REQUEST
         self.outcome: Outcome | None = None
         self.lease_expired = False
@@ -72,6 +79,12 @@ class PrefillSession:
         self._owed = OwedAcks(policy.resend)
         """Of Acquire alone: it leaves with Granted, or when its time has come."""
         self._lease = GrantedLease()
+        self._digest_block = digest_block
+        self._acquire = Acquire(ttl_s=0.0)
+        """The first that came; what it says of digests stands."""
+        self._granted: Granted | None = None
+        self._owed_digests: OwedDigests | None = None
+        """From the grant on, where D wants some."""
         self._num_tokens: int | None = None
         self._early: Granted | None = None
         """Of pages that the engine took before Acquire."""
@@ -100,6 +113,8 @@ class PrefillSession:
                 self._on_progress(tokens, num_groups, now)
             case PrefillEnded():
                 self._on_prefilled(event, now)
+            case Digested():
+                self._on_digested(event, now)
             case LocalFailure(code=code, message=message):
                 self._fail(code, message, now)
             case PeerLost(message=message):
@@ -207,10 +222,14 @@ class PrefillSession:
         self.state = PrefillState.PREFILLING
         self._acknowledge()  # D reads under a lease, so it wants this first
         self._put(granted, now)
+        self._granted = granted
+        if not self._owe_digests(now):
+            return
         if self._done is not None:
             self._tell_done(self._done, now)
         elif any(self._watermark):
             self._put(Watermark(tokens=tuple(self._watermark)), now)
+        self._digest_what_is_complete()
 
     def _on_progress(self, tokens: int, num_groups: int | None, now: float) -> None:
         is_early = self.state is PrefillState.WAITING_ACQUIRE and self._early is not None
@@ -220,6 +239,7 @@ class PrefillSession:
             self._watermark[group] = max(self._watermark[group], tokens)
         if self.state is PrefillState.PREFILLING:
             self._put(Watermark(tokens=tuple(self._watermark)), now)
+            self._digest_what_is_complete()
 
     def _on_prefilled(self, ended: PrefillEnded, now: float) -> None:
         done = Done(ended.token, ended.logprob, ended.attachment)
@@ -232,6 +252,50 @@ class PrefillSession:
         self.state = PrefillState.DONE
         self._outbox.withdraw(Watermark)
         self._put(done, now)
+        self._digest_what_is_complete()
+
+    # ---- digests of pages
+
+    def _owe_digests(self, now: float) -> bool:
+        """Of the request that was granted, if D wants any. False for one that can have none."""
+        asked = self._acquire
+        if asked.verify is VerifyPages.OFF:
+            return True
+        assert self._num_tokens is not None
+        if asked.first_block * self._digest_block >= self._num_tokens:
+            told = f"decode wants digests from block {asked.first_block} on, of a prompt of {self._num_tokens} tokens"
+            self._fail(FailureCode.INTERNAL, told, now)
+            return False
+        self._owed_digests = OwedDigests(WantedBlocks(self._num_tokens, self._digest_block, asked.first_block))
+        return True
+
+    def _digest_what_is_complete(self) -> None:
+        """Of blocks whose every layer is written: once each, as soon as D may read them."""
+        if self._owed_digests is None or self._granted is None:
+            return
+        granted, tokens = self._granted, max(self._granted.cached_tokens, min(self._watermark))
+        blocks = self._owed_digests.take(granted.num_tokens if self.state is PrefillState.DONE else tokens)
+        if blocks is not None:
+            pages = granted.pages[blocks.start : blocks.stop]
+            self._out.append(Digest(blocks, pages, self._acquire.verify, granted.num_tokens))
+
+    def _on_digested(self, digested: Digested, now: float) -> None:
+        if self._owed_digests is None or self.state not in (PrefillState.PREFILLING, PrefillState.DONE):
+            return
+        if digested.error:
+            self._fail(FailureCode.INTERNAL, f"digests of pages could not be computed: {digested.error}", now)
+            return
+        self._owed_digests.put(Digests(digested.blocks.start, digested.blocks.stop, digested.by_rank))
+        self._send_digests(now)
+
+    def _send_digests(self, now: float) -> None:
+        """One message at a time: the outbox keeps one of a kind."""
+        if self.state not in (PrefillState.PREFILLING, PrefillState.DONE) or self._owed_digests is None:
+            return
+        if self._outbox.holds(Digests):
+            return
+        if (digests := self._owed_digests.next()) is not None:
+            self._put(digests, now)
 
     # ---- D's messages
 
@@ -239,6 +303,7 @@ class PrefillSession:
         match body:
             case Ack(seq=copy):
                 self._outbox.acknowledge(copy)
+                self._send_digests(now)
             case Acquire(ttl_s=ttl_s) | Renew(ttl_s=ttl_s):
                 self._on_lease_wanted(seq, body, ttl_s, now)
             case Release() | Cancel():
@@ -256,6 +321,11 @@ class PrefillSession:
         self._lease.extend(now, ttl_s)
         self._owed.owe(seq, now)
         if first and isinstance(body, Acquire):
+            self._acquire = body
+            if body.verify is not VerifyPages.OFF and not self._digest_block:
+                told = "this prefill worker cannot compute them; set --verify-pages off on decode"
+                self._refuse(FailureCode.MANIFEST, f"decode wants digests of pages ({body.verify}), and {told}", now)
+                return
             if self.state is PrefillState.WAITING_ACQUIRE:
                 self._start(now)
             else:
@@ -302,7 +372,7 @@ class PrefillSession:
         holding = (PrefillState.QUEUED, PrefillState.PREFILLING, PrefillState.DONE, PrefillState.FAILING)
         if self.state in holding or (self._early is not None and self.state is PrefillState.WAITING_ACQUIRE):
             self._out.append(FreePages())
-        for kind in (Granted, Watermark, Done):
+        for kind in (Granted, Watermark, Digests, Done):
             self._outbox.withdraw(kind)
         self._owed.take()  # how it ended is the answer
         self.state = PrefillState.ENDED

@@ -7,17 +7,21 @@ from pathlib import Path
 import msgspec
 
 from pdkv.agent.decode_agent import DecodeAgent
-from pdkv.agent.events import DecodeAgentEvent, PrefillAgentEvent, RaiseWatermark, WorkerIdentity
+from pdkv.agent.digest_group import DigestGroup
+from pdkv.agent.events import DecodeAgentEvent, PrefillAgentEvent, RaiseWatermark, RankReported, WorkerIdentity
 from pdkv.agent.loop import Agent, AgentLoop, CrashHandler, now
+from pdkv.agent.page_checker import PageCheck, PageChecker
 from pdkv.agent.paths import PathRequirement
 from pdkv.agent.peer_links import PeerLinks
 from pdkv.agent.prefill_agent import PrefillAgent
+from pdkv.agent.rank_digests import PagesDigested, RankDigests
 from pdkv.agent.rank_group import RankGroup
 from pdkv.agent.rank_reads import RankReads
 from pdkv.core.events import SessionPolicy
 from pdkv.core.lease import LeasePolicy
 from pdkv.core.manifest import pairing_digest
 from pdkv.core.pull_queue import PullRate
+from pdkv.core.residency import BlockRange
 from pdkv.daemons.gpu_sizing import chunk_on, room_on
 from pdkv.daemons.link import WorkerSettings
 from pdkv.daemons.other_ranks import OtherRanks
@@ -36,9 +40,10 @@ from pdkv.m3.prefix_cache import seed_of
 from pdkv.m3.requests import EngineSettings, RequestId
 from pdkv.m3.step import StepRunner
 from pdkv.memory.arena import Arena
+from pdkv.memory.page_digests import ArenaDigests
 from pdkv.memory.pages import PagePool
 from pdkv.memory.row import RowLayout
-from pdkv.schema import Incarnation, TransferId
+from pdkv.schema import Incarnation, TransferId, VerifyPages
 from pdkv.transport.base import Transport
 from pdkv.wire.channel import Channel, NoSecurity
 from pdkv.wire.messages import RankOffer
@@ -78,17 +83,24 @@ def assemble(settings: WorkerSettings, emit: Emit, others: OtherRanks, transport
     identity = _identity(settings, incarnation, offers)
     pool = PagePool(arena.num_pages, reserved=memory.probe.pages)
     channel = Channel(incarnation, NoSecurity(), insecure=settings.insecure)
+    loop: AgentLoop[object] = AgentLoop(channel, transport)
+    digests = RankDigests(identity.manifest, ArenaDigests(arena), _reporting(loop))
     control = ""
     agent: PrefillAgent | DecodeAgent
     if settings.role == "prefill":
         control = advertised(channel.bind(settings.control_listen), settings.advertise_host)
-        agent = PrefillAgent(identity, channel, emit)
+        of_blocks: DigestGroup[tuple[TransferId, BlockRange]] = DigestGroup(digests, others.carriers())
+        agent = PrefillAgent(identity, channel, emit, of_blocks)
     else:
         reads = RankReads(transport, identity.manifest, memory.probe, (arena.memory.address,))
         ranks = RankGroup(reads, others.carriers())
         links = PeerLinks(identity, channel, ranks, PathRequirement(settings.require_transport))
         rate = PullRate(settings.max_pull_gbps * 1e9) if settings.max_pull_gbps else None
-        agent = DecodeAgent(identity, channel, ranks, links, emit, rate)
+        checker = None
+        if settings.verify_pages is not VerifyPages.OFF:
+            of_checks: DigestGroup[PageCheck] = DigestGroup(digests, others.carriers())
+            checker = PageChecker(settings.verify_pages, of_checks, identity.manifests, links.meter)
+        agent = DecodeAgent(identity, channel, ranks, links, emit, rate, checker)
     bounds = EngineSettings(
         max_model_len=settings.max_model_len,
         prefill_chunk=chunk_on(settings, share.model),
@@ -97,7 +109,6 @@ def assemble(settings: WorkerSettings, emit: Emit, others: OtherRanks, transport
         speculative_tokens=settings.speculative_tokens,
         batch_invariant=settings.batch_invariant,
     )
-    loop: AgentLoop[object] = AgentLoop(channel, transport)
     return Assembly(
         engine=Engine(RankedRunner(_runner(settings, share.model, arena, bounds, loop), others), pool, bounds),
         memory=memory,
@@ -133,6 +144,10 @@ def _telling(loop: AgentLoop[object]) -> TellGroups:
         loop.post(RaiseWatermark(TransferId(request), tokens, now(), num_groups))
 
     return tell
+
+
+def _reporting(loop: AgentLoop[object]) -> Callable[[PagesDigested], None]:
+    return lambda report: loop.post(RankReported(0, report))
 
 
 def _load_all(settings: WorkerSettings, others: OtherRanks) -> RankShare:

@@ -98,7 +98,12 @@ _LAYER_GROUPS = Field(ge=1, le=64, description="Parts in which a prompt's last c
 _MAX_PULL = Field(
     ge=0, description="Most gigabytes a second that decode pulls, to spare what it decodes; 0 = no limit."
 )
+_VERIFY = Field(description="Compare digests of pages that decode has read with prefill's.")
 _ADMIN = "Address of /livez, /readyz, /metrics and POST /drain; port 0 = any."
+Verify = Annotated[
+    Literal["off", "sample", "full"],
+    BeforeValidator(lambda value: "off" if value is False else value),  # what YAML makes of a bare off
+]
 AddressText = Annotated[str, AfterValidator(Address)]
 Urls = Annotated[tuple[Annotated[str, AfterValidator(_worker_url)], ...], NoDecode, BeforeValidator(_split_commas)]
 
@@ -268,6 +273,7 @@ class DecodeConfig(WorkerConfig):
         float, Field(gt=0, description="After SIGTERM: seconds in which running answers may end.")
     ] = 300.0
     max_pull_gbps: Annotated[float, _MAX_PULL, _ADVANCED] = 0.0
+    verify_pages: Annotated[Verify, _VERIFY] = "off"
     speculative_tokens: Annotated[
         int, Field(ge=0, le=7, description="Tokens proposed by prompt lookup and verified in one step; 0 = none.")
     ] = 0
@@ -320,6 +326,7 @@ class UpConfig(ServedConfig):
     ] = 0
     layer_groups: Annotated[int, _LAYER_GROUPS, _ADVANCED] = 4
     max_pull_gbps: Annotated[float, _MAX_PULL, _ADVANCED] = 0.0
+    verify_pages: Annotated[Verify, _VERIFY] = "off"
     host: Annotated[str, Field(description="Host that the router listens on.")] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, description="Port that the router listens on; 0 = any.")] = 8000
     threads: Annotated[int, Field(ge=0, description="Torch threads of each worker; 0 = cores / workers.")] = 0

@@ -8,6 +8,7 @@ import msgspec
 
 from pdkv.agent.events import AgentStatistics, DecodeAgentEvent, Inspect, PrefillAgentEvent, RankReported
 from pdkv.agent.loop import now
+from pdkv.agent.rank_digests import PagesDigested
 from pdkv.agent.rank_reads import RankReport
 from pdkv.core.manifest import ranges
 from pdkv.daemons.assembly import assemble
@@ -102,7 +103,7 @@ class EngineSide:
         """Queue a message of the front."""
         self._inbox.put(_FrontSaid(message))
 
-    def _hear_rank(self, rank: int, report: RankReport) -> None:
+    def _hear_rank(self, rank: int, report: RankReport | PagesDigested) -> None:
         """What another rank has to tell the agent; there is none before the agent has ordered something."""
         self._parts.loop.post(RankReported(rank, report))
 

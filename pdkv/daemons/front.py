@@ -23,6 +23,7 @@ from pdkv.daemons.traffic import Traffic
 from pdkv.daemons.worker_metrics import WorkerMetrics
 from pdkv.errors import FailureCode
 from pdkv.metrics import Meter
+from pdkv.schema import VerifyPages
 
 _log = structlog.get_logger(__name__)
 
@@ -65,6 +66,7 @@ def engine_settings(config: WorkerConfig, served: ServedModel, listen: str) -> W
         speculative_tokens=config.speculative_tokens if isinstance(config, DecodeConfig) else 0,
         batch_invariant=config.batch_invariant,
         max_pull_gbps=config.max_pull_gbps if isinstance(config, DecodeConfig) else 0.0,
+        verify_pages=VerifyPages(config.verify_pages if isinstance(config, DecodeConfig) else "off"),
         layer_groups=config.layer_groups if isinstance(config, PrefillConfig) else 1,
     )
 

@@ -16,6 +16,7 @@ import msgspec
 
 from pdkv.m3.logprobs import PromptLogprobs, TopLogprobs, Tops
 from pdkv.metrics import Series
+from pdkv.schema import VerifyPages
 
 MAX_FRAME_BYTES = 256 << 20
 _LENGTH = struct.Struct("<I")
@@ -78,6 +79,8 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Parts in which prefill tells of the layers of a prompt's last chunk."""
     max_pull_gbps: float = 0.0
     """Most gigabytes a second that decode reads from all its peers, over all ranks; 0 = no limit."""
+    verify_pages: VerifyPages = VerifyPages.OFF
+    """Of what decode reads, how much it compares by digests before it answers from it."""
 
 
 class Sampling(msgspec.Struct, frozen=True):
@@ -213,8 +216,11 @@ class TransferReport(msgspec.Struct, frozen=True):
     """From Acquire to Granted: P's queue included."""
     posted_s: float = 0.0
     """Longest time from a message that allowed reads to their being posted."""
+    compared_s: float = 0.0
+    """From the last byte, or Done where that came later, to the last digest that was equal; 0 without
+    ``--verify-pages``."""
     first_step_s: float | None = None
-    """From the last byte to D's first step of this request; None where there was none."""
+    """From the last byte, or digest, to D's first step of this request; None where there was none."""
 
 
 class TokensOut(msgspec.Struct, frozen=True, tag="tokens"):

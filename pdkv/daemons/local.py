@@ -172,7 +172,7 @@ def _rank_flags(config: UpConfig, role: str) -> list[str]:
         flags += ["--layer-groups", str(config.layer_groups)]
     else:
         flags += ["--speculative-tokens", str(config.speculative_tokens)]
-        flags += ["--max-pull-gbps", str(config.max_pull_gbps)]
+        flags += ["--max-pull-gbps", str(config.max_pull_gbps), "--verify-pages", config.verify_pages]
     return [*flags, "--ep"] if config.ep else flags
 
 

@@ -8,6 +8,7 @@ from typing import Protocol, TypeVar
 
 import msgspec
 
+from pdkv.agent.rank_digests import DigestPages, PagesDigested
 from pdkv.agent.rank_reads import LinkConnected, LinkProbed, PagesRead, RankOrder, RankReport
 from pdkv.daemons.link import BlockingLink, encode_frame
 from pdkv.daemons.rank_link import (
@@ -33,7 +34,7 @@ _BLAME_S = 2.0
 _BEAT_EVERY_S = 1.0
 
 Answer = TypeVar("Answer", ShareLoaded, RankReady, StepEnded)
-OnReport = Callable[[int, RankReport], None]
+OnReport = Callable[[int, RankReport | PagesDigested], None]
 OnLost = Callable[[RankLostError], None]
 
 
@@ -136,7 +137,7 @@ class OtherRanks:
         for index, member in enumerate(self._members):
             member.link.send(message(index + 1))
 
-    def carriers(self) -> list[Callable[[RankOrder], None]]:
+    def carriers(self) -> list[Callable[[RankOrder | DigestPages], None]]:
         """For each rank, in order, what carries an order to it."""
         return [member.link.send for member in self._members]
 
@@ -183,7 +184,7 @@ class OtherRanks:
         while (body := member.link.receive_bytes()) is not None:
             self._heard_at[index] = time.monotonic()
             match decoder.decode(body):
-                case (LinkConnected() | LinkProbed() | PagesRead()) as report:
+                case (LinkConnected() | LinkProbed() | PagesRead() | PagesDigested()) as report:
                     assert self._on_report is not None, "listen() comes first"
                     self._on_report(index + 1, report)
                 case RankFatal() as fatal:

@@ -5,6 +5,7 @@ The frames are those of ``link``. Both ends live and die together: the end of th
 
 import msgspec
 
+from pdkv.agent.rank_digests import DigestPages, PagesDigested
 from pdkv.agent.rank_reads import (
     CloseLink,
     ConnectLink,
@@ -46,7 +47,9 @@ class RankBeatQuery(msgspec.Struct, frozen=True, tag="beat?"):
     """Answered by ``RankBeat`` from the rank's agent thread."""
 
 
-ToRank = RankSetup | ArenaWanted | StepRuns | RankBeatQuery | ConnectLink | ProbeLink | ReadPages | CloseLink
+ToRank = (
+    RankSetup | ArenaWanted | StepRuns | RankBeatQuery | ConnectLink | ProbeLink | ReadPages | CloseLink | DigestPages
+)
 
 
 class ShareLoaded(msgspec.Struct, frozen=True, tag="loaded"):
@@ -73,7 +76,7 @@ class RankFatal(msgspec.Struct, frozen=True, tag="fatal"):
 
 
 RankAnswer = ShareLoaded | RankReady | StepEnded
-FromRank = RankAnswer | RankBeat | RankFatal | LinkConnected | LinkProbed | PagesRead
+FromRank = RankAnswer | RankBeat | RankFatal | LinkConnected | LinkProbed | PagesRead | PagesDigested
 
 __all__ = [
     "ArenaWanted",

@@ -13,6 +13,7 @@ from typing import Protocol, TypeVar
 
 import msgspec
 
+from pdkv.agent.rank_digests import DigestPages, RankDigests
 from pdkv.agent.rank_reads import CloseLink, ConnectLink, ProbeLink, RankOrder, RankReads, ReadPages
 from pdkv.daemons.link import BlockingLink, WorkerSettings
 from pdkv.daemons.rank_link import (
@@ -31,6 +32,7 @@ from pdkv.daemons.rank_share import RankShare, furnish, load_share
 from pdkv.errors import PdkvError
 from pdkv.m3.parallel import Group
 from pdkv.m3.step import StepRunner
+from pdkv.memory.page_digests import ArenaDigests
 from pdkv.transport.base import Transport
 
 _LOG = logging.getLogger("pdkv.rank")
@@ -105,12 +107,16 @@ class RankSide:
         bases = (memory.arena.memory.address,)
         thread.start(RankReads(thread.transport, memory.offer.manifest, memory.probe, bases))
         self._link.send(RankReady(memory.offer))
-        self._reader = threading.Thread(target=self._read, args=(thread,), name="pdkv-rank-0-link", daemon=True)
+        digests = RankDigests(memory.offer.manifest, ArenaDigests(memory.arena), self._link.send)
+        self._reader = threading.Thread(target=self._read, args=(thread, digests), name="pdkv-rank-0-link", daemon=True)
         self._reader.start()
         runner = StepRunner(share.model, memory.arena)
-        while (step := self._steps.get()) is not None:
-            runner.run(step.runs)
-            self._link.send(StepEnded())
+        try:
+            while (step := self._steps.get()) is not None:
+                runner.run(step.runs)
+                self._link.send(StepEnded())
+        finally:
+            digests.close()
         memory.stop_touching()
 
     def _expect(self, kind: type[Message]) -> Message | None:
@@ -123,13 +129,15 @@ class RankSide:
             return message
         return None
 
-    def _read(self, thread: "_ReadsThread") -> None:
+    def _read(self, thread: "_ReadsThread", digests: RankDigests) -> None:
         while (body := self._link.receive_bytes()) is not None:
             match self._decoder.decode(body):
                 case StepRuns() as step:
                     self._steps.put(step)
                 case (ConnectLink() | ProbeLink() | ReadPages() | CloseLink() | RankBeatQuery()) as message:
                     thread.post(message)
+                case DigestPages() as order:
+                    digests.obey(order)
                 case message:
                     raise AssertionError(f"{type(message).__name__} comes once, at the start")
         self._steps.put(None)

@@ -17,6 +17,7 @@ from pdkv.schema import TransferId
 STATUS_OF = {
     FailureCode.CANCELLED: 499,
     FailureCode.DEADLINE: 504,
+    FailureCode.DIGEST_MISMATCH: 502,
     FailureCode.INTERNAL: 500,
     FailureCode.LEASE_EXPIRED: 502,
     FailureCode.MANIFEST: 502,

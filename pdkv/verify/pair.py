@@ -113,7 +113,7 @@ class DividedPair:
             deadline_s=deadline_s,
         )
         self._decode.hear(job)
-        while (end := self._end()) is None:
+        while (end := self._end(transfer)) is None:
             self._prefill.turn(_TURN_S)
             self._decode.turn(_TURN_S)
         tokens = [token for message in self._heard for told in self._told(message) for token in told.tokens]
@@ -125,10 +125,12 @@ class DividedPair:
             return self._reader.each(message)
         return (message,) if isinstance(message, TokensOut) else ()
 
-    def _end(self) -> JobFinished | None:
+    def _end(self, transfer: bytes) -> JobFinished | None:
         for message in self._heard:
+            if not isinstance(message, JobFailed | JobFinished) or message.transfer != transfer:
+                continue  # P may tell of a failure after D's has been raised
             if isinstance(message, JobFailed):
                 raise TransferError(FailureCode(message.code), message.message)
-            if isinstance(message, JobFinished) and message.reason != "prefilled":
+            if message.reason != "prefilled":
                 return message
         return None

@@ -36,6 +36,8 @@ class CaseResult(msgspec.Struct, frozen=True):
     num_spans: int
     num_bytes: int
     seconds: float
+    refused: bool | None = None
+    """By ``--verify-pages full``; None when that was not asked."""
 
     @property
     def answer_wrong(self) -> bool:
@@ -106,7 +108,8 @@ def _line(case: CaseResult) -> str:
     differing = sorted({loss.region for loss in case.differing})
     bytes_told = "every byte equal" if not differing else f"bytes differ in {', '.join(differing)}"
     name = case.mutation or "as it is"
-    return f"  {case.num_tokens:>6,} tokens  {name:<13} {answer:<27} {bytes_told}"
+    by_digests = {None: "", True: "  refused by digests", False: "  passed by digests"}[case.refused]
+    return f"  {case.num_tokens:>6,} tokens  {name:<13} {answer:<27} {bytes_told}{by_digests}"
 
 
 def _coverage_lines(coverage: tuple[Coverage, ...]) -> list[str]:

@@ -5,11 +5,13 @@ controls must be caught: by the bytes always, by the answer wherever the answer 
 blind window: below it every block is selected whatever they say, which is the disguise that this suite exists to lift).
 """
 
+import contextlib
+import logging
 import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -17,8 +19,10 @@ import msgspec
 import torch
 
 import pdkv
+from pdkv.errors import FailureCode, TransferError
 from pdkv.m3.config import M3Config
 from pdkv.m3.model import M3Model, load_model
+from pdkv.schema import VerifyPages
 from pdkv.verify.link_chasing import NUM_KV_HEADS, NUM_LAYERS, LinkChasingPrompt, make_prompt
 from pdkv.verify.link_chasing_checkpoint import served_layers, write_checkpoint
 from pdkv.verify.pair import DividedPair
@@ -77,6 +81,11 @@ def run_suite(options: SuiteOptions, tell: Callable[[str], None]) -> Report:
                     tell(f"{length:,} tokens, control {control} ...")
                     controls.append(runner.run(control))
                 digest = pair.manifest_digest
+            if subject is None:
+                tell(f"{length:,} tokens, with digests of pages ...")
+                with _untold():
+                    found = _refusals(model_dir, length, options, [None, *_controls(regions)])
+                cases, controls = (_with_refusals(some, length, found) for some in (cases, controls))
         coverage = tuple(_coverage(model.config, options))
     problems = [*_subject_problems(cases), *_control_problems(controls), *_coverage_problems(coverage)]
     questions = _open_questions(cases, coverage)
@@ -146,6 +155,55 @@ class _Runner:
         )
 
 
+@contextlib.contextmanager
+def _untold() -> Iterator[None]:
+    """A worker logs every difference; those that were made on purpose are in the report."""
+    log = logging.getLogger("pdkv.agent")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+def _refusals(
+    model_dir: Path, length: int, options: SuiteOptions, mutations: Sequence[Mutation | None]
+) -> dict[str, bool]:
+    """Whether ``--verify-pages full`` refuses to answer, by mutation; "" for none."""
+    prompt, other = (make_prompt(seed, length).token_ids for seed in (options.seed, options.seed + 1))
+    found: dict[str, bool] = {}
+    with DividedPair(
+        model_dir,
+        length + STEPS,
+        kv_dtype=options.kv_dtype,
+        index_dtype=options.index_dtype,
+        prefix_cache=False,
+        verify_pages=VerifyPages.FULL,
+    ) as pair:
+        pair.ask(other, 1)
+        stale = pair.decode_arena.rows().clone()
+        for mutation in mutations:
+            pair.decode_arena.rows().copy_(stale)
+            pair.witness.watch(mutation)
+            name = str(mutation) if mutation else ""
+            found[name] = False
+            try:
+                pair.ask(prompt, 1)
+            except TransferError as exc:
+                if exc.code is not FailureCode.DIGEST_MISMATCH:
+                    raise
+                found[name] = True
+    return found
+
+
+def _with_refusals(cases: Sequence[CaseResult], length: int, found: Mapping[str, bool]) -> list[CaseResult]:
+    return [
+        msgspec.structs.replace(case, refused=found[case.mutation]) if case.num_tokens == length else case
+        for case in cases
+    ]
+
+
 def _controls(regions: Sequence[str]) -> list[Mutation]:
     return [Mutation(kind, region) for region in regions for kind in Kind]
 
@@ -154,6 +212,8 @@ def _subject_problems(cases: Sequence[CaseResult]) -> Iterator[str]:
     for case in cases:
         if case.answer_wrong:
             yield f"{case.num_tokens:,} tokens: the answer is wrong from step {case.first_wrong_step}"
+        if case.refused:
+            yield f"{case.num_tokens:,} tokens: digests of pages differ although every byte arrived"
         for region in sorted({loss.region for loss in case.differing}):
             losses = [loss for loss in case.differing if loss.region == region]
             yield f"{case.num_tokens:,} tokens: {region} differs after the transfer in {len(losses)} layers and heads"
@@ -164,6 +224,8 @@ def _control_problems(controls: Sequence[CaseResult]) -> Iterator[str]:
         kind, _, region = case.mutation.partition(":")
         if {loss.region for loss in case.differing} != {region}:
             yield f"control {case.mutation} at {case.num_tokens:,} tokens was not seen in the bytes of {region} alone"
+        if not case.refused:
+            yield f"control {case.mutation} at {case.num_tokens:,} tokens passed --verify-pages full"
         # A needle's scale is the smallest there is: those of another prompt only make it louder.
         can_show = case.beyond_blind_window if region == "index_k" else (kind, region) not in _BYTES_ONLY
         if can_show and not case.answer_wrong:

@@ -11,11 +11,12 @@ from typing import Annotated
 import msgspec
 
 from pdkv.errors import FailureCode, ProtocolError
-from pdkv.schema import PROTOCOL_VERSION, Incarnation, Manifest, TransferId, TransportAddress
+from pdkv.schema import PROTOCOL_VERSION, Incarnation, Manifest, TransferId, TransportAddress, VerifyPages
 
 MAX_ENVELOPE_BYTES = 1024
 MAX_BODY_BYTES = 8 << 20
 MAX_ATTACHMENT_BYTES = 7 << 20
+MAX_DIGEST_BYTES = 7 << 20
 
 TRANSFER_ID_BYTES = 16
 NO_TRANSFER = TransferId(b"")
@@ -27,6 +28,8 @@ Duration = Annotated[float, msgspec.Meta(ge=0, le=7 * 86400)]
 Text = Annotated[str, msgspec.Meta(max_length=64 << 10)]
 Attachment = Annotated[bytes, msgspec.Meta(max_length=MAX_ATTACHMENT_BYTES)]
 MAX_LAYER_GROUPS = 64
+MAX_RANKS = 64
+DigestBytes = Annotated[bytes, msgspec.Meta(max_length=MAX_DIGEST_BYTES)]
 LayerGroups = Annotated[tuple[Count, ...], msgspec.Meta(min_length=1, max_length=MAX_LAYER_GROUPS)]
 Id = Annotated[bytes, msgspec.Meta(max_length=TRANSFER_ID_BYTES)]
 
@@ -82,6 +85,10 @@ class Acquire(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="acqu
     """D has pages and wants the state; asks for a lease of ``ttl_s`` from receipt."""
 
     ttl_s: Duration
+    verify: VerifyPages = VerifyPages.OFF
+    """Which digests of pages D wants to compare."""
+    first_block: Count = 0
+    """The first block that D reads, and so the first that digests are wanted of."""
 
 
 class Renew(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="renew"):
@@ -123,6 +130,18 @@ class Watermark(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="wa
     tokens: LayerGroups
 
 
+class Digests(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="digests"):
+    """Digests of blocks ``[start, stop)`` as they are in P's pages, all layers of them, for an Acquire that wants some.
+
+    Every block comes in one such message and one only, the last of them maybe behind Done.
+    """
+
+    start: Count
+    stop: Count
+    by_rank: Annotated[tuple[DigestBytes, ...], msgspec.Meta(min_length=1, max_length=MAX_RANKS)]
+    """Of what each rank of P holds, in the order that ``pdkv.core.digests`` gives them; 16 bytes each."""
+
+
 class Done(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="done"):
     """Prefill is complete: everything may be read, and this is the first generated token."""
 
@@ -155,6 +174,7 @@ Body = (
     | Granted
     | Refused
     | Watermark
+    | Digests
     | Done
     | Failed
     | Ack

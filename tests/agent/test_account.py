@@ -54,3 +54,14 @@ def test_a_failed_read_brings_nothing() -> None:
     account.done(103.0)
     assert account.facts(103.0, cached_tokens=0).num_bytes == 0
     assert account.seconds(103.0) == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize(("landed", "done"), [(103.0, 102.5), (101.0, 103.0)])
+def test_what_comparing_holds_up_begins_when_all_is_there(landed: float, done: float) -> None:
+    account = begun()
+    account.posted(101.0)
+    account.read_ended(read_of(400), landed)
+    account.done(done)
+    assert account.facts(103.0, cached_tokens=0).compared_s == 0.0
+    facts = account.facts(103.25, cached_tokens=0)
+    assert (facts.compared_s, facts.exposed_s, facts.resident_at) == (0.25, max(0.0, landed - done), 103.25)

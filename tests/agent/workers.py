@@ -1,5 +1,6 @@
 """A prefill and a decode worker as agents in one process: real channels, threads and arenas, no model."""
 
+import functools
 import queue
 import threading
 import time
@@ -11,23 +12,28 @@ import torch
 
 from pdkv.agent import events as e
 from pdkv.agent.decode_agent import DecodeAgent
+from pdkv.agent.digest_group import DigestGroup
 from pdkv.agent.loop import AgentLoop
+from pdkv.agent.page_checker import PageCheck, PageChecker
 from pdkv.agent.paths import PathRequirement
 from pdkv.agent.peer_links import PeerLinks
 from pdkv.agent.prefill_agent import PrefillAgent
+from pdkv.agent.rank_digests import DigestPages, PageDigests, RankDigests
 from pdkv.agent.rank_group import RankGroup
 from pdkv.agent.rank_reads import RankOrder, RankReads
 from pdkv.core.events import SessionPolicy
 from pdkv.core.lease import LeasePolicy
 from pdkv.core.manifest import pairing_digest
 from pdkv.core.pull_queue import PullRate
+from pdkv.core.residency import BlockRange
 from pdkv.daemons.assembly import new_incarnation
 from pdkv.errors import FailureCode
 from pdkv.memory.arena import Arena
 from pdkv.memory.manifest import build_manifest
+from pdkv.memory.page_digests import ArenaDigests
 from pdkv.memory.probe import ProbePages
 from pdkv.memory.row import RowLayout, RowSlot
-from pdkv.schema import Incarnation, Manifest, TransferId
+from pdkv.schema import Incarnation, Manifest, TransferId, VerifyPages
 from pdkv.transport.base import Transport
 from pdkv.transport.inproc import InprocTransport
 from pdkv.wire.channel import Channel, NoSecurity
@@ -42,7 +48,7 @@ Event = TypeVar("Event")
 
 
 class OtherRank:
-    """A rank other than 0: an arena and a transport, and on D a thread that does as rank 0 orders."""
+    """A rank other than 0: an arena and a transport, and a thread that does as rank 0 orders."""
 
     def __init__(self, rank: int, size: int, num_pages: int, transport: Transport | None) -> None:
         self.rank = rank
@@ -52,7 +58,7 @@ class OtherRank:
         self.transport.register(self.arena.memory)
         self.manifest = build_manifest(self.arena, KV, "model")
         self.offer = RankOffer(self.manifest, self.transport.address())
-        self.orders: queue.SimpleQueue[RankOrder | None] = queue.SimpleQueue()
+        self.orders: queue.SimpleQueue[RankOrder | DigestPages | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
     def start(self, report: Callable[[e.RankReported], None]) -> None:
@@ -67,6 +73,8 @@ class OtherRank:
 
     def _obey(self, report: Callable[[e.RankReported], None]) -> None:
         reads = RankReads(self.transport, self.manifest, self.probe, (self.arena.memory.address,))
+        tell = functools.partial(e.RankReported, self.rank)
+        digests = RankDigests(self.manifest, ArenaDigests(self.arena), lambda told: report(tell(told)))
         while True:
             reports = reads.on_completions(self.transport.poll())
             try:
@@ -75,11 +83,14 @@ class OtherRank:
                 order = None
             else:
                 if order is None:
+                    digests.close()
                     return
-            if order is not None:
+            if isinstance(order, DigestPages):
+                digests.obey(order)
+            elif order is not None:
                 reports += reads.obey(order)
             for told in reports:
-                report(e.RankReported(self.rank, told))
+                report(tell(told))
 
 
 class AgentSide:
@@ -142,24 +153,37 @@ class AgentSide:
         self.loop.post(e.Inspect(answer.put))
         return answer.get(timeout=PATIENCE_S)
 
+    def digests(self) -> RankDigests:
+        """Rank 0's."""
+        report = functools.partial(e.RankReported, 0)
+        return RankDigests(self.identity.manifest, self.page_digests(), lambda told: self.loop.post(report(told)))
+
+    def page_digests(self) -> PageDigests:
+        return ArenaDigests(self.arena)
+
     def crashed(self, exc: BaseException) -> None:
         self.events.put(exc)
 
     def close(self) -> None:
-        self.loop.stop()
-        for other in self.others:
+        for other in self.others:  # first, as a worker does: they report to the loop
             other.close()
+        self.loop.stop()
         assert self.loop.crashed is None, self.loop.crashed
 
 
 class PrefillSide(AgentSide):
-    def __init__(self, *, port: int = 0, fill_probe: bool = True, **options: object) -> None:
+    def __init__(self, *, port: int = 0, fill_probe: bool = True, can_digest: bool = True, **options: object) -> None:
         super().__init__("prefill", **options)  # type: ignore[arg-type]
         if fill_probe:
             for probe in (self.probe, *(other.probe for other in self.others)):
                 probe.fill(self.incarnation)
         self.control = self.channel.bind(f"tcp://127.0.0.1:{port}")
-        self.loop.start(PrefillAgent(self.identity, self.channel, self.events.put), self.crashed)  # type: ignore[arg-type]
+        orders = [other.orders.put for other in self.others]
+        digests: DigestGroup[tuple[TransferId, BlockRange]] = DigestGroup(self.digests(), orders)
+        agent = PrefillAgent(self.identity, self.channel, self.events.put, digests if can_digest else None)
+        self.loop.start(agent, self.crashed)  # type: ignore[arg-type]
+        for other in self.others:
+            other.start(self.loop.post)
 
     def expect_transfer(self, transfer: TransferId, num_tokens: int = 300) -> None:
         self.loop.post(e.ExpectTransfer(transfer, num_tokens, 30.0))
@@ -187,13 +211,24 @@ class PrefillSide(AgentSide):
 
 
 class DecodeSide(AgentSide):
-    def __init__(self, *, least_path: str | None = None, pull_bytes_per_s: float = 0.0, **options: object) -> None:
+    def __init__(
+        self,
+        *,
+        least_path: str | None = None,
+        pull_bytes_per_s: float = 0.0,
+        verify: VerifyPages = VerifyPages.OFF,
+        **options: object,
+    ) -> None:
         super().__init__("decode", **options)  # type: ignore[arg-type]
         rate = PullRate(pull_bytes_per_s) if pull_bytes_per_s else None
         reads = RankReads(self.transport, self.identity.manifest, self.probe, (self.arena.memory.address,))
         ranks = RankGroup(reads, [other.orders.put for other in self.others])
         links = PeerLinks(self.identity, self.channel, ranks, PathRequirement(least_path))
-        agent = DecodeAgent(self.identity, self.channel, ranks, links, self.events.put, rate)
+        checker = None
+        if verify is not VerifyPages.OFF:
+            digests: DigestGroup[PageCheck] = DigestGroup(self.digests(), [other.orders.put for other in self.others])
+            checker = PageChecker(verify, digests, self.identity.manifests, links.meter)
+        agent = DecodeAgent(self.identity, self.channel, ranks, links, self.events.put, rate, checker)
         self.loop.start(agent, self.crashed)  # type: ignore[arg-type]
         for other in self.others:
             other.start(self.loop.post)

@@ -13,7 +13,11 @@ from dataclasses import dataclass, field
 
 from pdkv.core.decode_session import DecodeSession, DecodeState
 from pdkv.core.events import (
+    Check,
+    Checked,
     ClosePeer,
+    Digest,
+    Digested,
     FreePages,
     LocalFailure,
     MessageArrived,
@@ -34,9 +38,9 @@ from pdkv.core.events import (
     Tick,
 )
 from pdkv.core.prefill_session import PrefillSession, PrefillState
-from pdkv.core.residency import WantedBlocks
+from pdkv.core.residency import BlockRange, WantedBlocks
 from pdkv.errors import FailureCode
-from pdkv.schema import LayerRange
+from pdkv.schema import LayerRange, VerifyPages
 from pdkv.wire.messages import Acquire, Cancel, Release
 
 BLOCK = 128
@@ -76,6 +80,13 @@ class World:
     prefill_sleeps: tuple[float, float] | None = None
     partition: tuple[float, float] | None = None
     reads_hang: bool = False
+    verify: VerifyPages = VerifyPages.OFF
+    damage: float = 0.0
+    """Share of reads that bring other bytes than P wrote, and say nothing."""
+    longest_digest: float = 0.1
+    """P's and D's for a run of blocks."""
+    blocks_a_digest: int = 100
+    """Most blocks that P digests at once."""
     prefill_dies_at: float | None = None
     death_is_noticed: bool = True
 
@@ -94,6 +105,7 @@ class PostedRead:
     """Block and layer group."""
     pages: tuple[int, ...]
     torn: bool = False
+    damaged: bool = False
     over: bool = False
 
 
@@ -116,6 +128,9 @@ class Simulation:
     """How often pages that nobody acquired were taken back."""
     is_wanted: bool = False
     """P's session has told its engine to compute."""
+    digested: set[int] = field(default_factory=set)
+    checked: list[int] = field(default_factory=list)
+    mismatched: bool = False
     let_go: bool = False
     """The transfer ended before it did."""
 
@@ -129,7 +144,7 @@ class Simulation:
         self.prefill: PrefillSession | None = None
         self.policy = policy
         wanted = WantedBlocks(self.world.num_tokens, BLOCK, self.world.resident_blocks)
-        self.decode = DecodeSession(policy, wanted, self.world.deadline, self.now)
+        self.decode = DecodeSession(policy, wanted, self.world.deadline, self.now, self.world.verify)
         self.do_decode(self.decode.start(self.now))
         self.wake_decode()
         world = self.world
@@ -187,7 +202,7 @@ class Simulation:
             )
             if not known:
                 return
-            self.prefill = PrefillSession(self.policy)
+            self.prefill = PrefillSession(self.policy, BLOCK)
         self.do_prefill(self.prefill.handle(event, self.now))  # type: ignore[arg-type]
         self.wake_prefill()
 
@@ -220,12 +235,21 @@ class Simulation:
                     self.transmit(lambda s=seq, b=body: self.to_prefill(MessageArrived(s, b)))
                 case Read():
                     self.post(instruction)
+                case Check(blocks=blocks, by_rank=by_rank):
+                    self.at(
+                        self.random.uniform(0, self.world.longest_digest), lambda b=blocks, d=by_rank: self.check(b, d)
+                    )
                 case Report(outcome=outcome):
                     self.decode_reports.append(outcome)
                 case Resume(attachment=attachment):
                     assert attachment == b"more", "what travels with the first token was lost"
                     assert all(read.over for read in self.reads.values()), "resumed while a read was running"
                     assert not any(read.torn for read in self.reads.values()), "resumed on bytes of a reused page"
+                    if self.world.verify is not VerifyPages.OFF:
+                        assert not any(read.damaged for read in self.reads.values()), (
+                            "resumed on bytes that P never wrote"
+                        )
+                        assert sorted(self.checked) == list(range(self.world.resident_blocks, self.num_blocks))
                     self.resumed += 1
                 case ReturnPages():
                     assert all(read.over for read in self.reads.values()), "pages returned while a read was running"
@@ -243,6 +267,8 @@ class Simulation:
                     assert not self.is_wanted, "wanted twice"
                     self.is_wanted = True
                     self.begin()
+                case Digest():
+                    self.digest(instruction)
                 case FreePages() if not self.is_wanted and not any(isinstance(one, Report) for one in instructions):
                     self.owned.clear()
                     self.has_begun = False
@@ -258,6 +284,38 @@ class Simulation:
                     if not self.is_wanted:
                         self.let_go = True
                         self.owned.clear()
+
+    # ---- digests: P's of a block are its number, where its page holds what P wrote
+
+    @property
+    def num_blocks(self) -> int:
+        return -(-self.world.num_tokens // BLOCK)
+
+    def digest(self, asked: Digest) -> None:
+        assert asked.verify is self.world.verify
+        for block, page in zip(range(asked.blocks.start, asked.blocks.stop), asked.pages, strict=True):
+            assert page in self.owned, "digests of a page that was given back"
+            assert min(self.written) >= min((block + 1) * BLOCK, self.world.num_tokens), "digests of half a block"
+            assert block not in self.digested, "a block was digested twice"
+            assert block >= self.world.resident_blocks, "digests that nobody will compare"
+            self.digested.add(block)
+        for start in range(asked.blocks.start, asked.blocks.stop, self.world.blocks_a_digest):
+            blocks = BlockRange(start, min(start + self.world.blocks_a_digest, asked.blocks.stop))
+            told = Digested(blocks, (bytes(block % 256 for block in range(blocks.start, blocks.stop)),))
+            self.at(self.random.uniform(0, self.world.longest_digest), lambda told=told: self.to_prefill(told))
+
+    def check(self, blocks: BlockRange, by_rank: tuple[bytes, ...]) -> None:
+        numbers = range(blocks.start, blocks.stop)
+        assert by_rank == (bytes(block % 256 for block in numbers),), "P's digests of other blocks"
+        reads = [read for read in self.reads.values() if any(block in numbers for block, _ in read.parts)]
+        parts = {part for read in reads if read.over for part in read.parts}
+        landed = all((block, group) in parts for block in numbers for group in range(len(self.written)))
+        assert landed, "compared before it had landed"
+        self.checked += numbers
+        wrong = any(read.damaged for read in reads)
+        self.mismatched |= wrong
+        code = FailureCode.DIGEST_MISMATCH if wrong else None
+        self.to_decode(Checked(blocks, code, "index_k is not what prefill wrote" if wrong else ""))
 
     def transmit(self, deliver: Callable[[], None]) -> None:
         for _ in range(2 if self.random.random() < self.world.duplicates else 1):
@@ -355,7 +413,8 @@ class Simulation:
             needed = min((block + 1) * BLOCK, self.world.num_tokens)
             assert self.written[group] >= needed, f"block {block} of layer group {group} was read before it was written"
         self.read_parts.extend(parts)
-        self.reads[read] = PostedRead(parts, pages, torn=torn)
+        damaged = self.world.damage > 0 and self.random.random() < self.world.damage
+        self.reads[read] = PostedRead(parts, pages, torn=torn, damaged=damaged)
         if self.prefill_dead:
             if self.world.death_is_noticed:
                 self.at(0.1, lambda: self.end_read(read, ok=False))
@@ -377,6 +436,9 @@ class Simulation:
         assert len(self.decode_reports) == 1
         assert self.resumed + self.returned == 1
         assert self.resumed == (self.decode_reports[0].code is None)
+        assert not (self.resumed and self.mismatched), "resumed although a digest differed"
+        if self.world.verify is VerifyPages.OFF:
+            assert not self.digested, "P computed digests that nobody asked for"
         if self.resumed:
             wanted = itertools.product(range(self.world.resident_blocks, blocks), range(len(self.written)))
             assert sorted(self.read_parts) == list(wanted)

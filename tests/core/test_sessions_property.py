@@ -1,5 +1,6 @@
 """Under any loss, repetition, reordering, sleep, crash and timing no page is reused while read, and nothing leaks."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -11,7 +12,8 @@ from pdkv.core.events import MessageArrived, PagesReserved, RequestArrived, Sess
 from pdkv.core.prefill_session import PrefillSession, PrefillState
 from pdkv.core.residency import Residency, WantedBlocks
 from pdkv.errors import FailureCode
-from pdkv.wire.messages import Acquire, Granted
+from pdkv.schema import VerifyPages
+from pdkv.wire.messages import Acquire, Digests, Granted
 from tests.core.simulation import BLOCK, NUM_LAYERS, Simulation, World
 
 times = st.one_of(st.none(), st.floats(0, 15, allow_nan=False))
@@ -44,6 +46,10 @@ worlds = st.builds(
     prefill_sleeps=sleeps,
     partition=sleeps,
     reads_hang=st.sampled_from([False, False, False, True]),
+    verify=st.sampled_from([VerifyPages.OFF, VerifyPages.FULL]),
+    damage=st.sampled_from([0.0, 0.0, 0.3]),
+    longest_digest=st.sampled_from([0.001, 0.3, 12.0]),
+    blocks_a_digest=st.sampled_from([1, 3, 100]),
     prefill_dies_at=times,
     death_is_noticed=st.booleans(),
 )
@@ -74,6 +80,9 @@ def test_any_world_ends_well_on_both_sides(world: World) -> None:
         layer_groups=layer_groups,
         all_chunks=st.booleans(),
         early=st.booleans(),
+        verify=st.sampled_from([VerifyPages.OFF, VerifyPages.FULL]),
+        longest_digest=st.sampled_from([0.001, 0.3]),
+        blocks_a_digest=st.sampled_from([1, 100]),
     )
 )
 @settings(deadline=None, max_examples=120)
@@ -83,6 +92,69 @@ def test_a_world_without_faults_beyond_the_network_always_delivers(world: World)
     simulation.validate()
     assert simulation.resumed == 1
     assert simulation.prefill_reports[0].code is None
+
+
+@pytest.mark.parametrize("num_tokens", [1, 1000, 5000])
+@pytest.mark.parametrize("seed", range(4))
+def test_damage_on_the_way_is_found_by_digests_and_by_nothing_else(num_tokens: int, seed: int) -> None:
+    world = World(seed=seed, num_tokens=num_tokens, damage=1.0, layer_groups=(0, 5, 9))
+    for verify, ends in ((VerifyPages.OFF, None), (VerifyPages.FULL, FailureCode.DIGEST_MISMATCH)):
+        simulation = Simulation(dataclasses.replace(world, verify=verify))
+        simulation.run(200)
+        simulation.validate()
+        assert simulation.decode_reports[0].code is ends
+        assert simulation.prefill_reports[0].code is ends, "P is told why"
+
+
+def test_digests_are_compared_while_prefill_computes() -> None:
+    simulation = Simulation(World(seed=1, num_tokens=6000, chunk=512, chunk_time=0.5, verify=VerifyPages.FULL))
+    simulation.run(3.0)
+    assert 0 < len(simulation.checked) < 47
+    simulation.run(200)
+    simulation.validate()
+    assert simulation.resumed == 1
+
+
+@pytest.mark.parametrize(
+    ("told", "complaint"),
+    [
+        ([(0, 1)], "digests of blocks 0 to 0, wanted are 1 to 3"),
+        ([(2, 5)], "digests of blocks 2 to 4, wanted are 1 to 3"),
+        ([(2, 2)], "digests of blocks 2 to 1, wanted are 1 to 3"),
+        ([(1, 3), (2, 4)], "a block twice"),
+        ([(1, 3), (1, 3), (3, 4)], ""),
+    ],
+)
+def test_digests_of_other_blocks_than_are_wanted_fail_the_transfer(told: list[tuple[int, int]], complaint: str) -> None:
+    session = DecodeSession(SessionPolicy(), WantedBlocks(512, BLOCK, 1), 30.0, 0.0, VerifyPages.FULL)
+    session.start(0.0)
+    session.handle(MessageArrived(1, Granted((1, 2, 3, 4), 512, 0)), 0.0)
+    for seq, (start, stop) in enumerate(told):
+        session.handle(MessageArrived(2 + seq, Digests(start, stop, (b"",))), 0.0)
+    assert (session.outcome is None) == (not complaint)
+    if session.outcome is not None:
+        assert session.outcome.code is FailureCode.INTERNAL
+        assert complaint in session.outcome.message
+
+
+def test_a_prefill_worker_that_cannot_digest_refuses_by_name() -> None:
+    session = PrefillSession(SessionPolicy())
+    session.handle(RequestArrived(300, 30.0), 0.0)
+    session.handle(MessageArrived(1, Acquire(10.0, VerifyPages.FULL)), 0.0)
+    assert session.outcome is not None
+    assert session.outcome.code is FailureCode.MANIFEST
+    assert "decode wants digests of pages (full)" in session.outcome.message
+    assert "--verify-pages off" in session.outcome.message
+
+
+def test_digests_that_begin_behind_the_prompt_fail_the_transfer_and_not_the_worker() -> None:
+    session = PrefillSession(SessionPolicy(), BLOCK)
+    session.handle(RequestArrived(300, 30.0), 0.0)
+    session.handle(MessageArrived(1, Acquire(10.0, VerifyPages.FULL, 3)), 0.0)
+    session.handle(PagesReserved((1, 2, 3), 0), 0.0)
+    assert session.outcome is not None
+    assert session.outcome.code is FailureCode.INTERNAL
+    assert "from block 3 on, of a prompt of 300 tokens" in session.outcome.message
 
 
 def test_lossless_network_reads_while_prefill_computes() -> None:

@@ -5,10 +5,12 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from pdkv.core.decode_session import DecodeSession, DecodeState
-from pdkv.core.events import FreePages, ReturnPages
+from pdkv.core.events import Checked, FreePages, ReturnPages
 from pdkv.core.lease import GrantedLease, HeldLease
 from pdkv.core.prefill_session import PrefillSession, PrefillState
 from pdkv.core.residency import Residency
+from pdkv.core.verification import Verification
+from pdkv.schema import VerifyPages
 from tests.core.simulation import Simulation, World
 
 
@@ -112,7 +114,43 @@ def forgets_to_cancel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DecodeSession, "_drain", drain)
 
 
+def believes_what_is_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """D does not wait for the comparison of the last blocks."""
+    monkeypatch.setattr(Verification, "complete", property(lambda _self: True))
+
+
+def compares_before_all_has_landed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """D takes a block for landed when one layer group of it is there."""
+    original = Verification.granted
+    monkeypatch.setattr(Verification, "granted", lambda self, _num_groups: original(self, 1))
+    monkeypatch.setattr(Verification, "_all_landed", lambda self, d: all(self._landed[d.start : d.stop]))
+
+
+def forgets_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """D counts a block as equal whatever came of the comparison."""
+    original = DecodeSession._on_checked
+    monkeypatch.setattr(
+        DecodeSession, "_on_checked", lambda self, checked, now: original(self, Checked(checked.blocks), now)
+    )
+
+
+def digests_half_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """P digests what the first layer group has."""
+    original = PrefillSession._digest_what_is_complete
+
+    def digest(self: PrefillSession) -> None:
+        kept, self._watermark = self._watermark, [self._watermark[0]] * len(self._watermark)
+        original(self)
+        self._watermark = kept
+
+    monkeypatch.setattr(PrefillSession, "_digest_what_is_complete", digest)
+
+
 MUTANTS = [
+    believes_what_is_not_compared,
+    compares_before_all_has_landed,
+    forgets_a_difference,
+    digests_half_a_block,
     never_expires,
     counts_from_the_acknowledgement,
     prefill_counts_short,
@@ -139,6 +177,8 @@ def hostile_worlds() -> list[World]:
             World(**common, longest_read=3.0, cancel_at=0.3),
             World(**common, longest_read=12.0, loss=0.6),
             World(**{**common, "chunk_time": 0.5}, layer_groups=(0, 5, 9, 11), all_chunks=bool(seed % 2)),
+            World(**common, layer_groups=(0, 5, 9, 11), all_chunks=True, verify=VerifyPages.FULL),
+            World(**common, verify=VerifyPages.FULL, damage=0.2),
         ]
     return worlds
 

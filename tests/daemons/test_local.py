@@ -103,6 +103,8 @@ def test_each_role_gets_its_own_number_of_ranks() -> None:
     assert "--layer-groups" not in decode
     assert _value(decode, "--max-pull-gbps") == "0.0"
     assert "--max-pull-gbps" not in prefill
+    assert _value(decode, "--verify-pages") == "off"
+    assert "--verify-pages" not in prefill
     assert "--ep" in prefill
     assert "--ep" in decode
 

@@ -37,7 +37,7 @@ def ranked(link_chasing_model: Path, tmp_path_factory: pytest.TempPathFactory) -
     """P with two ranks, D with four, and a router."""
     folder = tmp_path_factory.mktemp("ranks")
     prefill = worker("prefill", link_chasing_model, folder, *FLAGS, "--tp", "2", "--prefill-chunk", "64")
-    decode = worker("decode", link_chasing_model, folder, *FLAGS, "--tp", "4")
+    decode = worker("decode", link_chasing_model, folder, *FLAGS, "--tp", "4", "--verify-pages", "full")
     front = router(folder, [prefill], [decode], "--poll-interval", "0.2")
     with ExitStack() as stack:
         for process in (prefill, decode, front):
@@ -87,6 +87,11 @@ def test_two_ranks_to_four(ranked: Trio) -> None:
     assert [process.info()["tp_size"] for process in (ranked.prefill, ranked.decode)] == [2, 4]
     (told,) = [name for name in ranked.decode.metrics() if name.startswith("pdkv_engine_info")]
     assert "tp_size=4" in told
+    checked = ranked.decode.metrics()
+    # Four layers and heads, and the index keys of three layers on each rank.
+    for region, each in (("k", 4 * 4), ("v", 4 * 4), ("index_k", 4 * 3)):
+        assert checked[f"pdkv_kv_digest_checks_total{{region={region},result=ok}}"] == 24 * each
+        assert checked[f"pdkv_kv_digest_checks_total{{region={region},result=mismatch}}"] == 0
     wait_until(lambda: ranked.prefill.holds_nothing() and ranked.decode.holds_nothing(), "pages back")
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdkv.errors import FailureCode, ProtocolError
-from pdkv.schema import Incarnation, TransferId, TransportAddress
+from pdkv.schema import Incarnation, TransferId, TransportAddress, VerifyPages
 from pdkv.wire import messages as m
 from tests.layouts import make_layout, make_manifest
 
@@ -19,13 +19,14 @@ BODIES = [
     m.Welcome("p", (OFFER,)),
     m.Reject(FailureCode.MANIFEST, "no"),
     m.Gone(7),
-    m.Acquire(3.5),
+    m.Acquire(3.5, VerifyPages.SAMPLE, 2),
     m.Renew(3.5),
     m.Release(),
     m.Cancel(FailureCode.CANCELLED, ""),
     m.Granted((1, 2, 3), 300, 128),
     m.Refused(FailureCode.NO_CAPACITY, "full"),
     m.Watermark((512,)),
+    m.Digests(3, 5, (b"\x00\xff" * 16, b"")),
     m.Done(11, -0.25, b"\x00\xff"),
     m.Failed(FailureCode.INTERNAL, "x"),
     m.Ack(9),
