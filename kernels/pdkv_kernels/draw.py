@@ -20,11 +20,11 @@ _MANY_ROWS, _PARTS_AT_ONCE = 32, 4
 """Where there are many rows, programs are of several parts, one after the other, each with its own sums."""
 _BITS = tl.constexpr(4)
 _DIGITS = tl.constexpr(1 << 4)
-_CUT = tl.constexpr(3)
-"""Of every part, what of it is in the nucleus: keys above the first number, and of those equal to it so many of the
-row's as the second says, of which the third come in parts before this one."""
+_CUT = tl.constexpr(2)
+"""Of every part, what of it is in the nucleus: keys from the first number on, but of those equal to it only the first,
+so many as the second says; negative: all."""
 _STATE = tl.constexpr(3)
-"""Of every row and pass: digits of the key that are known, bits of the weight above, bits of the weight wanted."""
+"""Of every row and pass: digits that are known, bits of the weight above, bits of the weight wanted."""
 _NO_COLUMN = tl.constexpr((1 << 31) - 1)
 _MOST_EQUALS = tl.constexpr(float(1 << 30))
 _COLUMNS_ASKED = tuple(tl.constexpr(column) for column in (TEMPERATURE, TOP_P, SEED, NUM_TOP, ASKED))
@@ -82,15 +82,15 @@ def _bits(value):
 
 @triton.jit
 def _key(logit, KEY_BITS: tl.constexpr):
-    """int64 of so many bits, ordered as the logits are, of which one of bfloat16 has 16 that are all the same."""
-    bits = tl.where(logit == 0.0, 0.0, logit).to(tl.int32, bitcast=True).to(tl.int64)
-    key = tl.where(bits < 0, -1 - bits, bits + (1 << 31))
+    """uint32 of so many bits, ordered as the logits are, of which one of bfloat16 has 16 that are all the same."""
+    bits = tl.where(logit == 0.0, 0.0, logit).to(tl.int32, bitcast=True)
+    key = (bits ^ ((bits >> 31) | -(1 << 31))).to(tl.uint32, bitcast=True)
     return key >> (32 - KEY_BITS)
 
 
 @triton.jit
 def _logit(key, KEY_BITS: tl.constexpr):
-    """Of which ``_key`` is."""
+    """Of which ``_key``, here as int64, is."""
     low = (1 << (32 - KEY_BITS)) - 1
     whole = (key << (32 - KEY_BITS)) + tl.where(key < (1 << (KEY_BITS - 1)), low, 0)
     bits = tl.where(whole < (1 << 31), -1 - whole, whole - (1 << 31))
@@ -98,9 +98,23 @@ def _logit(key, KEY_BITS: tl.constexpr):
 
 
 @triton.jit
-def _weight(logit, largest, temperature):
+def _sharpness(temperature):
+    return (1.0 / tl.maximum(temperature, 1e-30)).to(tl.float32)
+
+
+@triton.jit
+def _weight(logit, largest, sharpness):
     """float32, at most 1."""
-    return tl.exp((logit - largest) / tl.maximum(temperature, 1e-30).to(tl.float32))
+    return tl.exp((logit - largest) * sharpness)
+
+
+@triton.jit
+def _reach(largest, temperature, share, vocab, KEY_BITS: tl.constexpr):
+    """A key that nothing in the nucleus is below, since all tokens there together have less weight than is left out;
+    and how far the largest key is above it. int64 both."""
+    room = tl.log(tl.zeros([], tl.float32) + vocab) - tl.log(tl.maximum(1.0 - share, 1e-30).to(tl.float32)) + 1.0
+    base = _key(largest - temperature.to(tl.float32) * room, KEY_BITS).to(tl.int64)
+    return base, _key(largest, KEY_BITS).to(tl.int64) - base
 
 
 @triton.jit
@@ -118,9 +132,9 @@ def _loaded(logits, row, part, logits_row, vocab, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _descended(state, sums, share, row, num_parts, known_bits, PARTS: tl.constexpr):
-    """What is known behind a pass at whose begin so many bits of the key were: its digits now, the weight above it, the
-    weight wanted, and the weight that has those digits in every part.
+def _descended(state, sums, share, row, num_parts, is_first, PARTS: tl.constexpr):
+    """What is known behind a pass of a row, its first or a later one: the digits, the weight above them, the weight
+    wanted, and the weight that has those digits in every part.
 
     The last token in the nucleus is of the lowest digit that has any weight, and before which less than is wanted has
     come."""
@@ -132,7 +146,7 @@ def _descended(state, sums, share, row, num_parts, known_bits, PARTS: tl.constex
     key = tl.zeros([], tl.int64)
     above = tl.zeros([], tl.float64)
     wanted = tl.maximum(share * tl.sum(weight, axis=0), 1e-300)  # the likeliest is always in
-    if known_bits > 0:
+    if is_first == 0:
         key = tl.load(state + row * _STATE)
         above = _float64(tl.load(state + row * _STATE + 1))
         wanted = _float64(tl.load(state + row * _STATE + 2))
@@ -149,33 +163,41 @@ def _narrow(
     chosen, logits, asked, state_before, state, sums_before, sums, known_bits, at_once, chosen_row, logits_row, vocab,
     num_parts, KEY_BITS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Sum weights of parts by the next digit, of keys whose digits so far are those of the nucleus's end."""
+    """Sum weights of parts by the next digit of their keys' heights above what is in reach, where the digits before are
+    those of the nucleus's end. Passes whose digit is 0 in all that is in reach have nothing to do."""
     first = tl.program_id(0) * at_once
     row = tl.program_id(1).to(tl.int64)
     temperature = _float64(tl.load(asked + row * _ASKED + _TEMPERATURE))
     share = _float64(tl.load(asked + row * _ASKED + _TOP_P))
     if (temperature > 0.0) & (share < 1.0) & (tl.load(chosen + chosen_row + row) >= 0):
         largest = _largest(chosen, logits, row, logits_row)
+        base, span = _reach(largest, temperature, share, vocab, KEY_BITS)
+        unknown = KEY_BITS - known_bits
+        shift = unknown - _BITS
         known = tl.zeros([], tl.int64)
         nth = tl.arange(0, PARTS)
         by_part = tl.full([PARTS], 1.0, tl.float64)
-        if known_bits > 0:
+        if (span >> unknown) > 0:
+            is_second = (span >> (unknown + _BITS)) == 0
             known, above, wanted, by_part = _descended(
-                state_before, sums_before, share, row, num_parts, known_bits - _BITS, PARTS
+                state_before, sums_before, share, row, num_parts, is_second.to(tl.int32), PARTS
             )
             if first == 0:
                 tl.store(state + row * _STATE, known)
                 tl.store(state + row * _STATE + 1, _bits(above))
                 tl.store(state + row * _STATE + 2, _bits(wanted))
-        unknown = KEY_BITS - known_bits
-        for part in range(first, tl.minimum(first + at_once, num_parts)):
+        end = tl.where((shift == 0) | ((span >> shift) > 0), tl.minimum(first + at_once, num_parts), first)
+        lowest, digits_known = base.to(tl.uint32), (known * _DIGITS).to(tl.uint32)
+        below = tl.where((span >> unknown) > 0, 0xFFFFFFFF, 0).to(tl.uint32)  # out of reach, and of the first sum
+        sharpness = _sharpness(temperature)
+        for part in range(first, end):
             mine = sums + (row * num_parts + part) * _DIGITS
             if tl.sum(tl.where(nth == part, by_part, 0.0), axis=0) > 0.0:
-                column, logit = _loaded(logits, row, part, logits_row, vocab, COLUMNS)
+                _, logit = _loaded(logits, row, part, logits_row, vocab, COLUMNS)
+                weight = _weight(logit, largest, sharpness)  # behind the last column 0
                 key = _key(logit, KEY_BITS)
-                weight = _weight(logit, largest, temperature)
-                is_of_them = (column < vocab) & ((key >> unknown) == known)
-                digit = tl.where(is_of_them, (key >> (unknown - _BITS)) & (_DIGITS - 1), _DIGITS).to(tl.int32)
+                height = tl.where(key >= lowest, key - lowest, below)
+                digit = (height >> shift.to(tl.uint32)) - digits_known  # others are no digits
                 for one in tl.static_range(0, _DIGITS):
                     tl.store(mine + one, tl.sum(tl.where(digit == one, weight, 0.0), axis=0))
             else:
@@ -183,11 +205,13 @@ def _narrow(
 
 
 @triton.jit
-def _kept(key, lowest, num_equals, equals_before):
-    """Of a part's keys, which are in the nucleus."""
-    is_equal = key == lowest
-    number = equals_before + tl.cumsum(is_equal.to(tl.int32), axis=0) - 1
-    return (key > lowest) | (is_equal & (number < num_equals))
+def _kept(key, lowest, few):
+    """Of a part's keys, which are in the nucleus: as ``_CUT`` says."""
+    kept = key >= lowest.to(tl.uint32)
+    if few >= 0:
+        is_equal = key == lowest.to(tl.uint32)
+        kept = kept & ((key != lowest.to(tl.uint32)) | (tl.cumsum(is_equal.to(tl.int32), axis=0) <= few))
+    return kept
 
 
 @triton.jit
@@ -205,26 +229,32 @@ def _weigh(
     draws = is_sound & (temperature > 0.0)
     if draws | (is_sound & (num_top > 0)):
         largest = _largest(chosen, logits, row, logits_row)
+        sharpness = _sharpness(temperature)
         nth = tl.arange(0, PARTS)
-        lowest = tl.full([], -1, tl.int64)
-        num_equals = tl.zeros([], tl.int64)
+        lowest = tl.zeros([], tl.int64)
+        most_equals = tl.full([], _MOST_EQUALS, tl.float64)
         equals = tl.zeros([PARTS], tl.float64)  # how many in every part
         if draws & (share < 1.0):
-            lowest, above, wanted, equals = _descended(state, sums, share, row, num_parts, KEY_BITS - _BITS, PARTS)
-            each = tl.maximum(_weight(_logit(lowest, KEY_BITS), largest, temperature).to(tl.float64), 1e-300)
-            num_equals = tl.ceil(tl.minimum((wanted - above) / each, _MOST_EQUALS)).to(tl.int64)
+            base, span = _reach(largest, temperature, share, vocab, KEY_BITS)
+            is_first = (span >> _BITS) == 0
+            height, above, wanted, equals = _descended(state, sums, share, row, num_parts, is_first.to(tl.int32), PARTS)
+            lowest = base + height
+            each = tl.maximum(_weight(_logit(lowest, KEY_BITS), largest, sharpness).to(tl.float64), 1e-300)
+            most_equals = tl.ceil(tl.minimum((wanted - above) / each, _MOST_EQUALS))
             equals = tl.floor(equals / each + 0.5)
         for part in range(begin, tl.minimum(begin + at_once, num_parts)):
             column, logit = _loaded(logits, row, part, logits_row, vocab, COLUMNS)
             own = row * num_parts + part
             if draws:
-                equals_before = tl.sum(tl.where(nth < part, equals, 0.0), axis=0).to(tl.int64)
-                kept = (column < vocab) & _kept(_key(logit, KEY_BITS), lowest, num_equals, equals_before)
-                weight = tl.where(kept, _weight(logit, largest, temperature), 0.0).to(tl.float64)
+                room = most_equals - tl.sum(tl.where(nth < part, equals, 0.0), axis=0)
+                is_cut = (room > 0.0) & (tl.sum(tl.where(nth == part, equals, 0.0), axis=0) > room)
+                few = tl.where(is_cut, room, -1.0).to(tl.int64)
+                from_here = lowest + tl.where(room > 0.0, 0, 1)
+                kept = (column < vocab) & _kept(_key(logit, KEY_BITS), from_here, few)
+                weight = tl.where(kept, _weight(logit, largest, sharpness), 0.0).to(tl.float64)
                 tl.store(left + own, tl.sum(weight, axis=0))
-                tl.store(cuts + own * _CUT, lowest)
-                tl.store(cuts + own * _CUT + 1, num_equals)
-                tl.store(cuts + own * _CUT + 2, equals_before)
+                tl.store(cuts + own * _CUT, from_here)
+                tl.store(cuts + own * _CUT + 1, few)
             for number in range(0, num_top):
                 best = tl.max(logit, axis=0)
                 is_best = (logit == best) & (logit > float("-inf"))
@@ -297,8 +327,8 @@ def _pick(
             rest = target - tl.max(tl.where(nth < part, up_to, 0.0), axis=0)
             column, logit = _loaded(logits, row, part, logits_row, vocab, COLUMNS)
             cut = cuts + (row * num_parts + part) * _CUT
-            kept = _kept(_key(logit, KEY_BITS), tl.load(cut), tl.load(cut + 1), tl.load(cut + 2))
-            weight = tl.where((column < vocab) & kept, _weight(logit, largest, temperature), 0.0).to(tl.float64)
+            kept = (column < vocab) & _kept(_key(logit, KEY_BITS), tl.load(cut), tl.load(cut + 1))
+            weight = tl.where(kept, _weight(logit, largest, _sharpness(temperature)), 0.0).to(tl.float64)
             is_beyond = (weight > 0.0) & (tl.cumsum(weight, axis=0) > rest)
             token = tl.min(tl.where(is_beyond, column, _NO_COLUMN), axis=0)
             token = tl.minimum(token, tl.max(tl.where(weight > 0.0, column, 0), axis=0))  # sums round in another order
