@@ -174,3 +174,15 @@ class ReadBatch(msgspec.Struct, frozen=True):
     @property
     def num_bytes(self) -> int:
         return int(self.length.sum())
+
+
+class DigestPart(msgspec.Struct, frozen=True):
+    """Pages to digest, every one of ``pages`` in every one of ``regions``."""
+
+    regions: Int64Array
+    """Places in the rank's manifest."""
+    pages: Int64Array
+    blocks: Int64Array
+    """What each page holds."""
+    num_tokens: Int64Array
+    """And how many valid tokens of it."""

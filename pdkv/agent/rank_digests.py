@@ -7,7 +7,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import msgspec
@@ -15,7 +15,7 @@ import numpy as np
 
 from pdkv.core.digests import DigestKeys, rectangles
 from pdkv.core.residency import BlockRange
-from pdkv.schema import Int64Array, Manifest, TransferId, VerifyPages
+from pdkv.schema import DigestPart, Manifest, TransferId, VerifyPages
 
 _LOG = logging.getLogger("pdkv.agent")
 
@@ -51,9 +51,9 @@ class PagesDigested(msgspec.Struct, frozen=True, tag="digested"):
 class PageDigests(Protocol):
     """Digests of a rank's pages. Implemented by ``pdkv.memory.page_digests.ArenaDigests``."""
 
-    def digest(self, regions: Int64Array, pages: Int64Array, blocks: Int64Array, num_tokens: Int64Array) -> bytes:
-        """16 bytes for each region (by its place in the manifest) of each page, regions outermost. ``blocks``: what
-        the pages hold; ``num_tokens``: how many tokens of it. Called from one thread; returns when all is computed."""
+    def digest(self, parts: Sequence[DigestPart]) -> bytes:
+        """16 bytes for each region of each page, part after part, regions outermost in each. Called from one thread;
+        returns when all is computed."""
         ...
 
 
@@ -97,11 +97,11 @@ class RankDigests:
 
     def _digest(self, order: DigestPages) -> bytes:
         pages = np.array(order.pages, dtype=np.int64)
-        found = []
+        parts = []
         num_blocks = -(-order.num_tokens // self._block_size)
         for part in rectangles(order.verify, TransferId(order.transfer), order.blocks, num_blocks):
             regions, blocks = self._keys.of(part.residue), np.array(part.blocks, dtype=np.int64)
             if regions.size:
                 num_tokens = np.minimum(self._block_size, order.num_tokens - blocks * self._block_size)
-                found.append(self._pages.digest(regions, pages[blocks - order.start], blocks, num_tokens))
-        return b"".join(found)
+                parts.append(DigestPart(regions, pages[blocks - order.start], blocks, num_tokens))
+        return self._pages.digest(parts) if parts else b""

@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
@@ -12,7 +12,7 @@ from pdkv.errors import FailureCode
 from pdkv.memory.arena import Arena
 from pdkv.memory.page_digests import ArenaDigests
 from pdkv.metric_table import DIGEST_CHECKS, DIGEST_SECONDS
-from pdkv.schema import Int64Array, TransferId, VerifyPages
+from pdkv.schema import DigestPart, TransferId, VerifyPages
 from pdkv.transport.base import Completion
 from pdkv.transport.inproc import InprocTransport
 from tests.agent.workers import PATIENCE_S, AgentSide, DecodeSide, PrefillSide, same_bytes
@@ -236,10 +236,10 @@ class Gated:
         self._inner = inner
         self.asked, self.gate = threading.Event(), threading.Event()
 
-    def digest(self, regions: Int64Array, pages: Int64Array, blocks: Int64Array, num_tokens: Int64Array) -> bytes:
+    def digest(self, parts: Sequence[DigestPart]) -> bytes:
         self.asked.set()
         assert self.gate.wait(PATIENCE_S)
-        return self._inner.digest(regions, pages, blocks, num_tokens)
+        return self._inner.digest(parts)
 
 
 def test_pages_that_were_given_back_meanwhile_are_no_damage(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,7 +266,7 @@ def test_pages_that_were_given_back_meanwhile_are_no_damage(make: Make, monkeypa
 class Broken:
     """Digests that cannot be computed."""
 
-    def digest(self, regions: Int64Array, pages: Int64Array, blocks: Int64Array, num_tokens: Int64Array) -> bytes:
+    def digest(self, parts: Sequence[DigestPart]) -> bytes:
         raise RuntimeError("no such kernel")
 
 

@@ -1,14 +1,16 @@
 """Digests of an arena's pages: of the right bytes, named by region, layer, head and block, on any device."""
 
 import zlib
+from dataclasses import fields
 
 import numpy as np
 import torch
+from pdkv_kernels.page_digest_ref import DigestPages, DigestRegions
 
 from pdkv.memory.arena import Arena
 from pdkv.memory.page_digests import ArenaDigests, region_number
 from pdkv.memory.row import RowLayout
-from pdkv.schema import Int64Array
+from pdkv.schema import DigestPart, Int64Array
 from tests.layouts import make_layout
 
 KV = make_layout(num_layers=3, num_dense=1, kv_dtype="float8_e4m3fn", index_dtype="float8_e4m3fn", head_dim=32)
@@ -29,7 +31,7 @@ def filled(rank: int = 0, size: int = 1, device: str = "cpu") -> Arena:
 
 def digests(arena: Arena, regions: Int64Array | None = None) -> np.ndarray:  # [num_regions, num_pages, 2]
     wanted = np.arange(len(arena.layout.slots), dtype=np.int64) if regions is None else regions
-    found = ArenaDigests(arena).digest(wanted, PAGES, BLOCKS, TOKENS)
+    found = ArenaDigests(arena).digest([DigestPart(wanted, PAGES, BLOCKS, TOKENS)])
     return np.frombuffer(found, dtype="<i8").reshape(wanted.size, PAGES.size, 2)
 
 
@@ -61,6 +63,35 @@ def test_some_regions_alone() -> None:
     arena = filled()
     some = np.array([5, 2, 20], dtype=np.int64)
     assert (digests(arena, some) == digests(arena)[some]).all()
+
+
+def test_parts_follow_one_another() -> None:
+    arena = filled()
+    regions = [np.array(numbers, dtype=np.int64) for numbers in ([5, 2], [20], [5, 2])]
+    where = PAGES[1:], BLOCKS[1:], TOKENS[1:]
+    parts = [DigestPart(regions[0], PAGES, BLOCKS, TOKENS), *(DigestPart(some, *where) for some in regions[1:])]
+    whole = digests(arena)
+    wanted = [whole[regions[0]], whole[regions[1], 1:], whole[regions[2], 1:]]
+    assert ArenaDigests(arena).digest(parts) == b"".join(part.astype("<i8").tobytes() for part in wanted)
+
+
+def test_a_kernel_gets_every_array_where_one_compilation_serves() -> None:
+    """Triton compiles another kernel for each array that does not begin at a multiple of 16 bytes."""
+    found: list[int] = []
+
+    def operation(_rows: torch.Tensor, regions: DigestRegions, pages: DigestPages) -> torch.Tensor:
+        for told in (regions, pages):
+            for field in fields(told):
+                array: torch.Tensor = getattr(told, field.name)
+                assert array.is_contiguous()
+                found.append(array.data_ptr() % 16)
+        return torch.zeros(regions.offset.numel(), pages.page.numel(), 2, dtype=torch.int64)
+
+    digests_of = ArenaDigests(filled())
+    digests_of._operation = operation
+    counts = [np.arange(count, dtype=np.int64) for count in range(1, 6)]
+    digests_of.digest([DigestPart(some, few, few, few) for some in counts for few in counts])
+    assert found == [0] * (7 * len(counts) ** 2)
 
 
 def test_numbers_of_regions_tell_names_and_heads_apart() -> None:
