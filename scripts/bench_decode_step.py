@@ -10,7 +10,8 @@ The second table is of a whole decode worker's engine thread: scheduler, buffers
 front; waiting for each step, and overlapped. Its *host* is a step's time by the clock less what of it was spent waiting
 for the GPU (by the engine's own wait): its mean, and what a tenth of the steps, half of them and nine tenths stayed
 below. *CPU* is what of the mean this thread was running; the parts that follow are by the clock, medians, each without
-those inside it: *graph* is the call that replays it. All in microseconds. With
+those inside it: *graph* is the call that replays it. All in microseconds. With ``--sampled`` its requests are drawn
+for, and *GPU* is with the draws. With
 
     python scripts/bench_decode_step.py --device cpu --context 1000 --batches 1 8 64 256
 

@@ -23,8 +23,9 @@ _DIGITS = tl.constexpr(1 << 4)
 _CUT = tl.constexpr(2)
 """Of every part, what of it is in the nucleus: keys from the first number on, but of those equal to it only the first,
 so many as the second says; negative: all."""
-_STATE = tl.constexpr(3)
-"""Of every row and pass: digits that are known, bits of the weight above, bits of the weight wanted."""
+_STATE = tl.constexpr(4)
+"""Of every row and pass: digits that are known, bits of the weight above, bits of the weight wanted. The fourth is
+nobody's: so all begin at addresses of one kind, and one kernel is compiled for them."""
 _NO_COLUMN = tl.constexpr((1 << 31) - 1)
 _MOST_EQUALS = tl.constexpr(float(1 << 30))
 _COLUMNS_ASKED = tuple(tl.constexpr(column) for column in (TEMPERATURE, TOP_P, SEED, NUM_TOP, ASKED))
@@ -158,7 +159,7 @@ def _descended(state, sums, share, row, num_parts, is_first, PARTS: tl.constexpr
     return key * _DIGITS + last, above, wanted, by_part
 
 
-@triton.jit(do_not_specialize=["known_bits"])
+@triton.jit(do_not_specialize=["known_bits", "at_once", "chosen_row"])
 def _narrow(
     chosen, logits, asked, state_before, state, sums_before, sums, known_bits, at_once, chosen_row, logits_row, vocab,
     num_parts, KEY_BITS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
@@ -214,7 +215,7 @@ def _kept(key, lowest, few):
     return kept
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["at_once", "chosen_row"])
 def _weigh(
     chosen, logits, asked, state, sums, left, cuts, likely, most_top, at_once, chosen_row, logits_row, vocab, num_parts,
     KEY_BITS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
@@ -286,7 +287,7 @@ def _uniform(seed, position):
     return (first >> 11).to(tl.int64).to(tl.float64) * (1.0 / (1 << 53))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chosen_row"])
 def _pick(
     chosen, tops, logits, asked, positions, left, cuts, likely, most_top, chosen_row, logits_row, vocab, num_parts,
     WIDTH: tl.constexpr, KEY_BITS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
