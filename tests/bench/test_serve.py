@@ -1,13 +1,15 @@
 """Load on servers: what is timed and counted, that failures are told, and that wrong answers are seen."""
 
+import asyncio
 import json
+import signal
 import threading
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from pdkv.bench import serve
+from pdkv.bench import http_clients, serve
 from pdkv.bench.http_clients import ServerError
 from pdkv.bench.serve_load import Load, Served, Side, Spread, Stopwatch, chains, noise
 from pdkv.bench.undivided_clients import Undivided
@@ -147,6 +149,38 @@ def test_a_server_that_is_not_there_or_refuses_all():
         ask(lambda _: 500)
     with pytest.raises(ServerError, match="no model is served at http://127.0.0.1:1"):
         serve.run(serve.ServePlan(SMALL, url="http://127.0.0.1:1"), quiet)
+
+
+@pytest.fixture
+def _ctrl_c():
+    """As in a terminal: a shell's background jobs ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_ctrl_c")
+@pytest.mark.parametrize("turn", [*range(1, 16), 40])
+def test_a_ctrl_c_ends_it_at_whatever_turn_of_the_loop_it_comes(turn):
+    """Also at that in which a connection is made: before 4.16 anyio took it for a cancellation of its own."""
+
+    async def clients(url):
+        loop = asyncio.get_running_loop()
+
+        def count(turns):
+            if turns:
+                loop.call_soon(count, turns - 1)
+            else:
+                signal.raise_signal(signal.SIGINT)
+
+        loop.call_soon(count, turn)
+        await http_clients.run(url, SMALL, chains(SMALL), 30, quiet)
+
+    def script(_):
+        return tokens([1], [2], [3], [4])
+
+    with served(script) as url, pytest.raises(KeyboardInterrupt):
+        asyncio.run(clients(url))
 
 
 def test_answers_of_chains_are_known():
