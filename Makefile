@@ -19,10 +19,10 @@ CONSTRAINTS ?= constraints-cpu.txt
 # For example --extra-index-url https://download.pytorch.org/whl/cpu, which is a smaller torch than PyPI's.
 PIP_FLAGS   ?=
 
-# Tests run in one process more than there are cores, up to four, because many wait for leases, deaths and starts; each
+# Tests run in two processes more than there are cores, up to four, because many wait for leases, deaths and starts; each
 # computes on one thread. They start hundreds of processes, which shall not compile our modules one by one, whatever the
 # environment says about bytecode.
-WORKERS     ?= $(shell n=$$(nproc); echo $$((n > 3 ? 4 : n + 1)))
+WORKERS     ?= $(shell n=$$(nproc); echo $$((n > 2 ? 4 : n + 2)))
 TESTS       ?= tests
 LONG_TESTS  ?= tests/long
 

@@ -38,7 +38,11 @@ def fleet(link_chasing_model: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture
 def healthy(fleet: Trio) -> Trio:
-    """The deployment, ready and idle."""
+    """The deployment, ready and idle, with whatever a test that failed has left dead started anew."""
+    for process in (fleet.prefill, fleet.decode, fleet.router):
+        assert process.popen is not None
+        if process.popen.poll() is not None:
+            start_again(process)
     wait_until(lambda: fleet.router.health() == 200, "the deployment is ready")
     assert_idle(fleet)
     return fleet
