@@ -28,7 +28,7 @@ TOPK = 16
 DIM = 128
 SCALE = DIM**-0.5
 _PAGES_OF_A_SEQUENCE = 64
-"""Physical pages: longer contexts use them over and over, but no row reads a page twice."""
+"""Physical pages: longer contexts use them over and over, but choices know each under one number."""
 
 
 def works(question: Question, rates: Rates) -> Iterator[Work]:
@@ -87,9 +87,10 @@ def make(shape: Shape) -> Case:
     pages = torch.randperm(shape.batch * distinct, device="cuda", dtype=torch.int32).view(shape.batch, distinct)
     table = pages.repeat(1, -(-shape.blocks // distinct))[:, : shape.blocks].contiguous()
     seq_lens = torch.full((shape.batch,), shape.context, dtype=torch.int32, device="cuda")
-    turn = torch.randint(shape.blocks // distinct, (rows, kv_heads, TOPK), device="cuda")
+    turns = torch.randint(shape.blocks // distinct, (shape.batch, distinct), device="cuda")
     choice = torch.rand(rows, kv_heads, distinct - 1, device="cuda").topk(TOPK).indices
-    choice[..., 0], turn[..., 0] = distinct - 1, shape.blocks // distinct - 1  # the row's own block
+    choice[..., 0], turns[:, -1] = distinct - 1, shape.blocks // distinct - 1  # the row's own block
+    turn = turns.repeat_interleave(shape.query_len, 0)[:, None].expand(-1, kv_heads, -1).gather(2, choice)
     return Case(
         shape,
         DecodeBatch(seq_lens, table, shape.query_len),

@@ -98,6 +98,7 @@ def sparse_attention_decode_into(
         TILE=plan.tile,
         EARLY=early,
         LATE=plan.late,
+        SORTED=batch.query_len > 1 and plan.splits == 1,
         **launch_options(early, plan.num_warps, tile_stages(plan.num_stages, share_tile, plan.tile, q, kv)),
     )
     if plan.splits > 1:
@@ -174,6 +175,7 @@ def _attend_kernel(
     TILE: tl.constexpr,
     EARLY: tl.constexpr,
     LATE: tl.constexpr,
+    SORTED: tl.constexpr,
 ):
     row = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -200,6 +202,13 @@ def _attend_kernel(
     live = (blocks >= 0) & (blocks < num_blocks)
     pages = tl.load(page_table_ptr + seq.to(tl.int64) * table_stride + blocks, mask=live, other=0)
     lefts = tl.where(live, visible - blocks * TOKENS, 0)  # [PLACE_TILE], visible tokens from the block's start on
+    turn = place
+    if SORTED:
+        # By number, so that a sequence's rows come to a block that several of them chose at about the same time: one of
+        # them has it from memory then, the others from the cache.
+        number = tl.where(live, blocks, 0x7FFFFFFF)
+        tie = (number[None, :] == number[:, None]) & (place[None, :] < place[:, None])
+        turn = tl.sum(((number[None, :] < number[:, None]) | tie).to(tl.int32), axis=1)
     V_DIM: tl.constexpr = DIM // 2 if PAIRS else DIM
     ZERO: tl.constexpr = 0 if PAIRS else 0.0
     k_at = k_ptr + kv_head.to(tl.int64) * k_head_stride + token[:, None] * k_token_stride + dims[None, :]
@@ -213,7 +222,7 @@ def _attend_kernel(
     odds = sums
     PIECES: tl.constexpr = TOKENS // TILE
     for step in tl.range(0, PLACES * PIECES):
-        this = place == step // PIECES
+        this = turn == step // PIECES
         start = step % PIECES * TILE
         page = tl.sum(tl.where(this, pages, 0), axis=0).to(tl.int64)
         left = tl.sum(tl.where(this, lefts, 0), axis=0) - start
