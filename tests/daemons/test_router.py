@@ -153,7 +153,13 @@ def test_unready_says_what_is_missing(fleet: Fleet, prefill: Daemon, decode: Dae
     nobody = Daemon.__new__(Daemon)
     nobody.url = "http://127.0.0.1:1"
     router = fleet.router([prefill], [nobody], ready=False)
-    wait_until(lambda: "cannot connect" in HTTP.get(router.url + "/health").text)
+
+    def seen() -> bool:
+        """The router has asked both, in whichever order."""
+        text = HTTP.get(router.url + "/health").text
+        return "cannot connect" in text and "no prefill worker" not in text
+
+    wait_until(seen)
     health = HTTP.get(router.url + "/health")
     assert health.status_code == 503
     assert health.json()["missing"][0].startswith("no decode worker is ready (http://127.0.0.1:1")
