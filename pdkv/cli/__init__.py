@@ -17,6 +17,8 @@ app = application(
         Subcommand("bench", "pdkv.cli.bench", "Measure what a move costs, beside other movers."),
         Subcommand("doctor", "pdkv.cli.doctor", "Look for what would keep a worker from serving."),
         Subcommand("describe", "pdkv.cli.doctor", "Show a worker's manifest, pages, leases and peers."),
+        Subcommand("ping", "pdkv.cli.operating", "Ask a running daemon whether it is well."),
+        Subcommand("drain", "pdkv.cli.operating", "Have a running daemon take no more requests."),
         Subcommand("checkpoint", "pdkv.cli.checkpoint", "Look at a checkpoint, without loading it."),
         Subcommand("config", "pdkv.cli.config", "Show or check the configuration of a role."),
         Subcommand("metrics", "pdkv.cli.metrics", "List what daemons export at /metrics."),
@@ -30,7 +32,7 @@ Examples:
 
 Exit codes: 0 ok, 1 failure, 2 usage or configuration, 3 doctor or checkpoint
 inspect found something amiss, 4 wrong answer, 5 could not tell, 6 peers do not fit together,
-7 what ran at a signal did not end in --drain-timeout, 130/143 by signal.
+7 what ran at a signal did not end in --drain-timeout, or at a drain in --wait, 130/143 by signal.
 """,
 )
 
