@@ -81,8 +81,12 @@ class Process:
             return 0
 
     def status(self) -> dict[str, object]:
-        """Pages, requests, leases and peers of a worker."""
-        answer = HTTP.get(f"{self.url}/pdkv/v1/status", timeout=10)
+        """Pages, requests, leases and peers of a worker. Where a step keeps its engine from answering, once more."""
+        until = time.monotonic() + 60
+        while (answer := HTTP.get(f"{self.url}/pdkv/v1/status", timeout=10)).status_code == 503:
+            if time.monotonic() > until:
+                break
+            time.sleep(0.1)
         answer.raise_for_status()
         return dict(answer.json())
 

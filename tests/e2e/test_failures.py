@@ -195,13 +195,15 @@ def test_prefill_killed_after_a_transfer(healthy: Trio, kill: Callable[[Process]
     others = pid(healthy.decode), pid(healthy.router)
     prompt = make_prompt(40, 1000)
     tokens: list[int] = []
+    killed = False
     with stream(healthy, prompt, 60) as events:
         for event in events:
             if event == "[DONE]":
                 break
-            if not tokens:
-                kill(healthy.prefill)
             tokens += json.loads(event)["choices"][0]["token_ids"]
+            if not killed and len(tokens) > 1:  # the first is prefill's; the second, D has computed over all of it
+                kill(healthy.prefill)
+                killed = True
         else:
             raise AssertionError("the stream ended without [DONE]")
     assert tokens == list(prompt.expected(60))
