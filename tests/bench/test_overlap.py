@@ -27,6 +27,5 @@ def test_a_long_prompt_is_hidden_and_hops_are_timed() -> None:
     assert hops.added_low_ms <= hops.added_ms <= hops.added_high_ms
     parts = hops.client_ms + hops.router_ms + hops.workers_ms
     assert parts == pytest.approx(hops.control_ms, abs=0.01)
-    assert min(hops.router_ms, hops.workers_ms, hops.undivided_http_ms) > 0
     assert "added" in table(report)
     assert "right" in table(report)

@@ -19,6 +19,7 @@ _SPILLS = {
     "paged_attention_prefill._attend_dense": 264,
     "sparse_attention_decode._attend_kernel": 72,
     "paged_attention_decode._attend_kernel": 32,
+    "draw._narrow": 8,  # over float32 logits; not timed with more warps, which would add in another order
 }
 """Bytes of a thread, most of any case, with Triton 3.6 or 3.7.1; of all others none."""
 
