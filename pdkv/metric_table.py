@@ -169,6 +169,12 @@ REGION_BYTES = _gauge(
     WORKERS,
     Label("region", REGIONS),
 )
+REGIONS_REGISTERED = _gauge(
+    "pdkv_kv_regions_registered",
+    "Regions (one a layer and head) that peers may read, or are read into, on one rank.",
+    WORKERS,
+    Label("region", REGIONS),
+)
 TRANSFER_POST_SECONDS = _histogram(
     "pdkv_kv_transfer_post_seconds", "Time to submit one batch of reads.", (DECODE,), _MICROSECONDS, _PATH
 )
@@ -190,6 +196,15 @@ DIGEST_SECONDS = _histogram(
 )
 LEASES_ACTIVE = _gauge("pdkv_kv_leases_active", "Transfers whose pages decode workers may read.", (PREFILL,))
 LEASES_EXPIRED = _counter("pdkv_kv_leases_expired_total", "Leases that ended by time instead of release.", (PREFILL,))
+LEASE_AGE = _histogram("pdkv_kv_lease_age_seconds", "From the grant of pages to the lease's end.", (PREFILL,), _MINUTES)
+OLDEST_LEASE = _gauge(
+    "pdkv_kv_oldest_lease_age_seconds", "Since the pages of the oldest lease were granted; 0 without one.", (PREFILL,)
+)
+BLOCKS_STRANDED = _gauge(
+    "pdkv_kv_blocks_stranded",
+    "Pages of transfers that failed, kept until nothing can read or write them any more.",
+    WORKERS,
+)
 READS_OUTSTANDING = _gauge("pdkv_kv_reads_outstanding", "Batches of reads that have not ended.", (DECODE,))
 
 # ---- memory
@@ -223,7 +238,20 @@ HANDSHAKES = Metric(
 HANDSHAKE_SECONDS = _histogram(
     "pdkv_handshake_duration_seconds", "From Hello to a path that is proved.", (DECODE,), _MILLISECONDS
 )
-PEERS = _gauge("pdkv_peers", "Workers of the other role with a handshake behind them.", WORKERS)
+PEERS = _gauge(
+    "pdkv_peers", "Workers of the other role with a handshake behind them, heard of in the last 65 s.", WORKERS
+)
+PEER_SILENCE = _gauge(
+    "pdkv_peer_silence_seconds",
+    "Since that peer which has been silent longest said anything; it is asked every 20 s, and given up at 65 s.",
+    WORKERS,
+)
+PEER_LOSSES = _counter(
+    "pdkv_peer_losses_total", "Peers that had been ready and are gone, by why.", WORKERS, Label("code", FAILURES)
+)
+INCARNATION_CHANGES = _counter(
+    "pdkv_peer_incarnation_changes_total", "Peers that came again with another incarnation: restarts.", WORKERS
+)
 TRANSPORT_SELECTED = _gauge("pdkv_transport_selected", "Prefill workers that are read over a path.", (DECODE,), _PATH)
 TRANSPORT_STAGED = _gauge(
     "pdkv_transport_staged",
@@ -251,6 +279,25 @@ UPSTREAM_RESPONSES = _counter(
     Label("status", ("2xx", "4xx", "5xx", "lost")),
 )
 WORKERS_READY = _gauge("pdkv_router_workers_ready", "Workers that may be chosen.", (ROUTER,), _UPSTREAM)
+CIRCUITS = _gauge(
+    "pdkv_router_circuits",
+    "Workers by their circuit. closed: in use; slow: used where no other is at hand; open: not used until it answers.",
+    (ROUTER,),
+    _UPSTREAM,
+    Label("state", ("closed", "slow", "open")),
+)
+CIRCUITS_OPENED = _counter(
+    "pdkv_router_circuits_opened_total",
+    "Workers taken out of use: failed a request, do not answer, drain.",
+    (ROUTER,),
+    _UPSTREAM,
+)
+WORKER_RESTARTS = _counter(
+    "pdkv_router_worker_restarts_total",
+    "Workers that came again at the same address with another incarnation.",
+    (ROUTER,),
+    _UPSTREAM,
+)
 
 TABLE: tuple[Metric, ...] = tuple(value for value in list(vars().values()) if isinstance(value, Metric))
 

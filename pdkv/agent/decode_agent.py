@@ -122,7 +122,7 @@ class DecodeAgent(Agent[DecodeCommand]):
                 else:
                     self._ranks.hear(rank, report)
             case Inspect(answer=answer):
-                answer(self._statistics())
+                answer(self._statistics(at))
         self._settle(at)
 
     def on_message(self, received: Received, at: float) -> None:
@@ -346,7 +346,7 @@ class DecodeAgent(Agent[DecodeCommand]):
         if transfer.reading.get(read) is opened:
             self._end_if_over(transfer, read, at)
 
-    def _statistics(self) -> AgentStatistics:
+    def _statistics(self, at: float) -> AgentStatistics:
         open_transfers = [t for t in self._transfers.values() if t.session.state is not DecodeState.ENDED]
         return AgentStatistics(
             transfers_open=len(open_transfers) + len(self._waiting),
@@ -355,4 +355,6 @@ class DecodeAgent(Agent[DecodeCommand]):
             messages_dropped=self._channel.statistics().dropped,
             peers=self._links.facts(),
             series=self._meter.series(),
+            pages_stranded=sum(len(t.start.pages) for t in open_transfers if t.session.state is DecodeState.FAILING),
+            silence_s=self._links.silence_s(at),
         )

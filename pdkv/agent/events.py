@@ -7,6 +7,7 @@ import msgspec
 from pdkv.agent.rank_digests import PagesDigested
 from pdkv.agent.rank_reads import RankReport
 from pdkv.core.events import SessionPolicy
+from pdkv.core.lease import LeaseView
 from pdkv.errors import FailureCode
 from pdkv.metrics import Series
 from pdkv.schema import Incarnation, Manifest, TransferId
@@ -213,6 +214,15 @@ class PeerFacts(msgspec.Struct, frozen=True):
     """What the transport says of the way beyond ``path``: "staged through pinned host memory"."""
 
 
+class LeaseFacts(msgspec.Struct, frozen=True):
+    """A lease that P has granted."""
+
+    transfer: TransferId
+    peer: str
+    """Name of the decode worker that holds it."""
+    view: LeaseView
+
+
 class AgentStatistics(msgspec.Struct, frozen=True):
     transfers_open: int
     leases_active: int
@@ -221,3 +231,8 @@ class AgentStatistics(msgspec.Struct, frozen=True):
     peers: tuple[PeerFacts, ...]
     series: tuple[Series, ...] = ()
     """What has been counted."""
+    leases: tuple[LeaseFacts, ...] = ()
+    pages_stranded: int = 0
+    """Of transfers that have failed: they come back when nothing can read or write them any more."""
+    silence_s: float = 0.0
+    """Since that ready peer which has been silent longest said anything."""

@@ -11,9 +11,12 @@ from pdkv.metric_table import (
     GRANTED_SECONDS,
     HANDSHAKE_SECONDS,
     HANDSHAKES,
+    INCARNATION_CHANGES,
+    LEASE_AGE,
     LEASES_EXPIRED,
     NO_CODE,
     PATHS,
+    PEER_LOSSES,
     PUBLISH_SECONDS,
     TRANSFER_BYTES,
     TRANSFER_DESCRIPTORS,
@@ -84,6 +87,18 @@ class AgentMeter:
             wrong = mismatched.get(region, 0)
             self._meter.count(DIGEST_CHECKS, region, "ok", by=count - wrong)
             self._meter.count(DIGEST_CHECKS, region, "mismatch", by=wrong)
+
+    def lost(self, code: FailureCode) -> None:
+        """A peer that had been ready is gone."""
+        self._meter.count(PEER_LOSSES, code.value)
+
+    def returned(self) -> None:
+        """A peer has come with another incarnation than before."""
+        self._meter.count(INCARNATION_CHANGES)
+
+    def lease_ended(self, age_s: float) -> None:
+        """However it ended."""
+        self._meter.observe(LEASE_AGE, value=age_s)
 
     def lease_expired(self) -> None:
         self._meter.count(LEASES_EXPIRED)

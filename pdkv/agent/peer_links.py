@@ -10,6 +10,7 @@ import logging
 from enum import Enum
 
 from pdkv.agent.events import PeerFacts, WorkerIdentity
+from pdkv.agent.lives import Lives
 from pdkv.agent.meter import AgentMeter
 from pdkv.agent.paths import PathRequirement
 from pdkv.agent.rank_group import RankGroup
@@ -95,6 +96,7 @@ class PeerLinks:
         """Until every rank's reads of the probe have ended, even when the link is lost before: there is one pair of
         pages for all links."""
         self._changed: list[PeerLink] = []
+        self._lives = Lives()
 
     def get(self, control: str, incarnation: Incarnation, at: float) -> PeerLink:
         """The link to one life of a worker, greeted now if it is new. Raises ``ConfigError`` for a bad endpoint."""
@@ -196,7 +198,9 @@ class PeerLinks:
         if link.state is LinkState.LOST:
             return
         _LOG.warning("link to prefill worker lost: %s", error)
-        if link.state is not LinkState.READY:
+        if link.state is LinkState.READY:
+            self.meter.lost(error.code)
+        else:
             self.meter.refused(error.code)
         link.state = LinkState.LOST
         link.error = error
@@ -211,6 +215,10 @@ class PeerLinks:
         """Tell every P that this life ends, so that none keeps it in mind; the last call."""
         for link in self._links.values():
             self._send(link, 0, Gone(incarnation=self._identity.incarnation))
+
+    def silence_s(self, at: float) -> float:
+        """Since that P which has been silent longest said anything that concerns its link."""
+        return max((at - link.heard for link in self._links.values() if link.state is LinkState.READY), default=0.0)
 
     def facts(self) -> tuple[PeerFacts, ...]:
         return tuple(link.facts() for link in self._links.values())
@@ -261,6 +269,8 @@ class PeerLinks:
         link.state = LinkState.READY
         link.heard = link.asked = at
         self.meter.welcomed(at - link.started)
+        if self._lives.is_another(link.control, link.incarnation):
+            self.meter.returned()
         self._changed.append(link)
         over = f"{link.path} ({link.note})" if link.note else link.path
         _LOG.info("link to prefill worker %s ready over %s, probe at %.2f GB/s", link.name, over, link.probe_gbps)

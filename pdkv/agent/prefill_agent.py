@@ -14,6 +14,7 @@ from pdkv.agent.events import (
     FinishPrefill,
     GrantPages,
     Inspect,
+    LeaseFacts,
     PagesFreed,
     PeerFacts,
     PrefillAgentEvent,
@@ -24,8 +25,10 @@ from pdkv.agent.events import (
     TransferEnded,
     WorkerIdentity,
 )
+from pdkv.agent.lives import Lives
 from pdkv.agent.loop import Agent, now
 from pdkv.agent.meter import AgentMeter
+from pdkv.agent.peer_links import SILENCE_S
 from pdkv.agent.rank_digests import PagesDigested
 from pdkv.core.digests import DIGEST_BYTES
 from pdkv.core.events import (
@@ -104,6 +107,9 @@ class PrefillAgent(Agent[PrefillCommand]):
         self._digests = digests
         self._meter = AgentMeter()
         self._peers: dict[Incarnation, _Peer] = {}
+        self._heard: dict[Incarnation, float] = {}
+        """When each of them last said anything. A decode worker asks after P every 20 s."""
+        self._lives = Lives()
         self._transfers: dict[TransferId, _Transfer] = {}
         self._appointments: Appointments[TransferId] = Appointments()
 
@@ -112,7 +118,7 @@ class PrefillAgent(Agent[PrefillCommand]):
     def on_command(self, command: PrefillCommand, at: float) -> None:
         match command:
             case Inspect(answer=answer):
-                answer(self._statistics())
+                answer(self._statistics(at))
             case ExpectTransfer(transfer=transfer_id, num_tokens=num_tokens, deadline_s=deadline_s):
                 self._on_expected(transfer_id, num_tokens, deadline_s, at)
             case GrantPages(transfer=transfer, pages=pages, cached_tokens=cached):
@@ -138,11 +144,13 @@ class PrefillAgent(Agent[PrefillCommand]):
         if envelope.addressee != self._identity.incarnation:
             self._reply(received, Gone(incarnation=envelope.addressee), NO_TRANSFER)
             return
+        if envelope.sender in self._peers:
+            self._heard[Incarnation(envelope.sender)] = at
         if envelope.transfer == NO_TRANSFER:
             if isinstance(body, Hello):
                 self._on_hello(received, body, at)
             elif isinstance(body, Gone) and body.incarnation == envelope.sender:
-                self._end_life(Incarnation(body.incarnation), "has ended", at)
+                self._end_life(Incarnation(body.incarnation), FailureCode.SHUTDOWN, "has ended", at)
             else:
                 self._channel.drop(f"{type(body).__name__} without a transfer")
             return
@@ -192,19 +200,24 @@ class PrefillAgent(Agent[PrefillCommand]):
         if peer.incarnation not in self._peers:
             self._end_older_lives(peer, at)
             self._peers[peer.incarnation] = peer
+            self._heard[peer.incarnation] = at
             self._meter.welcomed()
+            if self._lives.is_another(peer.name, peer.incarnation):
+                self._meter.returned()
             _LOG.info("decode worker %s welcomed, incarnation %016x", peer.name, peer.incarnation)
         self._reply(received, Welcome(name=self._identity.name, ranks=self._identity.offers), NO_TRANSFER)
 
     def _end_older_lives(self, peer: _Peer, at: float) -> None:
         for old in [p for p in self._peers.values() if p.name == peer.name]:
-            self._end_life(old.incarnation, "was restarted", at)
+            self._end_life(old.incarnation, FailureCode.PEER_LOST, "was restarted", at)
 
-    def _end_life(self, incarnation: Incarnation, how: str, at: float) -> None:
+    def _end_life(self, incarnation: Incarnation, code: FailureCode, how: str, at: float) -> None:
         """A decode worker that is no more reads nothing: its transfers end, its pages come back."""
         old = self._peers.pop(incarnation, None)
         if old is None:
             return
+        del self._heard[incarnation]
+        self._meter.lost(code)
         _LOG.info("decode worker %s %s, incarnation %016x", old.name, how, incarnation)
         lost = PeerLost(f"decode worker {old.name} {how}")
         for transfer_id, transfer in list(self._transfers.items()):
@@ -249,11 +262,13 @@ class PrefillAgent(Agent[PrefillCommand]):
             self._handle(transfer_id, transfer, event, at)
 
     def _handle(self, transfer_id: TransferId, transfer: _Transfer, event: PrefillEvent, at: float) -> None:
-        had_expired = transfer.session.lease_expired
+        had_expired, had_lease = transfer.session.lease_expired, transfer.session.holds_lease
         instructions = transfer.session.handle(event, at)
         self._appointments.set(transfer_id, transfer.session.next_wakeup())
         if transfer.session.lease_expired and not had_expired:
             self._meter.lease_expired()
+        if had_lease and not transfer.session.holds_lease:
+            self._meter.lease_ended(at - transfer.session.granted_at)
         for instruction in instructions:
             match instruction:
                 case Send(seq=seq, body=body):
@@ -302,13 +317,30 @@ class PrefillAgent(Agent[PrefillCommand]):
         envelope = make_envelope(identity.incarnation, sender, transfer_id, 0, identity.digest)
         self._channel.send(received.route, envelope, body)
 
-    def _statistics(self) -> AgentStatistics:
+    def _statistics(self, at: float) -> AgentStatistics:
         sessions = [transfer.session for transfer in self._transfers.values()]
+        leases = self._leases(at)
+        silences = {incarnation: at - heard for incarnation, heard in self._heard.items()}
         return AgentStatistics(
             transfers_open=sum(session.state is not PrefillState.ENDED for session in sessions),
-            leases_active=sum(session.holds_lease for session in sessions),
+            leases_active=len(leases),
             reads_outstanding=0,
             messages_dropped=self._channel.statistics().dropped,
-            peers=tuple(PeerFacts(p.name, p.incarnation, "ready", "", 0.0) for p in self._peers.values()),
+            peers=tuple(
+                PeerFacts(p.name, p.incarnation, "ready" if silences[p.incarnation] < SILENCE_S else "silent", "", 0.0)
+                for p in self._peers.values()
+            ),
             series=self._meter.series(),
+            leases=leases,
+            pages_stranded=sum(
+                lease.view.num_pages for lease in leases if lease.view.state == PrefillState.FAILING.value
+            ),
+            silence_s=max((silence_s for silence_s in silences.values() if silence_s < SILENCE_S), default=0.0),
+        )
+
+    def _leases(self, at: float) -> tuple[LeaseFacts, ...]:
+        return tuple(
+            LeaseFacts(transfer_id, transfer.peer.name, view)
+            for transfer_id, transfer in self._transfers.items()
+            if transfer.peer is not None and (view := transfer.session.lease(at)) is not None
         )

@@ -20,6 +20,18 @@ class LeasePolicy(msgspec.Struct, frozen=True):
             raise ValueError(f"renewing every {self.renew_every_s} s cannot keep a lease of {self.ttl_s} s alive")
 
 
+class LeaseView(msgspec.Struct, frozen=True):
+    """A lease that P has granted, as it is at one moment."""
+
+    state: str
+    """Of the session: "prefilling", "done", "failing"."""
+    num_pages: int
+    age_s: float
+    """Since its pages were granted."""
+    left_s: float
+    """Until it ends, unless it is renewed before."""
+
+
 class GrantedLease:
     """P's side: until when D may still read. Owned by a prefill session."""
 

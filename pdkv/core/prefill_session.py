@@ -33,7 +33,7 @@ from pdkv.core.events import (
     StartPrefill,
     Tick,
 )
-from pdkv.core.lease import GrantedLease
+from pdkv.core.lease import GrantedLease, LeaseView
 from pdkv.core.residency import WantedBlocks
 from pdkv.core.verification import OwedDigests
 from pdkv.errors import FailureCode
@@ -83,6 +83,8 @@ class PrefillSession:
         self._acquire = Acquire(ttl_s=0.0)
         """The first that came; what it says of digests stands."""
         self._granted: Granted | None = None
+        self.granted_at = 0.0
+        """When D was given its pages."""
         self._owed_digests: OwedDigests | None = None
         """From the grant on, where D wants some."""
         self._num_tokens: int | None = None
@@ -145,6 +147,13 @@ class PrefillSession:
     @property
     def holds_lease(self) -> bool:
         return self.state in (PrefillState.PREFILLING, PrefillState.DONE, PrefillState.FAILING)
+
+    def lease(self, now: float) -> LeaseView | None:
+        """The lease under which D may read its pages; None where there is none."""
+        if not self.holds_lease or self._granted is None:
+            return None
+        left_s = max(0.0, (self._lease.until or now) - now)
+        return LeaseView(self.state.value, len(self._granted.pages), now - self.granted_at, left_s)
 
     # ---- time
 
@@ -222,7 +231,7 @@ class PrefillSession:
         self.state = PrefillState.PREFILLING
         self._acknowledge()  # D reads under a lease, so it wants this first
         self._put(granted, now)
-        self._granted = granted
+        self._granted, self.granted_at = granted, now
         if not self._owe_digests(now):
             return
         if self._done is not None:

@@ -4,13 +4,16 @@ from pdkv.agent.events import AgentStatistics
 from pdkv.m3.requests import EngineStatistics
 from pdkv.memory.pages import PoolStatistics
 from pdkv.metric_table import (
+    BLOCKS_STRANDED,
     BLOCKS_TOTAL,
     BLOCKS_USED,
     CACHE_USAGE,
     DRAFT_TOKENS,
     LEASES_ACTIVE,
     MESSAGES_DROPPED,
+    OLDEST_LEASE,
     PATHS,
+    PEER_SILENCE,
     PEERS,
     PREFILL,
     PREFIX_BLOCKS,
@@ -44,9 +47,12 @@ def engine_gauges(
     meter.set(WAITING, "decode", to=engine.num_decoding)
     ready = [peer for peer in agent.peers if peer.state == "ready"]
     meter.set(PEERS, to=len(ready))
+    meter.set(PEER_SILENCE, to=agent.silence_s)
+    meter.set(BLOCKS_STRANDED, to=agent.pages_stranded)
     meter.set(MESSAGES_DROPPED, to=agent.messages_dropped)
     if role == PREFILL:
         meter.set(LEASES_ACTIVE, to=agent.leases_active)
+        meter.set(OLDEST_LEASE, to=max((lease.view.age_s for lease in agent.leases), default=0.0))
         return meter.series()
     meter.set(DRAFT_TOKENS, "accepted", to=engine.num_drafts_accepted)
     meter.set(DRAFT_TOKENS, "rejected", to=engine.num_drafts - engine.num_drafts_accepted)

@@ -214,6 +214,7 @@ def summarize(layout: RowLayout) -> list[RegionSummary]:
             layers=ranges(sorted({slot.spec.layer for slot in slots})),
             heads=len({slot.head for slot in slots}),
             bytes_per_token=sum(slot.num_bytes for slot in slots) // layout.kv.block_size,
+            num_regions=len(slots),
         )
         for name, slots in by_name.items()
     ]

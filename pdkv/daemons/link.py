@@ -156,6 +156,8 @@ class RegionSummary(msgspec.Struct, frozen=True):
     """Global ids, as "3..59"."""
     heads: int
     bytes_per_token: int
+    num_regions: int = 0
+    """One a layer and head."""
 
 
 class EngineReady(msgspec.Struct, frozen=True, tag="ready"):

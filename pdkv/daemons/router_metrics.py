@@ -1,7 +1,18 @@
 """What the router counts besides its requests: choices of pairs, new tries, and what workers answer."""
 
-from pdkv.daemons.worker_pool import WorkerPool
-from pdkv.metric_table import DECISIONS, RETRIES, UPSTREAM_RESPONSES, WORKERS, WORKERS_READY
+from collections import Counter
+
+from pdkv.daemons.worker_pool import Worker, WorkerPool
+from pdkv.metric_table import (
+    CIRCUITS,
+    CIRCUITS_OPENED,
+    DECISIONS,
+    RETRIES,
+    UPSTREAM_RESPONSES,
+    WORKER_RESTARTS,
+    WORKERS,
+    WORKERS_READY,
+)
 from pdkv.metrics import Meter, Series
 
 
@@ -33,6 +44,16 @@ class RouterMetrics:
     async def collect(self) -> tuple[Series, ...]:
         """Everything counted so far, and the pool as it is."""
         for role in WORKERS:
-            ready = sum(worker.info is not None for worker in self._pool.workers() if worker.role == role)
-            self._meter.set(WORKERS_READY, role, to=ready)
+            states = Counter(_circuit(worker) for worker in self._pool.workers() if worker.role == role)
+            self._meter.set(WORKERS_READY, role, to=states["closed"] + states["slow"])
+            for state in ("closed", "slow", "open"):
+                self._meter.set(CIRCUITS, role, state, to=states[state])
+            self._meter.set(CIRCUITS_OPENED, role, to=self._pool.num_taken_out[role])
+            self._meter.set(WORKER_RESTARTS, role, to=self._pool.num_restarts[role])
         return self._meter.series()
+
+
+def _circuit(worker: Worker) -> str:
+    if worker.info is None:
+        return "open"
+    return "slow" if worker.is_slow else "closed"

@@ -5,7 +5,7 @@ import contextlib
 
 from pdkv.daemons.engine_link import EngineGoneError, EngineLink
 from pdkv.daemons.health import WorkerHealth
-from pdkv.metric_table import BEAT_AGE, ENGINE_INFO, REGION_BYTES
+from pdkv.metric_table import BEAT_AGE, ENGINE_INFO, REGION_BYTES, REGIONS_REGISTERED
 from pdkv.metrics import Meter, Series
 
 _FRESH_WITHIN_S = 1.0
@@ -30,6 +30,7 @@ class WorkerMetrics:
             self._meter.set(ENGINE_INFO, self._model, ready.manifest_digest[:12], *sizes, to=1)
             for region in ready.regions:
                 self._meter.set(REGION_BYTES, region.name, to=region.bytes_per_token)
+                self._meter.set(REGIONS_REGISTERED, region.name, to=region.num_regions)
             with contextlib.suppress(EngineGoneError, TimeoutError):
                 async with asyncio.timeout(_FRESH_WITHIN_S):
                     self._engine = (await self._link.status(with_series=True)).series

@@ -40,6 +40,7 @@ class Worker:
         self.is_slow = False
         """It is long in answering, and ``problem`` says so; it is used where no other is at hand."""
         self.num_doubts = 0
+        self.last_incarnation = ""
         self.kick = asyncio.Event()
 
 
@@ -118,6 +119,10 @@ class WorkerPool:
         self._rosters = {PREFILL: Roster(PREFILL, prefill, resolve), DECODE: Roster(DECODE, decode, resolve)}
         self._watches: dict[Worker, asyncio.Task[None]] = {}
         self._turn = 0
+        self.num_taken_out = dict.fromkeys(WORKERS, 0)
+        """By role: how often a worker that was in use no longer was."""
+        self.num_restarts = dict.fromkeys(WORKERS, 0)
+        """By role: how often a worker came again with another incarnation."""
 
     @contextlib.asynccontextmanager
     async def polling(self) -> AsyncIterator[None]:
@@ -204,7 +209,7 @@ class WorkerPool:
         """Do not use these workers until they have answered again; asks them now, and returns when that is known."""
         for worker in workers:
             worker.num_doubts += 1
-            worker.info, worker.problem = None, reason
+            self._note(worker, None, reason)
             worker.kick.set()
         await asyncio.gather(*(self._poll(worker, self._patience.slow_s) for worker in workers))
 
@@ -241,10 +246,20 @@ class WorkerPool:
         before = worker.info
         if worker.is_slow:
             _log.info("worker answers again", url=worker.url, worker=worker.role, problem=problem)
-        worker.info, worker.problem, worker.is_slow = info, problem, False
+        worker.is_slow = False
+        self._note(worker, info, problem)
         if (before and before.incarnation) != (info and info.incarnation):
             log = _log.info if info else _log.warning
             log("worker ready" if info else "worker not ready", url=worker.url, worker=worker.role, problem=problem)
+
+    def _note(self, worker: Worker, info: WorkerInfo | None, problem: str) -> None:
+        """What is known of a worker from now on; counted where that is a change."""
+        if worker.info and not info:
+            self.num_taken_out[worker.role] += 1
+        if info:
+            self.num_restarts[worker.role] += worker.last_incarnation not in ("", info.incarnation)
+            worker.last_incarnation = info.incarnation
+        worker.info, worker.problem = info, problem
 
     def _note_silence(self, worker: Worker, num_doubts: int) -> None:
         if worker.info and num_doubts == worker.num_doubts:

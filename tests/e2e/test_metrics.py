@@ -60,6 +60,7 @@ def test_counters_say_what_happened(three: Trio) -> None:
     assert decode["pdkv_kv_first_step_seconds_sum"] == pytest.approx(sum(f["first_step_s"] for f in facts))
     assert decode["pdkv_kv_watermark_to_post_seconds_count"] >= NUM_REQUESTS
     assert prefill["pdkv_kv_publish_seconds_count"] >= NUM_REQUESTS
+    assert prefill["pdkv_kv_lease_age_seconds_count"] == NUM_REQUESTS
     assert router["pdkv_router_route_decisions_total{decision=pd}"] == NUM_REQUESTS
     assert not any("failures" in name or "result=error" in name for name in (*prefill, *decode, *router))
 
@@ -93,10 +94,17 @@ def test_gauges_say_what_is(three: Trio) -> None:
         assert worker["pdkv_kv_blocks_total"] > 0
         assert worker["pdkv_kv_blocks_used"] == worker["pdkv_kv_cache_usage_ratio"] == 0
         assert worker["pdkv_handshakes_total{code=none,result=ok}"] >= 1  # other tests may have looked in
+        assert worker["pdkv_kv_blocks_stranded"] == worker["pdkv_peer_incarnation_changes_total"] == 0
+        assert 0 <= worker["pdkv_peer_silence_seconds"] < 65
+        registered = [v for name, v in worker.items() if name.startswith("pdkv_kv_regions_registered")]
+        assert sum(registered) == three.decode.info()["num_regions"]
     assert prefill["pdkv_kv_leases_active"] == prefill["pdkv_kv_leases_expired_total"] == 0
+    assert prefill["pdkv_kv_oldest_lease_age_seconds"] == 0
     assert sum(value for name, value in decode.items() if name.startswith("pdkv_transport_selected")) == 1
     assert decode["pdkv_handshake_duration_seconds_count"] == decode["pdkv_handshakes_total{code=none,result=ok}"]
     assert router["pdkv_router_workers_ready{upstream=prefill}"] == 1
     assert router["pdkv_router_workers_ready{upstream=decode}"] == 1
+    assert router["pdkv_router_circuits{state=closed,upstream=prefill}"] == 1
+    assert router["pdkv_router_circuits{state=open,upstream=prefill}"] == 0
     (info,) = [name for name in decode if name.startswith("pdkv_engine_info")]
     assert f"manifest_hash={str(three.decode.info()['manifest_digest'])[:12]}" in info
