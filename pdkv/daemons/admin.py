@@ -1,4 +1,4 @@
-"""The admin port of every daemon: /livez, /readyz, /metrics and POST /drain, apart from where requests come in."""
+"""The admin port of every daemon: probes, /metrics, /version and POST /drain, apart from where requests come in."""
 
 import importlib.metadata
 import platform
@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 import pdkv
-from pdkv.daemons import http_server
+from pdkv.daemons import http_server, version
 from pdkv.daemons.exposition import CONTENT_TYPE, exposition
 from pdkv.daemons.health import Condition, Health, holds
 from pdkv.daemons.lifecycle import Lifecycle
@@ -17,13 +17,13 @@ from pdkv.daemons.traffic import Traffic
 from pdkv.metric_table import BUILD_INFO, DRAINING, LIVE, READY
 from pdkv.metrics import Meter, Series
 
-LIVE_PATH, READY_PATH, METRICS_PATH, DRAIN_PATH = "/livez", "/readyz", "/metrics", "/drain"
+LIVE_PATH, READY_PATH, START_PATH, METRICS_PATH, DRAIN_PATH = "/livez", "/readyz", "/startupz", "/metrics", "/drain"
 
 Collect = Callable[[], Awaitable[Iterable[Series]]]
 
 
 class Verdict(msgspec.Struct, frozen=True):
-    """Body of ``/livez`` and ``/readyz``; the status is 200 when every condition holds, else 503."""
+    """Body of ``/livez``, ``/readyz`` and ``/startupz``; the status is 200 when every condition holds, else 503."""
 
     role: str
     ok: bool
@@ -54,6 +54,8 @@ def create_admin_app(desk: AdminDesk) -> http_server.App:
     app = http_server.App()
     app.add_route(LIVE_PATH, routes.live)
     app.add_route(READY_PATH, routes.ready)
+    app.add_route(START_PATH, routes.started)
+    app.add_route(version.PATH, version.show)
     app.add_route(METRICS_PATH, routes.metrics)
     app.add_route(DRAIN_PATH, routes.drain, "POST")
     return app
@@ -68,6 +70,9 @@ class _Routes:
 
     async def ready(self, _request: Request) -> Response:
         return self._judge(self._desk.health.ready())
+
+    async def started(self, _request: Request) -> Response:
+        return self._judge(self._desk.health.started())
 
     async def metrics(self, _request: Request) -> Response:
         counted = [*await self._desk.collect(), *self._own().series()]

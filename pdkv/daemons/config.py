@@ -99,7 +99,7 @@ _MAX_PULL = Field(
     ge=0, description="Most gigabytes a second that decode pulls, to spare what it decodes; 0 = no limit."
 )
 _VERIFY = Field(description="Compare digests of pages that decode has read with prefill's.")
-_ADMIN = "Address of /livez, /readyz, /metrics and POST /drain; port 0 = any."
+_ADMIN = "Address of probes (/livez, /readyz, /startupz), /metrics and POST /drain; port 0 = any."
 Verify = Annotated[
     Literal["off", "sample", "full"],
     BeforeValidator(lambda value: "off" if value is False else value),  # what YAML makes of a bare off

@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 import pdkv
-from pdkv.daemons import http_server, openai_api, worker_api
+from pdkv.daemons import http_server, openai_api, version, worker_api
 from pdkv.daemons.admin import AdminDesk, create_admin_app
 from pdkv.daemons.config import Address, DecodeConfig, PrefillConfig, WorkerConfig
 from pdkv.daemons.engine_link import ENGINE_MODULE, EngineGoneError, EngineLink
@@ -131,6 +131,7 @@ def create_app(
     front = _Front(role, served, link, health)
     app = http_server.App(traffic)
     app.add_route("/health", front.health)
+    app.add_route(version.PATH, version.show)
     app.add_route("/v1/models", front.models)
     app.add_route(worker_api.INFO_PATH, front.info)
     app.add_route(worker_api.STATUS_PATH, front.status)

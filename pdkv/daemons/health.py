@@ -28,6 +28,10 @@ class Health(Protocol):
 
     def ready(self) -> list[Condition]: ...
 
+    def started(self) -> list[Condition]:
+        """What has to come once in a daemon's life, and stays."""
+        ...
+
 
 def holds(conditions: list[Condition]) -> bool:
     return all(condition.ok for condition in conditions)
@@ -72,15 +76,20 @@ class WorkerHealth:
             conditions.append(Condition(f"{thread}_thread", ok, "" if ok else told))
         return conditions
 
-    def ready(self) -> list[Condition]:
+    def started(self) -> list[Condition]:
         ready = self._link.ready
         loaded = ready is not None
         registered = ready is not None and ready.num_regions > 0
-        live = holds(self.live())
-        draining = self._lifecycle.draining
         return [
             Condition("model_loaded", loaded, "" if loaded else "still loading its model"),
             Condition("regions_registered", registered, "" if registered else "no region is registered yet"),
+        ]
+
+    def ready(self) -> list[Condition]:
+        live = holds(self.live())
+        draining = self._lifecycle.draining
+        return [
+            *self.started(),
             Condition("engine_progress", live, "" if live else "its engine process does not come round"),
             Condition("not_draining", not draining, "draining" if draining else ""),
         ]

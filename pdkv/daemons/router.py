@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from pdkv.daemons import http_server, openai_api, worker_api
+from pdkv.daemons import http_server, openai_api, version, worker_api
 from pdkv.daemons.admin import AdminDesk, create_admin_app
 from pdkv.daemons.attempt import Asked, AttemptFailedError, Upstream, attempt
 from pdkv.daemons.config import Address, RouterConfig
@@ -85,6 +85,7 @@ def create_app(router: "Router", texts: TextProxy, health: RouterHealth, traffic
 
     app = http_server.App(traffic)
     app.add_route("/health", show_health)
+    app.add_route(version.PATH, version.show)
     app.add_route("/v1/models", router.models)
     for path in worker_api.PREFILL_PATHS:
         app.add_route(path, router.generate, "POST")

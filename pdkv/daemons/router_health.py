@@ -15,6 +15,10 @@ class RouterHealth:
     def live(self) -> list[Condition]:
         return [Condition("event_loop", True)]
 
+    def started(self) -> list[Condition]:
+        """It answers only once it has read its configuration; workers may come later."""
+        return [Condition("configured", True)]
+
     def ready(self) -> list[Condition]:
         missing = self._pool.missing()
         draining = self._lifecycle.draining

@@ -27,8 +27,7 @@ def test_daemons_are_probed_on_their_admin_port(of: str) -> None:
         assert {get["port"] for get in gets.values()} == {"admin"}
         assert gets["readiness"]["path"] == "/readyz"
         assert gets["liveness"]["path"] == "/livez"
-        waits_for_its_model = role_of(each) != "router"  # a router without workers must not be restarted
-        assert gets["startup"]["path"] == ("/readyz" if waits_for_its_model else "/livez")
+        assert gets["startup"]["path"] == "/startupz"
 
 
 @pytest.mark.parametrize("of", ALL)
