@@ -23,6 +23,7 @@ from pdkv.daemons.link import (
     JobFailed,
     JobFinished,
     PrefillJob,
+    ReleaseLease,
     Status,
     StatusQuery,
     StepTokens,
@@ -113,6 +114,10 @@ class EngineLink:
     def finish(self, transfer: bytes) -> None:
         """Enough of a decode job that is open: it ends with JobFinished. Harmless for one that has ended."""
         self._send(FinishJob(transfer))
+
+    def release_lease(self, transfer: bytes) -> None:
+        """End a lease of this prefill worker. Harmless where there is none."""
+        self._send(ReleaseLease(transfer))
 
     async def status(self, *, with_series: bool = False) -> Status:
         """Raises EngineGoneError when the engine process does not answer."""

@@ -17,6 +17,7 @@ from pdkv.daemons.engine_gauges import engine_gauges
 from pdkv.daemons.link import (
     Beat,
     EngineReady,
+    LeaseStatus,
     PeerStatus,
     RegionSummary,
     Status,
@@ -197,6 +198,7 @@ class EngineSide:
             leases_active=agent.leases_active,
             reads_outstanding=agent.reads_outstanding,
             messages_dropped=agent.messages_dropped,
+            leases=[LeaseStatus(e.transfer.hex(), e.peer, **msgspec.structs.asdict(e.view)) for e in agent.leases],
             peers=[PeerStatus(p.control, p.incarnation, p.state, p.path, p.probe_gbps, p.note) for p in agent.peers],
             series=[*self._journal.meter.series(), *agent.series, *gauges] if asked.with_series else [],
         )

@@ -14,6 +14,7 @@ from pdkv.daemons.config import Address, DecodeConfig, PrefillConfig, WorkerConf
 from pdkv.daemons.engine_link import ENGINE_MODULE, EngineGoneError, EngineLink
 from pdkv.daemons.health import WorkerHealth
 from pdkv.daemons.job_routes import JobRoutes
+from pdkv.daemons.lease_desk import LeaseDesk
 from pdkv.daemons.lifecycle import Lifecycle, background
 from pdkv.daemons.link import EngineReady, WorkerSettings
 from pdkv.daemons.openai_api import ApiError
@@ -88,14 +89,16 @@ async def run_worker(config: WorkerConfig, engine_module: str = ENGINE_MODULE) -
         traffic = Traffic(settings.role, life, meter)
         health = WorkerHealth(link, life, config.stall_timeout)
         metrics = WorkerMetrics(link, health, meter, served.name)
-        desk = AdminDesk(settings.role, health, life, traffic, metrics.collect)
+        admin_app = create_admin_app(AdminDesk(settings.role, health, life, traffic, metrics.collect))
+        if settings.role == "prefill":
+            LeaseDesk(link).add_to(admin_app)
 
         async def is_idle() -> bool:
             return traffic.in_flight == 0 and await _holds_nothing(link)
 
         try:
             async with (
-                http_server.serving(create_admin_app(desk), admin_sock),
+                http_server.serving(admin_app, admin_sock),
                 background(
                     _end_with_engine(link, life), health.watch(), life.stop_when_drained(is_idle, config.drain_s)
                 ),

@@ -132,6 +132,12 @@ class FinishJob(msgspec.Struct, frozen=True, tag="finish"):
     transfer: bytes
 
 
+class ReleaseLease(msgspec.Struct, frozen=True, tag="release"):
+    """An operator ends a lease of this prefill worker: the transfer fails. Harmless where there is none."""
+
+    transfer: bytes
+
+
 class StatusQuery(msgspec.Struct, frozen=True, tag="status?"):
     query: int
     with_series: bool = False
@@ -144,7 +150,7 @@ class BeatQuery(msgspec.Struct, frozen=True, tag="beat?"):
     query: int
 
 
-ToEngine = PrefillJob | DecodeJob | AbortJob | FinishJob | StatusQuery | BeatQuery
+ToEngine = PrefillJob | DecodeJob | AbortJob | FinishJob | ReleaseLease | StatusQuery | BeatQuery
 
 
 class RegionSummary(msgspec.Struct, frozen=True):
@@ -322,6 +328,22 @@ class PeerStatus(msgspec.Struct, frozen=True):
     """What the transport says of the way beyond ``path``: "staged through pinned host memory"."""
 
 
+class LeaseStatus(msgspec.Struct, frozen=True):
+    """A lease that a prefill worker has granted."""
+
+    transfer: str
+    """32 hex digits."""
+    peer: str
+    """The decode worker that holds it."""
+    state: str
+    """Of the transfer: "prefilling", "done" (all may be read), "failing" (it has failed, and may still be read)."""
+    num_pages: int
+    age_s: float
+    """Since its pages were granted."""
+    left_s: float
+    """Until it ends, unless it is renewed before."""
+
+
 class Status(msgspec.Struct, frozen=True, tag="status"):
     """Numbers for people and tests. Pages: free = usable means that nothing is held."""
 
@@ -339,6 +361,7 @@ class Status(msgspec.Struct, frozen=True, tag="status"):
     messages_dropped: int
     peers: list[PeerStatus]
     series: list[Series] = []
+    leases: list[LeaseStatus] = []
 
 
 class Beat(msgspec.Struct, frozen=True, tag="beat"):

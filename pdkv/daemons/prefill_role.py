@@ -16,7 +16,7 @@ from pdkv.agent.events import (
 )
 from pdkv.agent.loop import now
 from pdkv.daemons import attachment
-from pdkv.daemons.link import AbortJob, JobFinished, PrefillJob, ToEngine
+from pdkv.daemons.link import AbortJob, JobFinished, PrefillJob, ReleaseLease, ToEngine
 from pdkv.daemons.roles import EngineParts, Role, job_failed, sampling_params
 from pdkv.errors import FailureCode
 from pdkv.m3.logprobs import PromptLogprobs
@@ -66,6 +66,9 @@ class PrefillRole(Role):
                     self._begin(transfer, message)
             case AbortJob(transfer=raw):
                 self._parts.post(AbandonTransfer(TransferId(raw), FailureCode.CANCELLED, "the router gave up"))
+            case ReleaseLease(transfer=raw):
+                told = "an operator has released its lease"
+                self._parts.post(AbandonTransfer(TransferId(raw), FailureCode.LEASE_EXPIRED, told))
             case _:
                 raise AssertionError(f"a prefill worker's front sends no {type(message).__name__}")
 

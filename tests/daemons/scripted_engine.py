@@ -92,6 +92,8 @@ class ScriptedEngine:
             case link.AbortJob():
                 self._aborted += 1
                 self._fail(message.transfer, "cancelled", 499)
+            case link.ReleaseLease():
+                self._fail(message.transfer, "lease_expired", 503)
             case link.BeatQuery():
                 self._wire.send(link.Beat(message.query, 0.0, 0.0))
             case link.StatusQuery():
@@ -165,6 +167,10 @@ class ScriptedEngine:
             reads_outstanding=0,
             messages_dropped=self._aborted,
             peers=[],
+            leases=[
+                link.LeaseStatus(transfer.hex(), "decode@scripted", "prefilling", 3, float(age), 9.5)
+                for age, transfer in enumerate(sorted(self._open), 1)
+            ],
         )
 
 
