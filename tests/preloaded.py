@@ -6,6 +6,8 @@ import pkgutil
 
 import pdkv.cli
 import pdkv.daemons.doctor
+import pdkv.daemons.front
+import pdkv.daemons.router
 import pdkv.transport.auto
 import pdkv.transport.conformance
 import pdkv.verify.suite

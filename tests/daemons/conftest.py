@@ -5,16 +5,18 @@ import json
 import os
 import queue
 import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from pdkv.__main__ import main
 from pdkv.verify.link_chasing_checkpoint import write_checkpoint
+from tests.daemons import scripted_worker
+from tests.forked import Forked
+from tests.forkserver import FORKED
 from tests.http import HTTP
 
 DEADLINE_S = 60
@@ -23,11 +25,11 @@ DEADLINE_S = 60
 class Daemon:
     """One process that logs JSON to stderr, and the address it logged."""
 
-    def __init__(self, *args: str, env: dict[str, str] | None = None) -> None:
+    def __init__(self, main: Callable[[], int | None], *args: str, env: dict[str, str] | None = None) -> None:
         clean = {name: value for name, value in os.environ.items() if not name.startswith("PDKV_")}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", *args], stderr=subprocess.PIPE, text=True, env={**clean, **(env or {})}
-        )
+        self._stderr, theirs = FORKED.Pipe(duplex=False)
+        with theirs:
+            self.process = Forked(main, args, {**clean, **(env or {})}, theirs)
         self.url = ""
         self.admin = ""
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -50,14 +52,13 @@ class Daemon:
             self.process.kill()
         self.process.wait()
         self._reading.join(DEADLINE_S)
-        assert self.process.stderr is not None
-        self.process.stderr.close()
+        self._stderr.close()
 
     def _read(self) -> None:
         """All of the log, lest the process wait for room in the pipe; an empty line is its end."""
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self._lines.put(line)
+        with open(self._stderr.fileno(), closefd=False) as lines:
+            for line in lines:
+                self._lines.put(line)
         self._lines.put("")
 
 
@@ -69,7 +70,7 @@ class Fleet:
 
     def worker(self, role: str, model: Path, port: int = 0, *, ready: bool = False, **settings: object) -> Daemon:
         listen = f"127.0.0.1:{port}"
-        daemon = self._start("tests.daemons.scripted_worker", role, str(model), listen, json.dumps(settings))
+        daemon = self._start(scripted_worker.main, role, str(model), listen, json.dumps(settings))
         started = daemon.wait_for_event("loading")
         daemon.url, daemon.admin = f"http://{started['listen']}", f"http://{started['admin']}"
         if ready:
@@ -79,7 +80,7 @@ class Fleet:
     def router(self, prefill: list[Daemon], decode: list[Daemon], *flags: str, ready: bool = True) -> Daemon:
         targets = [f"--prefill={p.url}" for p in prefill] + [f"--decode={d.url}" for d in decode]
         daemon = self._start(
-            "pdkv",
+            main,
             "router",
             "--listen=127.0.0.1:0",
             "--admin-listen=127.0.0.1:0",
@@ -93,8 +94,8 @@ class Fleet:
             wait_until(lambda: HTTP.get(daemon.url + "/health").status_code == 200)
         return daemon
 
-    def _start(self, *args: str) -> Daemon:
-        daemon = Daemon(*args)
+    def _start(self, main: Callable[[], int | None], *args: str) -> Daemon:
+        daemon = Daemon(main, *args)
         self._daemons.append(daemon)
         return daemon
 

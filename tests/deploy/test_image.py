@@ -10,6 +10,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import pdkv
+from pdkv.__main__ import main
 from pdkv.daemons.config import ENV_PREFIX, ROLES, Address, DecodeConfig, PrefillConfig, RouterConfig
 from tests.daemons.conftest import Daemon
 from tests.deploy.manifests import OVERLAYS, ROOT, containers
@@ -97,7 +98,7 @@ def _healthcheck(**env: str) -> int:
 
 def test_the_health_check_asks_a_daemon_whether_it_lives() -> None:
     router = Daemon(
-        "pdkv", "router", "--listen=127.0.0.1:0", "--admin-listen=127.0.0.1:0", "--prefill=http://127.0.0.1:1",
+        main, "router", "--listen=127.0.0.1:0", "--admin-listen=127.0.0.1:0", "--prefill=http://127.0.0.1:1",
         "--decode=http://127.0.0.1:1",
     )  # fmt: skip
     try:
