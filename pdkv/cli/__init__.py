@@ -19,6 +19,7 @@ app = application(
         Subcommand("describe", "pdkv.cli.doctor", "Show a worker's manifest, pages, leases and peers."),
         Subcommand("ping", "pdkv.cli.operating", "Ask a running daemon whether it is well."),
         Subcommand("drain", "pdkv.cli.operating", "Have a running daemon take no more requests."),
+        Subcommand("manifest", "pdkv.cli.manifest", "Show what a worker holds, or compare two workers."),
         Subcommand("lease", "pdkv.cli.lease", "Look at a prefill worker's leases, or end one."),
         Subcommand("checkpoint", "pdkv.cli.checkpoint", "Look at a checkpoint, without loading it."),
         Subcommand("config", "pdkv.cli.config", "Show or check the configuration of a role."),

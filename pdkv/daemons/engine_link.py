@@ -22,6 +22,8 @@ from pdkv.daemons.link import (
     GroupTokens,
     JobFailed,
     JobFinished,
+    ManifestQuery,
+    Manifests,
     PrefillJob,
     ReleaseLease,
     Status,
@@ -35,8 +37,10 @@ from pdkv.daemons.link import (
 )
 from pdkv.errors import FailureCode, PdkvError, RequestError
 from pdkv.metrics import Meter
+from pdkv.schema import Manifest
 
 JobEvent = TokensOut | JobFinished | JobFailed
+_Answer = Status | Manifests | Beat
 
 ENGINE_MODULE = "pdkv.daemons.engine_process"
 _EXIT_GRACE_S = 3.0
@@ -65,7 +69,7 @@ class EngineLink:
         self._decoder = msgspec.msgpack.Decoder(ToFront)
         self._tokens = TokenReader()
         self._jobs: dict[bytes, _OpenJob] = {}
-        self._queries: dict[int, asyncio.Future[Status | Beat]] = {}
+        self._queries: dict[int, asyncio.Future[_Answer]] = {}
         self._num_queries = 0
         self._fatal: EngineFatal | None = None
         self._stopping = False
@@ -125,18 +129,24 @@ class EngineLink:
         assert isinstance(answer, Status), "the answer to its own kind of question"
         return answer
 
+    async def manifests(self) -> tuple[Manifest, ...]:
+        """Of all ranks. Raises EngineGoneError when the engine process does not answer."""
+        answer = await self._ask(ManifestQuery)
+        assert isinstance(answer, Manifests), "the answer to its own kind of question"
+        return answer.ranks
+
     async def beat(self) -> Beat:
         """When its threads last came round. Raises EngineGoneError when the engine process does not answer."""
         answer = await self._ask(BeatQuery)
         assert isinstance(answer, Beat), "the answer to its own kind of question"
         return answer
 
-    async def _ask(self, question: Callable[[int], StatusQuery | BeatQuery]) -> Status | Beat:
+    async def _ask(self, question: Callable[[int], StatusQuery | ManifestQuery | BeatQuery]) -> _Answer:
         if self._reading.done():
             raise EngineGoneError("the engine process has ended")
         self._num_queries += 1
         query = self._num_queries
-        answer: asyncio.Future[Status | Beat] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[_Answer] = asyncio.get_running_loop().create_future()
         self._queries[query] = answer
         self._send(question(query))
         try:
@@ -213,7 +223,7 @@ class EngineLink:
                 _log.info("ready", **msgspec.structs.asdict(message))
             case EngineFatal():
                 self._fatal = message
-            case Status() | Beat():
+            case Status() | Manifests() | Beat():
                 answer = self._queries.get(message.query)
                 if answer is not None and not answer.done():
                     answer.set_result(message)

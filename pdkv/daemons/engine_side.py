@@ -18,6 +18,8 @@ from pdkv.daemons.link import (
     Beat,
     EngineReady,
     LeaseStatus,
+    ManifestQuery,
+    Manifests,
     PeerStatus,
     RegionSummary,
     Status,
@@ -167,6 +169,8 @@ class EngineSide:
         match message:
             case _FrontSaid(message=StatusQuery() as query):
                 self._parts.loop.post(Inspect(answer=lambda facts: self._inbox.put(_Inspected(query, facts))))
+            case _FrontSaid(message=ManifestQuery(query=number)):
+                self._send(Manifests(number, self._parts.identity.manifests))
             case _FrontSaid(message=said):
                 self._journal.front_said(said)
                 self._role.on_front(said, time.monotonic())

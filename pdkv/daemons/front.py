@@ -138,6 +138,7 @@ def create_app(
     app.add_route("/v1/models", front.models)
     app.add_route(worker_api.INFO_PATH, front.info)
     app.add_route(worker_api.STATUS_PATH, front.status)
+    app.add_route(worker_api.MANIFEST_PATH, front.manifest)
     app.add_route(worker_api.TOKENIZE_PATH, front.texts.tokenize, "POST")
     app.add_route(worker_api.DETOKENIZE_PATH, front.texts.detokenize, "POST")
     app.add_route(worker_api.TOKENIZER_INFO_PATH, front.texts.tokenizer_info)
@@ -200,6 +201,22 @@ class _Front:
             return http_server.json_response(msgspec.json.encode(await self._link.status()))
         except EngineGoneError as exc:
             raise ApiError.of(503, str(exc), code=FailureCode.SHUTDOWN.value) from exc
+
+    async def manifest(self, _request: Request) -> Response:
+        ready = self._ready()
+        try:
+            ranks = await self._link.manifests()
+        except EngineGoneError as exc:
+            raise ApiError.of(503, str(exc), code=FailureCode.SHUTDOWN.value) from exc
+        document = worker_api.ManifestDocument(
+            role=self._role,
+            model=self._served.name,
+            incarnation=f"{ready.incarnation:016x}",
+            manifest_digest=ready.manifest_digest,
+            prompt_digest=self._served.prompt_digest,
+            ranks=list(ranks),
+        )
+        return http_server.json_response(msgspec.json.encode(document))
 
     def _ready(self) -> EngineReady:
         if self._link.ready is None:

@@ -16,7 +16,7 @@ import msgspec
 
 from pdkv.m3.logprobs import PromptLogprobs, TopLogprobs, Tops
 from pdkv.metrics import Series
-from pdkv.schema import VerifyPages
+from pdkv.schema import Manifest, VerifyPages
 
 MAX_FRAME_BYTES = 256 << 20
 _LENGTH = struct.Struct("<I")
@@ -144,13 +144,17 @@ class StatusQuery(msgspec.Struct, frozen=True, tag="status?"):
     """Also what has been counted."""
 
 
+class ManifestQuery(msgspec.Struct, frozen=True, tag="manifest?"):
+    query: int
+
+
 class BeatQuery(msgspec.Struct, frozen=True, tag="beat?"):
     """Answered by the thread that reads the link, whatever the others are at."""
 
     query: int
 
 
-ToEngine = PrefillJob | DecodeJob | AbortJob | FinishJob | ReleaseLease | StatusQuery | BeatQuery
+ToEngine = PrefillJob | DecodeJob | AbortJob | FinishJob | ReleaseLease | StatusQuery | ManifestQuery | BeatQuery
 
 
 class RegionSummary(msgspec.Struct, frozen=True):
@@ -364,6 +368,12 @@ class Status(msgspec.Struct, frozen=True, tag="status"):
     leases: list[LeaseStatus] = []
 
 
+class Manifests(msgspec.Struct, frozen=True, tag="manifest"):
+    query: int
+    ranks: tuple[Manifest, ...]
+    """Of all ranks, in order: what is compared at a handshake."""
+
+
 class Beat(msgspec.Struct, frozen=True, tag="beat"):
     """Seconds since the engine and the agent thread last came round."""
 
@@ -372,7 +382,18 @@ class Beat(msgspec.Struct, frozen=True, tag="beat"):
     agent_age_s: float
 
 
-ToFront = EngineReady | EngineFatal | TokensOut | StepTokens | GroupTokens | JobFinished | JobFailed | Status | Beat
+ToFront = (
+    EngineReady
+    | EngineFatal
+    | TokensOut
+    | StepTokens
+    | GroupTokens
+    | JobFinished
+    | JobFailed
+    | Status
+    | Manifests
+    | Beat
+)
 
 
 def encode_frame(message: msgspec.Struct) -> bytes:

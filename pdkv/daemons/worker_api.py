@@ -1,11 +1,15 @@
 """What router and workers say to each other over HTTP, besides OpenAI's own requests and answers."""
 
+from typing import Literal
+
 import msgspec
 
 from pdkv.daemons.link import RegionSummary
+from pdkv.schema import Manifest
 
 INFO_PATH = "/pdkv/v1/info"
 STATUS_PATH = "/pdkv/v1/status"
+MANIFEST_PATH = "/pdkv/v1/manifest"
 PREFILL_PATH = "/pdkv/v1/prefill"
 PREFILL_CHAT_PATH = "/pdkv/v1/prefill/chat"
 COMPLETIONS_PATH = "/v1/completions"
@@ -61,6 +65,21 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     def fits(self, other: "WorkerInfo") -> bool:
         """They may be asked for one answer together."""
         return (self.manifest_digest, self.prompt_digest) == (other.manifest_digest, other.prompt_digest)
+
+
+class ManifestDocument(msgspec.Struct, frozen=True, kw_only=True):
+    """Answer of ``GET /pdkv/v1/manifest``, and what a file holds that ``pdkv manifest diff`` reads."""
+
+    schema: Literal["pdkv.manifest/v1"] = "pdkv.manifest/v1"
+    role: str
+    model: str
+    incarnation: str
+    """16 hex digits."""
+    manifest_digest: str
+    """Equal on workers that may be paired."""
+    prompt_digest: str
+    """Of tokenizer and chat templates; the router pairs only workers where it is equal."""
+    ranks: list[Manifest]
 
 
 class Prefilled(msgspec.Struct, frozen=True):
