@@ -10,7 +10,7 @@ import msgspec
 import typer
 
 from pdkv.cli.flags import settings_command
-from pdkv.cli.lazy import CONTEXT, command_module, keep_lines
+from pdkv.cli.lazy import CONTEXT, command_module, ending, keep_lines
 from pdkv.daemons.config import DecodeConfig, PrefillConfig, RoleConfig, RouterConfig, UpConfig, flag_of, load
 from pdkv.daemons.config_sources import Explained, explain
 
@@ -79,6 +79,32 @@ def _validator(role: str, schema: type[RoleConfig]) -> Callable[[Mapping[str, ob
 def schema(role: Annotated[Literal["prefill", "decode", "router", "up"], typer.Argument(help="Whose file.")]) -> None:
     """Print the JSON Schema of a role's YAML file, for editors and for checks before a deployment."""
     typer.echo(json.dumps(_file_schema(role, dict(_ROLES)[role]), indent=2))
+
+
+_EXPLAIN_EXAMPLES = """
+Examples:
+
+  pdkv config explain max_batch
+  pdkv config explain --json -- --lease-ttl
+  pdkv config explain PDKV_DRAIN_TIMEOUT
+"""
+
+
+@_config.command("explain", epilog=keep_lines(_EXPLAIN_EXAMPLES), context_settings=CONTEXT)
+def explain_one(
+    key: Annotated[str, typer.Argument(metavar="KEY", help="A key of the YAML file, a variable, or a flag behind --.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Say what a setting means: its values, default, flag and variable, in every role that has it."""
+
+    def run() -> int:
+        from pdkv.daemons import config_keys  # noqa: PLC0415  not for --help
+
+        found = config_keys.explain_key(key, _ROLES)
+        typer.echo(msgspec.json.encode(found).decode() if as_json else config_keys.told(found))
+        return 0
+
+    ending(run)
 
 
 def _file_schema(role: str, config: type[RoleConfig]) -> dict[str, Any]:
