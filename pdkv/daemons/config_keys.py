@@ -43,14 +43,13 @@ def explain_key(key: str, roles: Sequence[tuple[str, type[RoleConfig]]]) -> Expl
     found: list[Meaning] = []
     known: set[str] = set()
     for role, schema in roles:
-        properties = schema.model_json_schema()["properties"]
         for field in schema.model_fields:
             names = {field, flag_name(schema, field).removeprefix("--").replace("-", "_")}
             if flag_of(schema, field).hidden:
                 continue
             known |= names
             if wanted in names:
-                _add(found, _meaning(role, schema, field, properties[field]))
+                _add(found, _meaning(role, schema, field))
     if not found:
         close = difflib.get_close_matches(wanted, known, n=1, cutoff=0.5)
         raise ConfigError(f"no role has a setting {key!r}" + (f"; did you mean {close[0]}?" if close else ""))
@@ -71,7 +70,7 @@ def _add(found: list[Meaning], new: Meaning) -> None:
     found.append(new)
 
 
-def _meaning(role: str, schema: type[RoleConfig], field: str, described: Mapping[str, Any]) -> Meaning:
+def _meaning(role: str, schema: type[RoleConfig], field: str) -> Meaning:
     info, flag = schema.model_fields[field], flag_of(schema, field)
     required = info.default is PydanticUndefined
     return Meaning(
@@ -80,7 +79,7 @@ def _meaning(role: str, schema: type[RoleConfig], field: str, described: Mapping
         flag=flag_name(schema, field),
         variable=ENV_PREFIX + field.upper(),
         description=info.description or "",
-        values=_values(described),
+        values=_values(schema.model_json_schema()["properties"][field]),
         default=msgspec.Raw(msgspec.json.encode(None if required else info.default, enc_hook=str)),
         required=required,
         advanced=flag.advanced,
