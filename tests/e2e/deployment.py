@@ -16,6 +16,8 @@ from typing import Any
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
+from pdkv.__main__ import main
+from tests.forked import Forked
 from tests.http import HTTP
 
 START_S = 120.0
@@ -65,11 +67,15 @@ class Process:
     prefix: tuple[str, ...] = ()
     """In front of the command, for example ("ip", "netns", "exec", NAME)."""
     admin_url: str = ""
-    popen: "subprocess.Popen[bytes] | None" = None
+    popen: "subprocess.Popen[bytes] | Forked | None" = None
 
     def start(self) -> None:
-        command = [*self.prefix, sys.executable, "-m", "pdkv", self.role, *self.arguments]
+        """Fronts and routers by a fork; ``up`` in full, and all below it. Engine processes always are."""
         environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", **self.environment}
+        if self.role in ("prefill", "decode", "router") and not self.prefix:
+            self.popen = Forked(main, (self.role, *self.arguments), environment, self.log)
+            return
+        command = [*self.prefix, sys.executable, "-m", "pdkv", self.role, *self.arguments]
         with self.log.open("ab") as out:
             self.popen = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
 

@@ -13,6 +13,7 @@ import pytest
 
 from pdkv.verify.link_chasing import make_prompt
 from tests.e2e.deployment import END_S, Process, Trio, ask, descendants, token_ids, trio, wait_ready, wait_until
+from tests.forked import Forked
 from tests.http import HTTP
 
 LEASE_S = 4.0
@@ -47,7 +48,7 @@ def pool() -> Iterator[ThreadPoolExecutor]:
         yield executor
 
 
-def terminate(process: Process) -> "subprocess.Popen[bytes]":
+def terminate(process: Process) -> "subprocess.Popen[bytes] | Forked":
     assert process.popen is not None
     process.popen.terminate()
     return process.popen
