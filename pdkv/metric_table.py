@@ -111,6 +111,11 @@ QUEUE_SECONDS = _histogram("pdkv_queue_duration_seconds", "Waiting for pages.", 
 PREFILL_SECONDS = _histogram(
     "pdkv_prefill_duration_seconds", "From a prompt's pages to its first token.", (PREFILL,), _MINUTES
 )
+PREFILLS_DISCARDED = _counter(
+    "pdkv_prefills_discarded_total",
+    "Prompts begun before decode asked, given up because it did not within a lease's time; begun anew if it does.",
+    (PREFILL,),
+)
 PROMPT_TOKENS = _counter("pdkv_prompt_tokens_total", "Prompt tokens of accepted requests.", WORKERS)
 GENERATION_TOKENS = _counter("pdkv_generation_tokens_total", "Tokens generated.", (DECODE,))
 DRAFT_TOKENS = _counter(

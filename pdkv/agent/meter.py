@@ -17,6 +17,7 @@ from pdkv.metric_table import (
     NO_CODE,
     PATHS,
     PEER_LOSSES,
+    PREFILLS_DISCARDED,
     PUBLISH_SECONDS,
     TRANSFER_BYTES,
     TRANSFER_DESCRIPTORS,
@@ -95,6 +96,10 @@ class AgentMeter:
     def returned(self) -> None:
         """A peer has come with another incarnation than before."""
         self._meter.count(INCARNATION_CHANGES)
+
+    def discarded(self) -> None:
+        """Pages of a prompt that decode has not asked for are taken back."""
+        self._meter.count(PREFILLS_DISCARDED)
 
     def lease_ended(self, age_s: float) -> None:
         """However it ended."""

@@ -278,6 +278,8 @@ class PrefillAgent(Agent[PrefillCommand]):
                 case Digest():
                     self._digest(transfer_id, instruction)
                 case FreePages():
+                    if transfer.session.state is PrefillState.WAITING_ACQUIRE:  # it goes on, and may begin anew
+                        self._meter.discarded()
                     self._emit(PagesFreed(transfer_id))
                 case Report(outcome=outcome):
                     self._emit(TransferEnded(transfer_id, outcome.code, outcome.message))

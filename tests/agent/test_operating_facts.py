@@ -9,7 +9,15 @@ import pytest
 from pdkv.agent import events as e
 from pdkv.agent.lives import Lives
 from pdkv.errors import FailureCode
-from pdkv.metric_table import HANDSHAKES, INCARNATION_CHANGES, LEASE_AGE, LEASES_EXPIRED, NO_CODE, PEER_LOSSES
+from pdkv.metric_table import (
+    HANDSHAKES,
+    INCARNATION_CHANGES,
+    LEASE_AGE,
+    LEASES_EXPIRED,
+    NO_CODE,
+    PEER_LOSSES,
+    PREFILLS_DISCARDED,
+)
 from pdkv.metrics import Metric
 from pdkv.schema import Incarnation, TransferId
 from tests.agent.test_agents import transfer_works
@@ -77,6 +85,20 @@ def test_pages_of_a_failed_transfer_are_stranded_until_its_lease_ends(stack: con
     prefill.expect(e.PagesFreed, ONE)
     assert prefill.statistics().pages_stranded == 0
     assert counted(prefill, LEASES_EXPIRED) == counted(prefill, LEASE_AGE) == 1
+
+
+def test_what_began_early_and_was_not_asked_for_is_counted(stack: contextlib.ExitStack) -> None:
+    prefill = stack.enter_context(contextlib.closing(PrefillSide()))
+    prefill.expect_transfer(ONE)
+    prefill.loop.post(e.GrantPages(ONE, PAGES, 0))
+    prefill.expect(e.PagesFreed, ONE)
+    assert counted(prefill, PREFILLS_DISCARDED) == 1
+    assert prefill.statistics().leases == ()
+    prefill.expect_transfer(TWO)
+    prefill.loop.post(e.GrantPages(TWO, PAGES, 0))
+    prefill.loop.post(e.AbandonTransfer(TWO, FailureCode.CANCELLED, "enough"))
+    prefill.expect(e.PagesFreed, TWO)
+    assert counted(prefill, PREFILLS_DISCARDED) == 1, "nobody will ask for that one"
 
 
 def test_a_peer_that_comes_again_is_a_restart_for_both_sides(stack: contextlib.ExitStack) -> None:
