@@ -128,6 +128,7 @@ def _load(pages: Tensor, scales: Tensor | None, ids: Tensor, heads: Tensor, left
     if scales is not None:
         rows = rows * scales[ids, heads][..., None]
     if int(left.min()) < BLOCK:
-        beyond = torch.arange(BLOCK, device=left.device) >= left[:, None]
-        rows.masked_fill_(beyond[..., None], 0.0)
+        ends = (left < BLOCK).nonzero()[:, 0]  # tiles, few of all
+        beyond = torch.arange(BLOCK, device=left.device) >= left[ends, None]
+        rows[ends] = rows[ends].masked_fill_(beyond[..., None], 0.0)
     return rows
