@@ -8,6 +8,9 @@ as there is room for are on their way or there when its turn comes, so that the 
 The blocks of the step's own tokens and the queries are read in its turn. Where nothing is settled, it can ask the
 second-level cache for its first tile. That is a hint: lengths and pages that are read for it before the program's turn,
 past the first-level cache, decide nothing else, and are read again.
+
+Of tables of many blocks a program also notes the best of every few that it takes one after another, a *group*, so that
+the selection need not read all keys. Group g of all is the one that program g % splits takes in its turn g // splits.
 """
 
 from dataclasses import dataclass
@@ -28,6 +31,10 @@ _LOCAL = tl.constexpr(0x7FFFFFFE)
 _INIT = tl.constexpr(0x7FFFFFFF)
 """Keys around those of real scores: -inf is -0x7F800000 and +inf is 0x7F800000."""
 
+MOST_WITHOUT_GROUPS = 1024
+"""Blocks of a table whose keys a selection reads all at once."""
+_LONGEST_GROUP = 16
+
 
 @dataclass(frozen=True)
 class ScanPlan:
@@ -41,8 +48,22 @@ class ScanPlan:
     early_tiles: int = 1  # tiles that the second-level cache is asked for before its turn otherwise
 
 
+def group_length(max_blocks: int, splits: int) -> int:
+    """Blocks of a group, a power of two; 1: no groups. All groups have room for at most twice as many blocks as are."""
+    if max_blocks <= MOST_WITHOUT_GROUPS:
+        return 1
+    return min(_LONGEST_GROUP, 1 << (-(-max_blocks // splits) - 1).bit_length())
+
+
+def group_count(max_blocks: int, splits: int) -> int:
+    """Groups of so many blocks; they are the first of those of more."""
+    rounds, left = divmod(max_blocks, splits * group_length(max_blocks, splits))
+    return rounds * splits + min(left, splits)
+
+
 def scan_blocks(
     keys: Tensor,
+    leaders: Tensor,
     index_q: Tensor,
     index_k: Tensor,
     batch: DecodeBatch,
@@ -51,8 +72,10 @@ def scan_blocks(
 ) -> None:
     """Write the key of every visible block to keys: int32 [num_rows * heads or more, max_blocks or more].
 
-    The others are as ``index_topk_decode_into`` takes them; forced: blocks at the beginning, and at the end of what a
-    row sees, that are chosen whatever they score.
+    With groups, the keys of each lie side by side, [.., group_count, group_length], and leaders, int64 [num_rows *
+    heads or more, group_count or more], gets the best of each as ``wide_keys`` are ordered; else it is left alone. The
+    others are as ``index_topk_decode_into`` takes them; forced: blocks at the beginning, and at the end of what a row
+    sees, that are chosen whatever they score.
     """
     _, heads, dim = index_q.shape
     key_code, key_data = fp8_code(index_k, beside=index_q.dtype)
@@ -70,6 +93,7 @@ def scan_blocks(
         key_data,
         tiles,
         keys,
+        leaders,
         batch.page_table,
         batch.seq_lens,
         plan.splits,
@@ -80,6 +104,7 @@ def scan_blocks(
         key_data.stride(0),
         key_data.stride(1),
         keys.stride(0),
+        leaders.stride(0),
         batch.page_table.stride(0),
         batch.page_table.shape[1],
         key_data.shape[0],
@@ -94,6 +119,7 @@ def scan_blocks(
         REQUESTS=in_one_piece,
         EARLY_TILES=plan.early_tiles if in_one_piece and not in_advance else 0,
         FIRST_TILES=stages if in_advance else 0,
+        GROUP=group_length(batch.page_table.shape[1], plan.splits),
         EARLY=early,
         **launch_options(early, plan.num_warps, stages),
     )
@@ -110,7 +136,8 @@ def _scan_kernel(
     q_ptr,  # [num_rows, heads, DIM]
     k_ptr,  # [num_pages, TOKENS, DIM]
     tiles,  # the same, or a descriptor of it
-    keys_ptr,  # int32 [num_rows * heads, max_blocks], out
+    keys_ptr,  # int32 [num_rows * heads, max_blocks or group_count * GROUP], out
+    leaders_ptr,  # int64 [num_rows * heads, group_count], out
     page_table_ptr,  # int32 [num_seqs, max_blocks]
     seq_lens_ptr,  # int32 [num_seqs]
     splits,
@@ -122,6 +149,7 @@ def _scan_kernel(
     k_page_stride,
     k_token_stride,
     keys_stride,
+    leaders_stride,
     table_stride,
     max_blocks,
     num_pages,
@@ -136,6 +164,7 @@ def _scan_kernel(
     REQUESTS: tl.constexpr,  # each tile comes by one request, not by one for each 16 bytes
     EARLY_TILES: tl.constexpr,
     FIRST_TILES: tl.constexpr,  # no fewer than the loop asks for before its first turn is over; 0: nothing is settled
+    GROUP: tl.constexpr,  # 1: no groups
     EARLY: tl.constexpr,
 ):
     seq = tl.program_id(0)
@@ -179,6 +208,8 @@ def _scan_kernel(
     else:
         q = tl.trans(half_of_bits(q_bits, QUERY_CODE))  # [DIM, columns]
     keys_at = keys_ptr + (flat_row * HEADS + head) * keys_stride
+    leaders_at = leaders_ptr + (flat_row * HEADS + head) * leaders_stride
+    leader = tl.zeros((HEAD_TILE * QUERY_TILE,), tl.int64)
     k_offsets = token[:, None] * k_token_stride + dims[None, :]
     for begin in tl.range(0, count, AHEAD, num_stages=1):
         # Which pages, before the loop: inside it, each tile would wait for its page's number.
@@ -199,7 +230,25 @@ def _scan_kernel(
                     tl.extra.cuda.gdc_launch_dependents()
                     q = tl.trans(half_of_bits(tl.load(q_at, mask=real[:, None], other=0.0), QUERY_CODE))
             key = _block_keys(k, q, block, visible, visible_blocks, init_blocks, local_blocks, TOKENS)
-            tl.store(keys_at + block, key, mask=real & (block < visible_blocks))
+            is_visible = real & (block < visible_blocks)
+            if GROUP == 1:
+                tl.store(keys_at + block, key, mask=is_visible)
+            else:
+                turn = begin + step
+                group = turn // GROUP * splits + split
+                member = turn % GROUP
+                tl.store(keys_at + group * GROUP + member, key, mask=is_visible)
+                # What the column does not see is below all that it does, and nobody asks for groups that begin with it.
+                wide = wide_keys(tl.where(block < visible_blocks, key, _HIDDEN), block)
+                leader = tl.where(member == 0, wide, tl.maximum(leader, wide))
+                if (member == GROUP - 1) | (turn == count - 1):
+                    tl.store(leaders_at + group, leader, mask=real)
+
+
+@triton.jit
+def wide_keys(keys, blocks):
+    """Keys that all differ: the ordered score above, and below it the complement of the block, so that low ids win."""
+    return (keys.to(tl.int64) << 32) | (0x7FFFFFFF - blocks).to(tl.int64)
 
 
 @triton.jit

@@ -1,7 +1,8 @@
 """The choice of blocks in decode: one program for each row and head, behind the scan (``index_scan``).
 
 Among groups of blocks, the best 16 blocks lie in those 16 groups whose best blocks are best: so a program ranks groups
-first, and then the members of the winners.
+first, and then the members of the winners. Of many blocks the scan has noted the best of each group; of few it reads
+all keys, and makes groups of its own.
 """
 
 from enum import IntEnum
@@ -11,16 +12,19 @@ import triton.language as tl
 from torch import Tensor
 
 from pdkv_kernels.decode_batch import DecodeBatch
-from pdkv_kernels.launch import chained, launch_options
+from pdkv_kernels.index_scan import group_count, group_length, wide_keys
+from pdkv_kernels.launch import FEW_PROGRAMS, chained, launch_options
 from pdkv_kernels.paged import BLOCK
 
 _NEVER = tl.constexpr(-0x80000000)
 """Below the key of every block."""
+_NO_LEADER = tl.constexpr(-0x8000000000000000)
 
-MOST_BLOCKS_AT_ONCE = 4096
-"""Blocks that the selection ranks in one go; with more, it goes on from the best so far."""
+MOST_LEADERS_AT_ONCE = 2048
+"""Groups that the selection ranks in one go; with more, it goes on from the best so far."""
 GROUP = 8
-"""Blocks of a group; rows of keys are multiples of it. 16 and 32 were slower on an H200 wherever it mattered."""
+"""Blocks of a group that the selection makes; rows of keys are multiples of it. 16 and 32 were slower on an H200
+wherever it mattered."""
 
 
 class Successor(IntEnum):
@@ -31,20 +35,34 @@ class Successor(IntEnum):
     BEHIND = 2  # when the selection has ended
 
 
-def select_blocks(out: Tensor, keys: Tensor, batch: DecodeBatch, successor: Successor) -> None:
-    """Write each row's and head's best blocks to out, int32 [num_rows, heads, topk], by the keys of ``scan_blocks``."""
+def select_blocks(
+    out: Tensor, keys: Tensor, leaders: Tensor, batch: DecodeBatch, splits: int, successor: Successor
+) -> None:
+    """Write each row's and head's best blocks to out, int32 [num_rows, heads, topk], by what ``scan_blocks`` wrote.
+
+    splits: the scan's.
+    """
     num_rows, heads, topk = out.shape
     early = chained()
-    chunk = min(max(triton.next_power_of_2(keys.shape[1]), 64), MOST_BLOCKS_AT_ONCE)
+    max_blocks = batch.page_table.shape[1]
+    noted = group_length(max_blocks, splits)
+    ranked = -(-max_blocks // GROUP) * GROUP if noted == 1 else group_count(max_blocks, splits)
     places = max(triton.next_power_of_2(topk), 2)
-    chunk = max(chunk, places)
-    group = GROUP if chunk >= max(256, places * GROUP) else 1
+    at_once = max(triton.next_power_of_2(ranked), 64, places)
+    if noted > 1:
+        at_once = max(min(at_once, MOST_LEADERS_AT_ONCE), places)
+    # To rank all at once saves reading twice; sorting more, where many programs do it, costs more than that.
+    most = 256 if num_rows * heads < FEW_PROGRAMS else 128
+    group = GROUP if noted == 1 and at_once > max(most, places * GROUP // 2) else 1
     _select_kernel[(num_rows, heads)](
         keys,
+        leaders,
         out,
         batch.seq_lens,
+        splits,
         batch.query_len,
         keys.stride(0),
+        leaders.stride(0),
         out.stride(0),
         out.stride(1),
         out.stride(2),
@@ -52,22 +70,26 @@ def select_blocks(out: Tensor, keys: Tensor, batch: DecodeBatch, successor: Succ
         TOKENS=BLOCK,
         TOPK=topk,
         PLACES=places,
-        GROUPS=chunk // group,
+        NOTED=noted,
+        GROUPS=at_once // group,
         GROUP=group,
-        WHOLE=keys.shape[1] if chunk >= keys.shape[1] else 0,
+        WHOLE=ranked if at_once >= ranked else 0,
         SUCCESSOR=int(successor),
         EARLY=early,
-        **launch_options(early, 1 if chunk <= 64 else 4 if chunk <= 2048 else 8, 1),
+        **launch_options(early, 1 if at_once <= 64 else 4, 1),
     )
 
 
-@triton.jit(do_not_specialize=["query_len"])
+@triton.jit(do_not_specialize=["splits", "query_len"])
 def _select_kernel(
-    keys_ptr,  # int32 [num_rows * heads, max_blocks]
+    keys_ptr,  # int32 [num_rows * heads, max_blocks or group_count * NOTED]
+    leaders_ptr,  # int64 [num_rows * heads, group_count]
     out_ptr,  # int32 [num_rows, heads, TOPK]
     seq_lens_ptr,  # int32 [num_seqs]
+    splits,
     query_len,
     keys_stride,
+    leaders_stride,
     out_row_stride,
     out_head_stride,
     out_place_stride,
@@ -75,9 +97,10 @@ def _select_kernel(
     TOKENS: tl.constexpr,
     TOPK: tl.constexpr,
     PLACES: tl.constexpr,  # TOPK rounded up to a power of two
-    GROUPS: tl.constexpr,
-    GROUP: tl.constexpr,
-    WHOLE: tl.constexpr,  # columns of keys, if all are to be read at once, whatever the length; else 0
+    NOTED: tl.constexpr,  # blocks of a group whose best the scan has noted; 1: of none
+    GROUPS: tl.constexpr,  # ranked at once
+    GROUP: tl.constexpr,  # blocks of each, where the scan has noted none
+    WHOLE: tl.constexpr,  # leaders, or else keys, if all are to be read at once, whatever the length; else 0
     SUCCESSOR: tl.constexpr,
     EARLY: tl.constexpr,
 ):
@@ -91,23 +114,30 @@ def _select_kernel(
         if SUCCESSOR == 1:
             tl.extra.cuda.gdc_launch_dependents()
     keys_at = keys_ptr + (row.to(tl.int64) * HEADS + head) * keys_stride
+    leaders_at = leaders_ptr + (row.to(tl.int64) * HEADS + head) * leaders_stride
+    # What needs no length is asked for together with it.
     blocks = tl.arange(0, GROUPS)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    scores = tl.load(keys_at + blocks, mask=blocks < WHOLE, other=_NEVER)
+    nth = tl.arange(0, GROUPS)
+    if NOTED == 1:
+        keys = tl.load(keys_at + blocks, mask=blocks < WHOLE, other=_NEVER)
+    else:
+        noted = tl.load(leaders_at + nth, mask=nth < WHOLE, other=_NO_LEADER)
     visible = tl.load(seq_lens_ptr + seq) - query_len + row % query_len + 1
     num_blocks = (tl.maximum(visible, 0) + TOKENS - 1) // TOKENS
-    if WHOLE > 0:
-        found = _wide_keys_of(tl.where(blocks < num_blocks, scores, _NEVER), blocks)
+    if NOTED == 1:
+        found = wide_keys(tl.where(blocks < num_blocks, keys, _NEVER), blocks)
         best = tl.topk(tl.max(found, axis=1), PLACES)
         if GROUP > 1:
-            best = _best_of_groups(keys_at, best, 0, num_blocks, PLACES, GROUP)
+            best = _best_of_own_groups(keys_at, best, num_blocks, PLACES, GROUP)
     else:
-        best = tl.full((PLACES,), -0x8000000000000000, tl.int64)
-        for begin in tl.range(0, num_blocks, GROUPS * GROUP):
-            found = _best_of_chunk(keys_at, begin, num_blocks, PLACES, GROUPS, GROUP)
-            if begin == 0:
-                best = found
-            else:
-                best = tl.topk(tl.reshape(tl.join(best, found), (2 * PLACES,)), PLACES)
+        rounds = num_blocks // (NOTED * splits)
+        num_leaders = rounds * splits + tl.minimum(num_blocks - rounds * NOTED * splits, splits)
+        best = tl.topk(tl.where(nth < num_leaders, noted, _NO_LEADER), PLACES)
+        if WHOLE == 0:
+            for begin in tl.range(0, num_leaders, GROUPS):
+                noted = tl.load(leaders_at + begin + nth, mask=begin + nth < num_leaders, other=_NO_LEADER)
+                best = tl.topk(tl.reshape(tl.join(best, tl.topk(noted, PLACES)), (2 * PLACES,)), PLACES)
+        best = _best_of_noted_groups(keys_at, best, num_blocks, splits, PLACES, NOTED)
     # A key holds the ordered score above and the complement of the block below.
     block = 0x7FFFFFFF - (best & 0x7FFFFFFF).to(tl.int32)
     place = tl.arange(0, PLACES)
@@ -117,35 +147,24 @@ def _select_kernel(
 
 
 @triton.jit
-def _best_of_chunk(keys_at, begin, num_blocks, PLACES: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr):
-    """The best PLACES keys of GROUPS * GROUP blocks from ``begin`` on, best first: int64 [PLACES]."""
-    group = tl.arange(0, GROUPS)
-    if GROUP == 1:
-        return tl.topk(_wide_keys(keys_at, begin + group, num_blocks, 1), PLACES)
-    member = tl.arange(0, GROUP)
-    blocks = begin + group[:, None] * GROUP + member[None, :]
-    keys = _wide_keys(keys_at, blocks, num_blocks, GROUP)  # [GROUPS, GROUP]
-    leaders = tl.topk(tl.max(keys, axis=1), PLACES)  # best block of each of the best groups
-    return _best_of_groups(keys_at, leaders, begin, num_blocks, PLACES, GROUP)
-
-
-@triton.jit
-def _best_of_groups(keys_at, leaders, begin, num_blocks, PLACES: tl.constexpr, GROUP: tl.constexpr):
-    """The best PLACES keys of the groups that these blocks lead: int64 [PLACES]."""
-    winners = (0x7FFFFFFF - (leaders & 0x7FFFFFFF).to(tl.int32) - begin) // GROUP
-    blocks = begin + winners[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    candidates = _wide_keys(keys_at, blocks, num_blocks, GROUP)  # [PLACES, GROUP]
+def _best_of_own_groups(keys_at, leaders, num_blocks, PLACES: tl.constexpr, GROUP: tl.constexpr):
+    """The best PLACES keys of the groups of blocks side by side that these blocks lead: int64 [PLACES]."""
+    first = (0x7FFFFFFF - (leaders & 0x7FFFFFFF).to(tl.int32)) // GROUP * GROUP
+    blocks = first[:, None] + tl.arange(0, GROUP)[None, :]  # [PLACES, GROUP]
+    # Groups are loaded whole, four keys at once, which a mask that may cut them anywhere would forbid.
+    keys = tl.load(keys_at + blocks, mask=first[:, None] < num_blocks, other=_NEVER)
+    candidates = wide_keys(tl.where(blocks < num_blocks, keys, _NEVER), blocks)
     return tl.topk(tl.reshape(candidates, (PLACES * GROUP,)), PLACES)
 
 
 @triton.jit
-def _wide_keys(keys_at, blocks, num_blocks, GROUP: tl.constexpr):
-    """Keys that all differ: the ordered score above, and below it the complement of the block, so that low ids win."""
-    # Groups are loaded whole, four keys at once, which a mask that may cut them anywhere would forbid.
-    scores = tl.load(keys_at + blocks, mask=blocks // GROUP * GROUP < num_blocks, other=_NEVER)
-    return _wide_keys_of(tl.where(blocks < num_blocks, scores, _NEVER), blocks)
-
-
-@triton.jit
-def _wide_keys_of(scores, blocks):
-    return (scores.to(tl.int64) << 32) | (0x7FFFFFFF - blocks).to(tl.int64)
+def _best_of_noted_groups(keys_at, leaders, num_blocks, splits, PLACES: tl.constexpr, NOTED: tl.constexpr):
+    """The best PLACES keys of the scan's groups that these blocks lead: int64 [PLACES]."""
+    there = leaders != _NO_LEADER
+    leader = tl.where(there, 0x7FFFFFFF - (leaders & 0x7FFFFFFF).to(tl.int32), 0)
+    split, turn = leader % splits, leader // splits // NOTED  # the scan's program, and its turn among its groups
+    member = tl.arange(0, NOTED)[None, :]
+    blocks = (split + turn * NOTED * splits)[:, None] + member * splits  # [PLACES, NOTED]
+    keys = tl.load(keys_at + ((turn * splits + split) * NOTED)[:, None] + member, mask=there[:, None], other=_NEVER)
+    keys = tl.where(there[:, None] & (blocks < num_blocks), keys, _NEVER)
+    return tl.topk(tl.reshape(wide_keys(keys, blocks), (PLACES * NOTED,)), PLACES)

@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from pdkv_kernels.decode_batch import DecodeBatch, uniform_batch
-from pdkv_kernels.index_scan import ScanPlan, scan_blocks
+from pdkv_kernels.index_scan import MOST_WITHOUT_GROUPS, ScanPlan, group_count, group_length, scan_blocks
 from pdkv_kernels.index_selection import GROUP, Successor, select_blocks
 from pdkv_kernels.launch import FEW_PROGRAMS
 from pdkv_kernels.paged import BLOCK, RaggedQueries
@@ -31,13 +31,17 @@ class SelectionRule:
 
 
 class IndexWorkspace:
-    """Scores between the two launches, for batches of up to this many rows, heads and blocks.
+    """What the scan leaves to the selection, for batches of up to this many rows and heads, and so many blocks.
 
     One workspace serves all layers, one after another on one stream. It never needs clearing.
     """
 
     def __init__(self, num_rows: int, num_heads: int, max_blocks: int, device: torch.device | str) -> None:
-        self.keys = torch.empty(num_rows * num_heads, -(-max_blocks // 16) * 16, dtype=torch.int32, device=device)
+        has_groups = max_blocks > MOST_WITHOUT_GROUPS
+        width = -(-max_blocks * (2 if has_groups else 1) // 16) * 16
+        self.keys = torch.empty(num_rows * num_heads, width, dtype=torch.int32, device=device)
+        leaders = max_blocks if has_groups else 0
+        self.leaders = torch.empty(num_rows * num_heads, leaders, dtype=torch.int64, device=device)
 
 
 def index_topk_decode(
@@ -77,16 +81,26 @@ def index_topk_decode_into(
     assert index_q.stride(2) == 1, index_q.stride()
     assert batch.page_table.stride(1) == 1, batch.page_table.stride()
     assert out.shape == (num_rows, heads, rule.topk), out.shape
-    keys = workspace.keys
-    assert keys.shape[0] >= num_rows * heads, (keys.shape, index_q.shape)
-    assert keys.shape[1] >= batch.page_table.shape[1], (keys.shape, batch.page_table.shape)
-    assert keys.shape[1] % GROUP == 0, keys.shape
     if num_rows == 0:
         return
     plan = plan or scan_plan(batch, index_q, index_k, scan_follows=scan_follows)
-    scan_blocks(keys, index_q, index_k, batch, (rule.init_blocks, rule.local_blocks), plan)
+    keys, leaders = workspace.keys, workspace.leaders
+    _check_room(keys, leaders, num_rows * heads, batch.page_table.shape[1], plan.splits)
+    scan_blocks(keys, leaders, index_q, index_k, batch, (rule.init_blocks, rule.local_blocks), plan)
     attention = _attention_starts(num_rows * heads, index_k.element_size())
-    select_blocks(out, keys, batch, Successor.AT_ONCE if scan_follows else attention)
+    select_blocks(out, keys, leaders, batch, plan.splits, Successor.AT_ONCE if scan_follows else attention)
+
+
+def _check_room(keys: Tensor, leaders: Tensor, columns: int, max_blocks: int, splits: int) -> None:
+    """AssertionError where a workspace is too small."""
+    assert keys.shape[0] >= columns, (keys.shape, columns)
+    assert keys.shape[1] >= max_blocks, (keys.shape, max_blocks)
+    assert keys.shape[1] % GROUP == 0, keys.shape
+    length = group_length(max_blocks, splits)
+    if length > 1:
+        groups = group_count(max_blocks, splits)
+        assert keys.shape[1] >= groups * length, (keys.shape, groups, length)
+        assert leaders.shape[1] >= groups, (leaders.shape, groups)
 
 
 def scan_plan(batch: DecodeBatch, index_q: Tensor, index_k: Tensor, *, scan_follows: bool = False) -> ScanPlan:
@@ -98,14 +112,17 @@ def scan_plan(batch: DecodeBatch, index_q: Tensor, index_k: Tensor, *, scan_foll
     rows, heads, _ = index_q.shape
     # Eight columns are enough for Hopper's larger matrix instructions, which hold one more tile.
     is_wide = triton.next_power_of_2(heads) * triton.next_power_of_2(batch.query_len) >= 8
+    has_groups = batch.page_table.shape[1] > MOST_WITHOUT_GROUPS
     in_advance = True
     if index_k.element_size() > 1:
-        programs, stages = (2, 3) if is_wide else (3, 3) if batch.num_seqs <= 16 else (2, 4)
+        programs, stages = (2, 3) if is_wide else (3, 3) if batch.num_seqs <= 16 and not has_groups else (2, 4)
     elif is_wide or scan_follows or rows * heads <= FEW_PROGRAMS:
         programs, stages = 4, 3 if is_wide else 4
     else:  # behind a store whose successor does not start early
         programs, stages, in_advance = 3, 3, False
-    splits = max(1 if in_advance else 2, programs * _MULTIPROCESSORS // batch.num_seqs)
+    # Of 512 groups the best are found in half the time that 528 take, which are ranked as 1,024.
+    multiprocessors = 128 if has_groups else _MULTIPROCESSORS
+    splits = max(1 if in_advance else 2, programs * multiprocessors // batch.num_seqs)
     return ScanPlan(splits - splits % 4 if splits > 8 else splits, 4, stages, in_advance=in_advance)
 
 

@@ -4,17 +4,20 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
+import pdkv_kernels.index_scan as index_scan_module
 import pdkv_kernels.index_selection as index_selection_module
+import pdkv_kernels.index_topk_decode as index_topk_decode_module
 import pytest
 import torch
 import triton
 import triton.language as tl
-from pdkv_kernels.index_scan import ScanPlan
+from pdkv_kernels.index_scan import ScanPlan, group_count, group_length
 from pdkv_kernels.index_topk_decode import (
     IndexWorkspace,
     SelectionRule,
     index_topk_decode,
     index_topk_decode_into,
+    scan_plan,
 )
 from pdkv_kernels.index_topk_ref import block_scores_ref, index_topk_ref, select_blocks_ref
 from pdkv_kernels.paged import BLOCK
@@ -47,16 +50,22 @@ def choose(case: DecodeCase, rule: SelectionRule, splits: int | None = None, pla
 def choice_and_keys(
     case: DecodeCase, rule: SelectionRule, splits: int | None = None, plan: ScanPlan | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Run the kernels over poisoned outputs: the choice, and the keys between the launches."""
+    """Run the kernels over poisoned outputs: the choice, and the keys between the launches in the order of blocks."""
     rows, heads, _ = case.index_q.shape
     device = case.index_q.device
-    workspace = IndexWorkspace(rows, heads, case.batch.page_table.shape[1], device)
+    max_blocks = case.batch.page_table.shape[1]
+    workspace = IndexWorkspace(rows, heads, max_blocks, device)
     workspace.keys.fill_(0x7FFFFFF0)
+    workspace.leaders.fill_(0x7FFFFFFF_00000000)
     out = torch.full((rows, heads, rule.topk), 123456789, dtype=torch.int32, device=device)
-    if plan is None and (splits or device.type == "cpu"):
-        plan = ScanPlan(splits or 2, 4, 2)
+    if plan is None:
+        told = splits or device.type == "cpu"
+        plan = ScanPlan(splits or 2, 4, 2) if told else scan_plan(case.batch, case.index_q, case.index_k)
     index_topk_decode_into(out, case.index_q, case.index_k, case.batch, rule, workspace, plan)
-    return out.cpu(), workspace.keys.cpu()
+    block, length = torch.arange(max_blocks), group_length(max_blocks, plan.splits)
+    turn, split = block // plan.splits, block % plan.splits
+    place = block if length == 1 else (turn // length * plan.splits + split) * length + turn % length
+    return out.cpu(), workspace.keys.cpu()[:, place]
 
 
 def floats(keys: Tensor) -> Tensor:
@@ -234,19 +243,50 @@ def test_ragged_queries_as_the_reference_takes_them(device: str, dtype: torch.dt
 
 
 @pytest.mark.parametrize(("device", "dtype"), ANY)
-@pytest.mark.parametrize("chunk", [16, 256])
-def test_more_blocks_than_one_chunk_of_the_selection(
-    device: str, dtype: torch.dtype, chunk: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("splits", [1, 3, 7])
+@pytest.mark.parametrize("query_len", [1, 3])
+def test_groups_whose_best_the_scan_notes(
+    device: str, dtype: torch.dtype, splits: int, query_len: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(index_scan_module, "MOST_WITHOUT_GROUPS", 8)
+    monkeypatch.setattr(index_topk_decode_module, "MOST_WITHOUT_GROUPS", 8)
+    lengths = [40 * BLOCK + 1, 0, 23 * BLOCK + 2, 9 * BLOCK, 3]
+    case = make_decode(device, dtype, lengths, query_len=query_len, heads=(2, 2), dim=32)
+    case.index_k[case.batch.page_table[0, 17].long(), 5] = torch.full((32,), torch.nan, device=device).to(dtype)
+    rule = SelectionRule(4, 1, 1)
+    check(case, rule, splits=splits)
+    plan = ScanPlan(splits, 4, 3, ahead=4)
+    assert torch.equal(choose(told_settled(case), rule, plan=plan), choose(case, rule, splits))
+
+
+@pytest.mark.parametrize("splits", [2, 48, 264, 396, 512, 528])
+def test_groups_fit_into_a_workspace(splits: int):
+    for max_blocks in (1, 64, 1024, 1025, 1056, 1057, 2048, 4096, 8192, 20_000):
+        length, count = group_length(max_blocks, splits), group_count(max_blocks, splits)
+        space = IndexWorkspace(1, 1, max_blocks, "cpu")
+        first = [g // splits * length * splits + g % splits for g in range(count)]
+        assert length == 1 or (max(first) < max_blocks and count <= space.leaders.shape[1])
+        assert length == 1 or count * length <= space.keys.shape[1]
+        blocks = sorted(b + i * splits for b in first for i in range(length))
+        assert [b for b in blocks if b < max_blocks] == list(range(max_blocks))
+
+
+@pytest.mark.parametrize(("device", "dtype"), ANY)
+@pytest.mark.parametrize("at_once", [16, 2048])
+def test_more_groups_than_the_selection_ranks_at_once(
+    device: str, dtype: torch.dtype, at_once: int, monkeypatch: pytest.MonkeyPatch
 ):
     """Nearly all blocks of the table share one page, so nearly all of them tie."""
-    monkeypatch.setattr(index_selection_module, "MOST_BLOCKS_AT_ONCE", chunk)
+    monkeypatch.setattr(index_scan_module, "MOST_WITHOUT_GROUPS", 32)
+    monkeypatch.setattr(index_topk_decode_module, "MOST_WITHOUT_GROUPS", 32)
+    monkeypatch.setattr(index_selection_module, "MOST_LEADERS_AT_ONCE", at_once)
     case = make_decode(device, dtype, [BLOCK * 3], heads=(1, 1), dim=32)
-    blocks = 3 * chunk if chunk == 16 else chunk + 1
+    blocks = 81
     table = case.batch.page_table[:, :1].repeat(1, blocks)
     table[0, blocks - 7], table[0, 5] = case.batch.page_table[0, 1], case.batch.page_table[0, 2]
     lens = torch.tensor([blocks * BLOCK], dtype=torch.int32, device=device)
     many = replace(case, batch=replace(case.batch, page_table=table, seq_lens=lens))
-    check(many, SelectionRule(16, 0, 1), splits=1, tolerance=2e-3)
+    check(many, SelectionRule(16, 0, 1), splits=40, tolerance=2e-3)
 
 
 @pytest.mark.gpu
