@@ -22,14 +22,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pdkv_kernels.decode_batch import DecodeBatch
 from pdkv_kernels.fp8_bits import fp8_code, half_of_bits
+from pdkv_kernels.index_keys import HIDDEN, INIT, LOCAL, NAN, wide_keys
+from pdkv_kernels.index_ring import scan_by_ring
 from pdkv_kernels.launch import chained, launch_options, stages_that_fit
 from pdkv_kernels.paged import BLOCK
-
-_HIDDEN = tl.constexpr(-0x80000000)
-_NAN = tl.constexpr(-0x7FFFFFFF)
-_LOCAL = tl.constexpr(0x7FFFFFFE)
-_INIT = tl.constexpr(0x7FFFFFFF)
-"""Keys around those of real scores: -inf is -0x7F800000 and +inf is 0x7F800000."""
 
 MOST_WITHOUT_GROUPS = 1024
 """Blocks of a table whose keys a selection reads all at once."""
@@ -46,6 +42,7 @@ class ScanPlan:
     ahead: int = 32  # pages that a program looks up at once
     in_advance: bool = True  # where it is settled what they are, the first tiles are asked for before its turn
     early_tiles: int = 1  # tiles that the second-level cache is asked for before its turn otherwise
+    ring: bool = False  # by ``index_ring``, which has numbers of its own for all but ``splits``
 
 
 def group_length(max_blocks: int, splits: int) -> int:
@@ -82,6 +79,10 @@ def scan_blocks(
     query_code, query_data = fp8_code(index_q, beside=index_k.dtype)
     early = chained()
     in_advance = early and batch.settled and plan.in_advance
+    group = group_length(batch.page_table.shape[1], plan.splits)
+    if plan.ring:
+        scan_by_ring((keys, leaders), index_q, index_k, batch, forced, (plan.splits, group))
+        return
     columns = triton.next_power_of_2(heads) * triton.next_power_of_2(batch.query_len)
     tiles = key_data
     in_one_piece = early and _in_one_piece(key_data)
@@ -119,7 +120,7 @@ def scan_blocks(
         REQUESTS=in_one_piece,
         EARLY_TILES=plan.early_tiles if in_one_piece and not in_advance else 0,
         FIRST_TILES=stages if in_advance else 0,
-        GROUP=group_length(batch.page_table.shape[1], plan.splits),
+        GROUP=group,
         EARLY=early,
         **launch_options(early, plan.num_warps, stages),
     )
@@ -239,16 +240,10 @@ def _scan_kernel(
                 member = turn % GROUP
                 tl.store(keys_at + group * GROUP + member, key, mask=is_visible)
                 # What the column does not see is below all that it does, and nobody asks for groups that begin with it.
-                wide = wide_keys(tl.where(block < visible_blocks, key, _HIDDEN), block)
+                wide = wide_keys(tl.where(block < visible_blocks, key, HIDDEN), block)
                 leader = tl.where(member == 0, wide, tl.maximum(leader, wide))
                 if (member == GROUP - 1) | (turn == count - 1):
                     tl.store(leaders_at + group, leader, mask=real)
-
-
-@triton.jit
-def wide_keys(keys, blocks):
-    """Keys that all differ: the ordered score above, and below it the complement of the block, so that low ids win."""
-    return (keys.to(tl.int64) << 32) | (0x7FFFFFFF - blocks).to(tl.int64)
 
 
 @triton.jit
@@ -286,9 +281,9 @@ def _block_keys(k, q, block, visible, visible_blocks, init_blocks, local_blocks,
     bits = dots.to(tl.int32, bitcast=True)
     ordered = tl.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
     # NaN must win inside its block, so that it is noticed, and lose among blocks.
-    ordered = tl.where(dots != dots, _INIT, ordered)
-    ordered = tl.where((block * TOKENS + tl.arange(0, TOKENS))[:, None] < visible[None, :], ordered, _HIDDEN)
+    ordered = tl.where(dots != dots, INIT, ordered)
+    ordered = tl.where((block * TOKENS + tl.arange(0, TOKENS))[:, None] < visible[None, :], ordered, HIDDEN)
     key = tl.max(ordered, axis=0)
-    key = tl.where(key == _INIT, _NAN, key)
-    key = tl.where(block >= visible_blocks - local_blocks, _LOCAL, key)
-    return tl.where(block < init_blocks, _INIT, key)
+    key = tl.where(key == INIT, NAN, key)
+    key = tl.where(block >= visible_blocks - local_blocks, LOCAL, key)
+    return tl.where(block < init_blocks, INIT, key)

@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from pdkv_kernels.decode_batch import DecodeBatch
-from pdkv_kernels.index_scan import group_count, group_length, wide_keys
+from pdkv_kernels.index_keys import wide_keys
+from pdkv_kernels.index_scan import group_count, group_length
 from pdkv_kernels.launch import FEW_PROGRAMS, chained, launch_options
 from pdkv_kernels.paged import BLOCK
 

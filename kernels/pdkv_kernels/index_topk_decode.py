@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 
 from pdkv_kernels.decode_batch import DecodeBatch, uniform_batch
+from pdkv_kernels.index_ring import RING_TILES, programs_that_fit, ring_fits
 from pdkv_kernels.index_scan import MOST_WITHOUT_GROUPS, ScanPlan, group_count, group_length, scan_blocks
 from pdkv_kernels.index_selection import GROUP, Successor, select_blocks
 from pdkv_kernels.launch import FEW_PROGRAMS
@@ -120,10 +121,20 @@ def scan_plan(batch: DecodeBatch, index_q: Tensor, index_k: Tensor, *, scan_foll
         programs, stages = 4, 3 if is_wide else 4
     else:  # behind a store whose successor does not start early
         programs, stages, in_advance = 3, 3, False
+    if in_advance and ring_fits(index_q, index_k, batch):
+        splits = _splits(programs_that_fit(index_k), batch, 1)
+        # A ring that is filled once only costs more than it gains.
+        if batch.page_table.shape[1] > RING_TILES * splits:
+            return ScanPlan(splits, 4, RING_TILES + 1, ring=True)
+    return ScanPlan(_splits(programs, batch, 1 if in_advance else 2), 4, stages, in_advance=in_advance)
+
+
+def _splits(programs: int, batch: DecodeBatch, fewest: int) -> int:
+    """Programs that share a sequence, so many on each multiprocessor."""
     # Of 512 groups the best are found in half the time that 528 take, which are ranked as 1,024.
-    multiprocessors = 128 if has_groups else _MULTIPROCESSORS
-    splits = max(1 if in_advance else 2, programs * multiprocessors // batch.num_seqs)
-    return ScanPlan(splits - splits % 4 if splits > 8 else splits, 4, stages, in_advance=in_advance)
+    multiprocessors = 128 if batch.page_table.shape[1] > MOST_WITHOUT_GROUPS else _MULTIPROCESSORS
+    splits = max(fewest, programs * multiprocessors // batch.num_seqs)
+    return splits - splits % 4 if splits > 8 else splits
 
 
 def _attention_starts(programs: int, key_bytes: int) -> Successor:

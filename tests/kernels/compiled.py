@@ -36,9 +36,11 @@ _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuo
 _MEMORY = re.compile(r"\b(LDG|STG|LD|ST|LDGSTS|ATOMG?|RED|UBLKCP|UTMALDG)\b")
 _WRITE = re.compile(r"\b(STG|ST|ATOMG?|RED|UTMASTG)\b")
 _WAIT = "ACQBULK"
-HINTING = {"index_scan._scan_kernel"}
+HINTING = {"index_scan._scan_kernel", "index_ring._ring_kernel"}
 """Kernels that read memory before their turn: only to hint to the cache, from numbers that they read again in it, or
 where it is promised to be settled. None writes any before it."""
+HOPPERS = {"index_ring._ring_kernel"}
+"""Kernels that nothing but a Hopper runs."""
 _MOST_PROGRAMS = 65_535
 """Of a grid, in its second and third dimension."""
 
@@ -71,15 +73,15 @@ def compiled(target: str, *options: str) -> list[Compiled]:
     return [Compiled(**json.loads(line)) for line in done.stdout.splitlines()]
 
 
-def launched_kernels() -> set[str]:
-    """module.function of every kernel that some function of ``pdkv_kernels`` launches, by the sources' own words."""
+def launched_kernels(target: str) -> set[str]:
+    """module.function of every kernel that some function of ``pdkv_kernels`` launches there, by the sources' words."""
     found = set()
     for path in Path(pdkv_kernels.__file__).parent.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             is_launch = isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)
             if is_launch and isinstance(node.func.value, ast.Name):
                 found.add(f"{path.stem}.{node.func.value.id}")
-    return found
+    return found if target == "sm_90" else found - HOPPERS
 
 
 class _Absent:
