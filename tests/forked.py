@@ -1,4 +1,4 @@
-"""Daemons forked off the server that has loaded what they need, in place of ``python -m``."""
+"""Daemons forked off the server that has loaded what they need, in place of ``python -m``; and so are their engines."""
 
 import os
 import signal
@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from tests.forked_engine import fork_engines
 from tests.forkserver import FORKED
 
 
@@ -69,4 +70,5 @@ def _run(
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = [main.__module__, *arguments]
+    fork_engines()
     sys.exit(main())

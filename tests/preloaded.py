@@ -6,6 +6,7 @@ import pkgutil
 
 import pdkv.cli
 import pdkv.daemons.doctor
+import pdkv.daemons.engine_process
 import pdkv.daemons.front
 import pdkv.daemons.router
 import pdkv.transport.auto

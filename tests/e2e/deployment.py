@@ -70,7 +70,7 @@ class Process:
     popen: "subprocess.Popen[bytes] | Forked | None" = None
 
     def start(self) -> None:
-        """Fronts and routers by a fork; ``up`` in full, and all below it. Engine processes always are."""
+        """Workers and routers by forks; ``up`` in full, and all below it."""
         environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", **self.environment}
         if self.role in ("prefill", "decode", "router") and not self.prefix:
             self.popen = Forked(main, (self.role, *self.arguments), environment, self.log)
