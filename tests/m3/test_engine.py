@@ -106,7 +106,7 @@ def test_prefill_here_and_decode_there_answer_as_one(model: M3Model, num_tokens:
 
 def test_requests_in_one_batch_do_not_disturb_each_other(model: M3Model) -> None:
     """More requests than slots, chunks that end anywhere, pages reused while others run."""
-    requests = [undivided(number, 64 + 37 * number, 4 + 3 * number) for number in range(1, 8)]
+    requests = [undivided(number, 64 + 37 * number, 4 + 3 * number) for number in range(1, 6)]
     made = worker(model, 9, prefill_chunk=50, max_batch=3)
     events: list[EngineEvent] = []
     for request in requests:

@@ -12,6 +12,8 @@ from pdkv.verify.pair import DividedPair
 from pdkv.verify.tampering import Kind, Mutation
 
 LENGTH = 700
+SHORT = 300
+"""Tokens of two whole pages and a part."""
 STORED = {"kv_dtype": "fp8", "index_dtype": "fp8"}
 
 
@@ -33,9 +35,9 @@ def test_ranks_and_scales_answer_as_without(verify: VerifyPages, prefill: int, d
 
 @pytest.mark.parametrize("stored", [STORED, {"kv_dtype": "bfloat16", "index_dtype": "bfloat16"}], ids=["fp8", "bf16"])
 def test_every_kind_of_region_is_missed_at_once(stored: dict[str, str], model_dir: Path) -> None:
-    prompt, other = make_prompt(3, LENGTH).token_ids, make_prompt(4, LENGTH).token_ids
+    prompt, other = make_prompt(3, SHORT).token_ids, make_prompt(4, SHORT).token_ids
     regions = ("k", "v", "index_k", *(("k_scale", "v_scale") if stored is STORED else ()))
-    with DividedPair(model_dir, LENGTH + 8, **stored, verify_pages=VerifyPages.FULL) as pair:
+    with DividedPair(model_dir, SHORT + 8, **stored, verify_pages=VerifyPages.FULL) as pair:
         for mutation in [Mutation(kind, region) for region in regions for kind in Kind]:
             pair.witness.watch(None)
             pair.ask(other, 1)  # what a dropped region leaves in the pages is another request's
