@@ -135,7 +135,7 @@ class Rig:
         ):
             got = held[local - base : local - base + length]
             wanted = self.expected(target, memory)[remote : remote + length]
-            require(got.data == wanted.data, f"wrong bytes from memory {memory}, offset {remote}, {length} bytes")
+            require(np.array_equal(got, wanted), f"wrong bytes from memory {memory}, offset {remote}, {length} bytes")
 
     def require_untouched(self, start: int = 0, end: int | None = None) -> None:
         require(bool((self.destination.bytes[start:end] == POISON).all()), "bytes were written that no read asked for")
