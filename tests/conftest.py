@@ -45,6 +45,7 @@ SHARING = {
     "verify_pages": "three",
     "lm_eval": "deployment",
     "openai": "deployment",
+    "top": "deployment",
 }
 """End-to-end tests that use one deployment for all of them."""
 

@@ -18,6 +18,7 @@ app = application(
         Subcommand("doctor", "pdkv.cli.doctor", "Look for what would keep a worker from serving."),
         Subcommand("describe", "pdkv.cli.doctor", "Show a worker's manifest, pages, leases and peers."),
         Subcommand("ping", "pdkv.cli.operating", "Ask a running daemon whether it is well."),
+        Subcommand("top", "pdkv.cli.top", "Watch a router's workers: health, speed, pages, transfers."),
         Subcommand("drain", "pdkv.cli.operating", "Have a running daemon take no more requests."),
         Subcommand("manifest", "pdkv.cli.manifest", "Show what a worker holds, or compare two workers."),
         Subcommand("lease", "pdkv.cli.lease", "Look at a prefill worker's leases, or end one."),

@@ -103,7 +103,7 @@ async def run_worker(config: WorkerConfig, engine_module: str = ENGINE_MODULE) -
                     _end_with_engine(link, life), health.watch(), life.stop_when_drained(is_idle, config.drain_s)
                 ),
             ):
-                app = create_app(settings.role, served, link, health, traffic)
+                app = create_app(settings.role, admin, served, link, health, traffic)
                 await http_server.serve(app, sock, life, link.fail_all)
         finally:
             await link.close()
@@ -128,10 +128,10 @@ async def _holds_nothing(link: EngineLink) -> bool:
 
 
 def create_app(
-    role: str, served: ServedModel, link: EngineLink, health: WorkerHealth, traffic: Traffic
+    role: str, admin: str, served: ServedModel, link: EngineLink, health: WorkerHealth, traffic: Traffic
 ) -> http_server.App:
-    """The HTTP surface of a worker. ``role``: "prefill" or "decode"."""
-    front = _Front(role, served, link, health)
+    """The HTTP surface of a worker. ``role``: "prefill" or "decode"; ``admin``: where its admin port listens."""
+    front = _Front(role, admin, served, link, health)
     app = http_server.App(traffic)
     app.add_route("/health", front.health)
     app.add_route(version.PATH, version.show)
@@ -151,9 +151,10 @@ def create_app(
 
 
 class _Front:
-    def __init__(self, role: str, served: ServedModel, link: EngineLink, health: WorkerHealth) -> None:
+    def __init__(self, role: str, admin: str, served: ServedModel, link: EngineLink, health: WorkerHealth) -> None:
         self._health = health
         self._role = role
+        self._admin = admin
         self._served = served
         self._link = link
         self.jobs = JobRoutes(served, link, self._ready)
@@ -173,6 +174,7 @@ class _Front:
             role=self._role,
             ready=not problem,
             problem=problem,
+            admin=self._admin,
             model=self._served.name,
             version=pdkv.__version__,
             prompt_digest=self._served.prompt_digest,

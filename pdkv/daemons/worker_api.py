@@ -43,6 +43,8 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     problem: str = ""
     """Why it is not ready."""
+    admin: str = ""
+    """HOST:PORT of its admin port, as it listens there: the host may be 0.0.0.0 or [::]."""
     incarnation: str = ""
     """16 hex digits."""
     control: str = ""
