@@ -39,6 +39,7 @@ SCHEMA = "pdkv.top/v1"
 CONNECT_TIMEOUT_S = 2.0
 _TIMEOUT_S = 5.0
 _HEALTH_PATH = "/health"
+_ASKED: dict[type, str] = {Health: "router", WorkerInfo: "pdkv worker", Verdict: "admin port of a pdkv daemon"}
 _WILDCARDS = ("0.0.0.0", "::")
 Answer = TypeVar("Answer")
 
@@ -156,8 +157,8 @@ class Observer:
         admin_url = ""
         try:
             admin_url = await self._admin_url(url)
-            answers = (self._get(admin_url, READY_PATH, Verdict), self._scrape(admin_url))
-            verdict, scrape = await asyncio.gather(*answers)
+            verdict = await self._get(admin_url, READY_PATH, Verdict)
+            scrape = await self._scrape(admin_url)
         except (WorkerLostError, PdkvError) as exc:
             row = WorkerRow(
                 url=url, admin_url=admin_url, role=role, state="unreachable", circuit=circuit, problem=str(exc)
@@ -184,24 +185,22 @@ class Observer:
         answer = await self._client.ask("GET", url + INFO_PATH, _TIMEOUT_S)
         if answer.status == 404:
             return url
-        admin = _decoded(answer.body, INFO_PATH, WorkerInfo).admin
+        admin = _decoded(answer.body, url + INFO_PATH, WorkerInfo).admin
         if not admin:
             raise PdkvError("it does not tell its admin port; name that by --worker")
         return reachable(Address(admin), url)
 
     async def _scrape(self, url: str) -> Scrape:
         answer = await self._client.ask("GET", url + METRICS_PATH, _TIMEOUT_S)
-        if answer.status != 200:
-            raise PdkvError(f"{url}{METRICS_PATH} answers {answer.status}; name a worker or its admin port")
         scrape = parse(answer.body.decode(errors="replace"), time.monotonic())
-        if not scrape.role():
-            raise PdkvError(f"what answers at {url}{METRICS_PATH} is no pdkv daemon")
+        if answer.status != 200 or not scrape.role():
+            raise PdkvError(f"{url + METRICS_PATH} answers {answer.status}, and not as an admin port does")
         return scrape
 
     async def _get(self, url: str, path: str, kind: type[Answer]) -> Answer:
         """Whatever the status: that of a daemon that is not ready is 503."""
         answer = await self._client.ask("GET", url + path, _TIMEOUT_S)
-        return _decoded(answer.body, path, kind)
+        return _decoded(answer.body, url + path, kind)
 
 
 def figures(now: Scrape, interval: Interval) -> Figures:
@@ -252,11 +251,11 @@ def _circuit(view: WorkerView) -> str:
     return "slow" if view.problem else "closed"
 
 
-def _decoded(body: bytes, path: str, kind: type[Answer]) -> Answer:
+def _decoded(body: bytes, asked: str, kind: type[Answer]) -> Answer:
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.MsgspecError as exc:
-        raise PdkvError(f"what answers at {path} is no pdkv daemon") from exc
+        raise PdkvError(f"what answers at {asked} is no {_ASKED[kind]}") from exc
 
 
 def _whole(value: float | None) -> int | None:

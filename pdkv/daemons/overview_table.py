@@ -22,6 +22,7 @@ _STYLES = {
 }
 _PLAIN_WIDTH = 200
 """Of what is not written to a terminal: so much that nothing is cut."""
+_NARROW = 100
 _SIZES = ("B", "kB", "MB", "GB")
 Number = Callable[[Figures], Text]
 
@@ -33,9 +34,10 @@ def console(out: TextIO, *, plain: bool) -> Console:
     return Console(file=out, highlight=False)
 
 
-def tables(seen: Overview) -> Group:
-    """The whole of one look."""
-    workers = (Text(), _serving(seen.workers), Text(), _moving(seen.workers)) if seen.workers else ()
+def tables(seen: Overview, width: int = _PLAIN_WIDTH) -> Group:
+    """The whole of one look, closer together where fewer than 100 columns are to be had."""
+    gap = 1 if width < _NARROW else 2
+    workers = (Text(), _serving(seen.workers, gap), Text(), _moving(seen.workers, gap)) if seen.workers else ()
     return Group(Text(_headline(seen)), *workers, *_problems(seen))
 
 
@@ -53,33 +55,33 @@ def _router_state(router: RouterRow) -> str:
     return "ready" if router.ready else "not ready"
 
 
-def _serving(workers: Iterable[WorkerRow]) -> Table:
+def _serving(workers: Iterable[WorkerRow], gap: int) -> Table:
     columns: dict[str, Number] = {
         "running": lambda f: _count(f.requests_in_flight),
         "queued": lambda f: _count(f.requests_queued, _DOUBTFUL),
-        "tokens/s": lambda f: _number(f.tokens_per_s, "{:,.0f}"),
+        "tok/s": lambda f: _number(f.tokens_per_s, "{:,.0f}"),
         "TTFT p50": lambda f: _duration(f.first_token_p50_s),
         "p99": lambda f: _duration(f.first_token_p99_s),
     }
-    table = _table("worker", "role", "state", "circuit", numbers=columns)
+    table = _table("worker", "role", "state", "circuit", numbers=columns, gap=gap)
     for row in workers:
         told = (_short(row.url), row.role or _NONE, _state(row.state), _state(row.circuit))
         table.add_row(*told, *(show(row.figures) for show in columns.values()))
     return table
 
 
-def _moving(workers: Iterable[WorkerRow]) -> Table:
+def _moving(workers: Iterable[WorkerRow], gap: int) -> Table:
     columns: dict[str, Number] = {
         "pages": _pages,
         "leases": lambda f: _count(f.leases),
         "oldest": lambda f: _duration(f.oldest_lease_s if f.leases else None),
         "stranded": lambda f: _count(f.pages_stranded, _DOUBTFUL),
         "moved/s": lambda f: _size(f.bytes_per_s),
-        "failures": _failures,
+        "failed": _failures,
         "peers": lambda f: _count(f.peers),
         "silence": lambda f: _duration(f.longest_silence_s if f.peers else None),
     }
-    table = _table("worker", numbers=columns)
+    table = _table("worker", numbers=columns, gap=gap)
     for row in workers:
         table.add_row(_short(row.url), *(show(row.figures) for show in columns.values()))
     return table
@@ -94,8 +96,8 @@ def _problems(seen: Overview) -> list[Text]:
     return [Text(), *(Text(f"{_short(url)}: {problem}") for url, problem in rows)] if rows else []
 
 
-def _table(*names: str, numbers: Iterable[str]) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+def _table(*names: str, numbers: Iterable[str], gap: int) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style="bold")
     for name in names:
         table.add_column(name, no_wrap=True)
     for name in numbers:

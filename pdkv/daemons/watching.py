@@ -86,7 +86,7 @@ def _shown(wanted: Watch) -> Iterator[Show]:
         yield lambda seen: page.print(tables(seen), "")
         return
     with Live(console=page, screen=True, auto_refresh=False) as live:
-        yield lambda seen: live.update(tables(seen), refresh=True)
+        yield lambda seen: live.update(tables(seen, page.width), refresh=True)
 
 
 def _print_json(seen: Overview) -> None:

@@ -55,7 +55,7 @@ def test_what_there_is_not_is_noticed() -> None:
 
 
 def test_help_for_operators_is_short_has_examples_and_loads_nothing_heavy() -> None:
-    commands = ["manifest show", "manifest diff", "lease ls", "lease release", "config explain", "ping", "drain"]
+    commands = ["manifest show", "manifest diff", "lease ls", "lease release", "config explain", "ping", "drain", "top"]
     program = f"""
 import sys
 from typer.testing import CliRunner
@@ -64,7 +64,7 @@ for command in {commands}:
     told = CliRunner().invoke(app, [*command.split(), "--help"])
     assert told.exit_code == 0, told.output
     assert "Examples:" in told.output and len(told.output.splitlines()) <= 60, told.output
-heavy = {{"torch", "starlette", "uvicorn"}} & set(sys.modules)
+heavy = {{"torch", "starlette", "uvicorn", "rich"}} & set(sys.modules)
 assert not heavy, heavy
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
