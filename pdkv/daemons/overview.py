@@ -13,7 +13,7 @@ from pdkv.daemons.config import Address
 from pdkv.daemons.metric_rates import Interval, Scrape, parse
 from pdkv.daemons.router import Health
 from pdkv.daemons.worker_api import INFO_PATH, WorkerInfo
-from pdkv.daemons.worker_client import WorkerClient, WorkerLostError
+from pdkv.daemons.worker_client import WholeAnswer, WorkerClient, WorkerLostError
 from pdkv.daemons.worker_pool import WorkerView
 from pdkv.errors import PdkvError
 from pdkv.metric_table import (
@@ -37,7 +37,6 @@ from pdkv.metric_table import (
 
 SCHEMA = "pdkv.top/v1"
 CONNECT_TIMEOUT_S = 2.0
-_TIMEOUT_S = 5.0
 _HEALTH_PATH = "/health"
 _ASKED: dict[type, str] = {Health: "router", WorkerInfo: "pdkv worker", Verdict: "admin port of a pdkv daemon"}
 _WILDCARDS = ("0.0.0.0", "::")
@@ -123,9 +122,13 @@ class _Looked(NamedTuple):
 class Observer:
     """Looks at a deployment again and again. Owns what the look before saw; belongs to one event loop."""
 
-    def __init__(self, client: WorkerClient, router_url: str, worker_urls: Sequence[str]) -> None:
-        """``router_url`` is empty where none is to be asked; ``worker_urls`` are workers' or their admin ports'."""
+    def __init__(
+        self, client: WorkerClient, router_url: str, worker_urls: Sequence[str], patience_s: float = 5.0
+    ) -> None:
+        """``router_url`` is empty where none is to be asked; ``worker_urls`` are workers' or their admin ports'.
+        ``patience_s``: how long an answer may take."""
         self._client = client
+        self._patience_s = patience_s
         self._router_url = router_url.rstrip("/")
         self._worker_urls = tuple(url.rstrip("/") for url in worker_urls)
         self._before: dict[str, Scrape] = {}
@@ -146,7 +149,7 @@ class Observer:
     async def _ask_router(self) -> tuple[RouterRow, dict[str, WorkerView]]:
         try:
             health = await self._get(self._router_url, _HEALTH_PATH, Health)
-        except (WorkerLostError, PdkvError) as exc:
+        except PdkvError as exc:
             return RouterRow(url=self._router_url, answers=False, problem=str(exc)), {}
         missing = health.missing
         row = RouterRow(url=self._router_url, answers=True, ready=not missing, problem="; ".join(missing))
@@ -159,7 +162,7 @@ class Observer:
             admin_url = await self._admin_url(url)
             verdict = await self._get(admin_url, READY_PATH, Verdict)
             scrape = await self._scrape(admin_url)
-        except (WorkerLostError, PdkvError) as exc:
+        except PdkvError as exc:
             row = WorkerRow(
                 url=url, admin_url=admin_url, role=role, state="unreachable", circuit=circuit, problem=str(exc)
             )
@@ -182,7 +185,7 @@ class Observer:
 
     async def _admin_url(self, url: str) -> str:
         """Of the worker at ``url``, which tells it; what has no such path is taken for an admin port itself."""
-        answer = await self._client.ask("GET", url + INFO_PATH, _TIMEOUT_S)
+        answer = await self._ask(url + INFO_PATH)
         if answer.status == 404:
             return url
         admin = _decoded(answer.body, url + INFO_PATH, WorkerInfo).admin
@@ -191,7 +194,7 @@ class Observer:
         return reachable(Address(admin), url)
 
     async def _scrape(self, url: str) -> Scrape:
-        answer = await self._client.ask("GET", url + METRICS_PATH, _TIMEOUT_S)
+        answer = await self._ask(url + METRICS_PATH)
         scrape = parse(answer.body.decode(errors="replace"), time.monotonic())
         if answer.status != 200 or not scrape.role():
             raise PdkvError(f"{url + METRICS_PATH} answers {answer.status}, and not as an admin port does")
@@ -199,8 +202,15 @@ class Observer:
 
     async def _get(self, url: str, path: str, kind: type[Answer]) -> Answer:
         """Whatever the status: that of a daemon that is not ready is 503."""
-        answer = await self._client.ask("GET", url + path, _TIMEOUT_S)
+        answer = await self._ask(url + path)
         return _decoded(answer.body, url + path, kind)
+
+    async def _ask(self, url: str) -> WholeAnswer:
+        try:
+            return await self._client.ask("GET", url, self._patience_s)
+        except WorkerLostError as exc:
+            late = isinstance(exc.__cause__, TimeoutError)
+            raise PdkvError(f"does not answer within {self._patience_s:g} s" if late else str(exc)) from exc
 
 
 def figures(now: Scrape, interval: Interval) -> Figures:

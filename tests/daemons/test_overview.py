@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -80,6 +81,18 @@ def test_draining_dead_and_foreign_ones_are_rows_that_say_so(
     assert seen.workers[0].problem == "draining"
     assert "cannot connect" in seen.workers[1].problem
     assert "is no admin port of a pdkv daemon" in seen.workers[3].problem
+
+
+def test_what_does_not_answer_in_time_is_said_to() -> None:
+    async def look(url: str) -> Overview:
+        async with WorkerClient(2.0, 30.0) as client:
+            return await Observer(client, url, [url], patience_s=0.05).look()
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        seen = asyncio.run(look(f"http://127.0.0.1:{silent.getsockname()[1]}"))
+    assert seen.router
+    assert {seen.router.problem, seen.workers[0].problem} == {"does not answer within 0.05 s"}
+    assert not seen.answered
 
 
 def test_the_command_fails_only_where_nothing_answers(trio: tuple[Daemon, Daemon, Daemon]) -> None:
