@@ -20,8 +20,8 @@ _STYLES = {
     "open": _BAD,
     "unreachable": _BAD,
 }
-_PLAIN_WIDTH = 200
-"""Of what is not written to a terminal: so much that nothing is cut."""
+_PLAIN_WIDTH = 10_000
+"""Of what is not written to a terminal: so much that no line is cut or broken."""
 _NARROW = 100
 _SIZES = ("B", "kB", "MB", "GB")
 Number = Callable[[Figures], Text]

@@ -163,7 +163,7 @@ PREFILL_ROW = WorkerRow(
     role="prefill",
     state="ready",
     circuit="slow",
-    problem="the router says: slow",
+    problem=f"the router says: slow{', and so on' * 30}",
     restarted=True,
     figures=Figures(
         requests_in_flight=3,
@@ -221,7 +221,7 @@ def test_numbers_are_written_for_people() -> None:
         "10.10.10.11:8200 0/4,096 - - 0 12.3 GB 4 +1 0 -",
         "",
         "10.10.10.10:8100: was started anew; rates are since then",
-        "10.10.10.10:8100: the router says: slow",
+        f"10.10.10.10:8100: {PREFILL_ROW.problem}",
     ]
 
 
