@@ -8,7 +8,7 @@
     ├── CapacityError          no room now or ever: pages, queue (HTTP 429, 503)
     ├── RankLostError          a rank of this worker died or did not answer; its ranks can only end
     ├── TransferError          a transfer that ended badly; carries a FailureCode
-    ├── HandshakeError         two workers that must not talk: manifests differ, probe failed
+    ├── HandshakeError         two workers that must not talk: manifests or keys do not fit, probe failed
     ├── TransportError         a transport that cannot start, register or connect
     └── ProtocolError          a control message that breaks the protocol
 
@@ -26,6 +26,7 @@ class FailureCode(StrEnum):
     DEADLINE = "deadline"
     DIGEST_MISMATCH = "digest_mismatch"
     INTERNAL = "internal"
+    KEYS = "keys"
     LEASE_EXPIRED = "lease_expired"
     MANIFEST = "manifest"
     NO_CAPACITY = "no_capacity"
@@ -34,6 +35,22 @@ class FailureCode(StrEnum):
     READ_FAILED = "read_failed"
     SHUTDOWN = "shutdown"
     UNKNOWN_TRANSFER = "unknown_transfer"
+
+
+class KeyRefusal(StrEnum):
+    """Why a control channel between two workers did not come about. Labels metrics: never rename one."""
+
+    BROKEN_OFF = "broken_off"
+    """A connection ended amid the handshake and did not say why; port scans and health checks over TCP do so too."""
+    OTHER_KEY = "other_key"
+    """Who connects expects another key than the one that the listening side holds."""
+    PEER_WITHOUT_KEYS = "peer_without_keys"
+    REFUSED_BY_PEER = "refused_by_peer"
+    """The listening side does not accept our key."""
+    UNKNOWN_KEY = "unknown_key"
+    """We do not accept the peer's."""
+    WITHOUT_KEYS = "without_keys"
+    """The peer has keys, and we have none."""
 
 
 class PdkvError(Exception):

@@ -3,7 +3,7 @@
 Labels are bounded: never a request, an address or a page. Every series also carries ``role``.
 """
 
-from pdkv.errors import FailureCode
+from pdkv.errors import FailureCode, KeyRefusal
 from pdkv.metrics import Kind, Label, Metric
 
 PREFILL, DECODE, ROUTER = "prefill", "decode", "router"
@@ -265,6 +265,12 @@ TRANSPORT_STAGED = _gauge(
 )
 MESSAGES_DROPPED = _counter(
     "pdkv_control_messages_dropped_total", "Control messages that could not be obeyed.", WORKERS
+)
+CONTROL_REFUSED = _counter(
+    "pdkv_control_refused_total",
+    "Connections of the control channel that keys have kept from standing, or that broke off in the handshake.",
+    WORKERS,
+    Label("reason", tuple(reason.value for reason in KeyRefusal)),
 )
 
 # ---- router

@@ -46,6 +46,7 @@ from pdkv.core.residency import WantedBlocks
 from pdkv.errors import ConfigError, FailureCode, HandshakeError
 from pdkv.schema import LayerRange, TransferId, VerifyPages
 from pdkv.transport.base import Completion
+from pdkv.wire.admission import Refused
 from pdkv.wire.channel import Channel, Received
 from pdkv.wire.messages import NO_TRANSFER, Done, Granted, OtherVersion, make_envelope
 
@@ -145,6 +146,11 @@ class DecodeAgent(Agent[DecodeCommand]):
                 waited_s = now() - at
                 transfer.account.posted_after(waited_s)
                 self._meter.followed(waited_s)
+        self._settle(at)
+
+    def on_refused(self, refused: Refused, at: float) -> None:
+        self._meter.kept_out(refused.reason)
+        self._links.on_refused(refused)
         self._settle(at)
 
     def on_completions(self, completions: Sequence[Completion], at: float) -> None:

@@ -13,6 +13,7 @@ from typing import Generic, TypeVar
 import zmq
 
 from pdkv.transport.base import Completion, Transport
+from pdkv.wire.admission import Refused
 from pdkv.wire.channel import Channel, Received
 
 _LOG = logging.getLogger("pdkv.agent")
@@ -35,6 +36,10 @@ class Agent(ABC, Generic[Command]):
 
     @abstractmethod
     def on_message(self, received: Received, at: float) -> None: ...
+
+    @abstractmethod
+    def on_refused(self, refused: Refused, at: float) -> None:
+        """Keys have kept a connection from standing."""
 
     @abstractmethod
     def on_completions(self, completions: Sequence[Completion], at: float) -> None: ...
@@ -111,6 +116,8 @@ class AgentLoop(Generic[Command]):
             agent.on_command(self._commands.popleft(), now())
         for received in self.channel.receive(ready):
             agent.on_message(received, now())
+        for refused in self.channel.take_refused():
+            agent.on_refused(refused, now())
         completions = self.transport.poll()
         if completions:
             agent.on_completions(completions, now())

@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 
 from pdkv.agent.events import TransferFacts
-from pdkv.errors import FailureCode
+from pdkv.errors import FailureCode, KeyRefusal
 from pdkv.metric_table import (
+    CONTROL_REFUSED,
     DIGEST_CHECKS,
     DIGEST_SECONDS,
     FOLLOWED_SECONDS,
@@ -47,6 +48,10 @@ class AgentMeter:
     def refused(self, code: FailureCode) -> None:
         """A handshake came to nothing."""
         self._meter.count(HANDSHAKES, "error", code.value)
+
+    def kept_out(self, reason: KeyRefusal) -> None:
+        """Keys have kept a connection from standing."""
+        self._meter.count(CONTROL_REFUSED, reason.value)
 
     def posted(self, path: str, num_spans: int, seconds: float) -> None:
         """One batch of reads was submitted."""

@@ -18,6 +18,7 @@ from pdkv.agent.rank_reads import LinkConnected, LinkProbed
 from pdkv.core.manifest import check_pairing
 from pdkv.errors import FailureCode, HandshakeError
 from pdkv.schema import PROTOCOL_VERSION, Incarnation, Manifest
+from pdkv.wire.admission import Refused
 from pdkv.wire.channel import Channel, Received, Route
 from pdkv.wire.messages import NO_TRANSFER, Gone, Hello, OtherVersion, Reject, Welcome, make_envelope
 from pdkv.wire.outbox import Outbox, ResendPolicy
@@ -129,6 +130,11 @@ class PeerLinks:
                 self.lose(link, HandshakeError(FailureCode.PEER_LOST, told))
             case _:
                 pass
+
+    def on_refused(self, refused: Refused) -> None:
+        """The connection of these links will not stand any more; the next transfer makes a new one."""
+        for link in [k for k in self._links.values() if not k.route.incoming and k.route.key == refused.dealer]:
+            self.lose(link, HandshakeError(FailureCode.KEYS, refused.message))
 
     def on_connected(self, report: LinkConnected) -> None:
         """Every rank has its endpoints."""

@@ -54,6 +54,7 @@ from pdkv.core.residency import BlockRange
 from pdkv.errors import FailureCode, HandshakeError
 from pdkv.schema import PROTOCOL_VERSION, Incarnation, TransferId
 from pdkv.transport.base import Completion
+from pdkv.wire.admission import Refused
 from pdkv.wire.channel import Channel, Received, Route
 from pdkv.wire.messages import (
     NO_TRANSFER,
@@ -159,6 +160,9 @@ class PrefillAgent(Agent[PrefillCommand]):
             self._channel.drop(f"incarnation {envelope.sender:016x} has not said Hello")
             return
         self._on_transfer_message(received, body, peer, at)
+
+    def on_refused(self, refused: Refused, at: float) -> None:  # noqa: ARG002
+        self._meter.kept_out(refused.reason)
 
     def on_completions(self, completions: Sequence[Completion], at: float) -> None:
         """P reads nothing."""

@@ -45,7 +45,8 @@ from pdkv.memory.pages import PagePool
 from pdkv.memory.row import RowLayout
 from pdkv.schema import Incarnation, TransferId, VerifyPages
 from pdkv.transport.base import Transport
-from pdkv.wire.channel import Channel, NoSecurity
+from pdkv.wire.admission import NoSecurity
+from pdkv.wire.channel import Channel
 from pdkv.wire.messages import RankOffer
 
 Emit = Callable[[PrefillAgentEvent | DecodeAgentEvent], None]

@@ -19,6 +19,7 @@ STATUS_OF = {
     FailureCode.DEADLINE: 504,
     FailureCode.DIGEST_MISMATCH: 502,
     FailureCode.INTERNAL: 500,
+    FailureCode.KEYS: 502,
     FailureCode.LEASE_EXPIRED: 502,
     FailureCode.MANIFEST: 502,
     FailureCode.NO_CAPACITY: 503,

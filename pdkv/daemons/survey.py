@@ -20,7 +20,8 @@ from pdkv.errors import HandshakeError, PdkvError
 from pdkv.memory.arena import Arena
 from pdkv.schema import Incarnation, ReadBatch
 from pdkv.transport.base import Completion, PeerId, ReadStatus, Transport
-from pdkv.wire.channel import Channel, NoSecurity
+from pdkv.wire.admission import NoSecurity
+from pdkv.wire.channel import Channel
 
 _SPAN_BYTES = (2 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20)
 _BATCH_BYTES = 64 << 20
@@ -91,6 +92,8 @@ def _wait_until_settled(
         poller.poll(20)
         for received in channel.receive():
             links.on_message(received, now())
+        for refused in channel.take_refused():
+            links.on_refused(refused)
         ranks.on_completions(transport.poll())
         while (answer := ranks.take()) is not None:
             if isinstance(answer, LinkConnected):

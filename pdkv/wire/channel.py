@@ -3,19 +3,22 @@
 P binds one ROUTER; D connects one DEALER to the address of each P. The zmq identity is the sender's incarnation, so
 nothing reaches, or comes from, the wrong life of a worker. Delivery is not promised here: outboxes send again. What
 breaks the protocol is counted, logged and dropped, and harms nobody else.
+
+A P with keys names its own in its address, by fingerprint: ``tcp://HOST:PORT#0123456789abcdef``. So a D knows whom it
+must find there, and whether that can be.
 """
 
 import ipaddress
 import logging
 import struct
 from collections.abc import Container, Iterator
-from typing import Protocol
 
 import msgspec
 import zmq
 
 from pdkv.errors import ConfigError, ProtocolError, TransportError
 from pdkv.schema import PROTOCOL_VERSION, Incarnation
+from pdkv.wire.admission import Admission, ChannelSecurity, PeerAddress, Refused
 from pdkv.wire.messages import Body, Envelope, OtherVersion, decode_body, decode_envelope, encode
 
 _LOG = logging.getLogger("pdkv.wire.channel")
@@ -47,28 +50,8 @@ class ChannelStatistics(msgspec.Struct, frozen=True):
     """Messages that broke the protocol: unreadable, too large, wrong sender, another version."""
     undeliverable: int
     """Messages that no connection could take; outboxes send again."""
-
-
-class ChannelSecurity(Protocol):
-    """How sockets are authenticated and encrypted before they bind or connect."""
-
-    authenticated: bool
-
-    def secure_server(self, socket: "zmq.Socket[bytes]") -> None: ...
-
-    def secure_client(self, socket: "zmq.Socket[bytes]") -> None: ...
-
-
-class NoSecurity:
-    """Plain text and no keys: allowed on loopback only, unless ``insecure`` is spelled out."""
-
-    authenticated = False
-
-    def secure_server(self, socket: "zmq.Socket[bytes]") -> None:
-        """Nothing to set."""
-
-    def secure_client(self, socket: "zmq.Socket[bytes]") -> None:
-        """Nothing to set."""
+    refused: int = 0
+    """Connections that keys have kept from standing."""
 
 
 class Channel:
@@ -83,42 +66,48 @@ class Channel:
         self._router: zmq.Socket[bytes] | None = None
         self._dealers: dict[int, zmq.Socket[bytes]] = {}
         self._next_key = 1
+        self._admission = Admission(security, self._context)
         self._sent = self._received = self._dropped = self._undeliverable = 0
 
     def bind(self, listen: str) -> str:
-        """Listen on a zmq endpoint; returns it with the port that was taken. ``ConfigError`` for one not allowed."""
+        """Listen on a zmq endpoint; returns the address for peers: with the port that was taken, and the name of the
+        own key, if there is one. ``ConfigError`` for an endpoint that is not allowed."""
         self._check_address(listen, "listen on")
         socket = self._make_socket(zmq.ROUTER)
-        self._security.secure_server(socket)
+        self._admission.secure_listening(socket, listen)
         socket.set(zmq.ROUTER_MANDATORY, 1)
         socket.set(zmq.ROUTER_HANDOVER, 1)  # a peer that reconnects is heard before its old connection is found dead
         try:
             socket.bind(listen)
         except zmq.ZMQError as exc:
+            self._admission.forget_listening()
             socket.close(0)
             raise ConfigError(f"control channel cannot listen on {listen}: {exc}") from exc
         self._router = socket
         bound = socket.get(zmq.LAST_ENDPOINT)
         assert isinstance(bound, bytes)
-        self.endpoint = bound.rstrip(b"\0").decode()
+        self.endpoint = str(PeerAddress(bound.rstrip(b"\0").decode(), self._security.fingerprint))
         return self.endpoint
 
-    def connect(self, endpoint: str) -> Route:
-        """A new connection to a P; what is sent before it stands waits for it. ``ConfigError`` for a bad endpoint.
+    def connect(self, to: str) -> Route:
+        """A new connection to a P at the address that its ``bind`` returned; what is sent before it stands waits for
+        it. One that keys do not allow is told by ``take_refused``. ``ConfigError`` for a bad endpoint.
 
         Not ``zmq.IMMEDIATE``: a connection that ends would take along what it brought and was not read yet, so the last
         word of a P that ends, and why a transfer failed, would hang on how soon this thread is scheduled.
         """
-        self._check_address(endpoint, "connect to")
+        address = PeerAddress.parse(to)
+        self._check_address(address.endpoint, "connect to")
         socket = self._make_socket(zmq.DEALER)
-        self._security.secure_client(socket)
-        try:
-            socket.connect(endpoint)
-        except zmq.ZMQError as exc:
-            socket.close(0)
-            raise ConfigError(f"control channel cannot connect to {endpoint!r}: {exc}") from exc
         key = self._next_key
         self._next_key += 1
+        self._admission.secure_dialling(socket, key, address)
+        try:
+            socket.connect(address.endpoint)
+        except zmq.ZMQError as exc:
+            self._admission.forget_dialling(key)
+            socket.close(0)
+            raise ConfigError(f"control channel cannot connect to {address.endpoint!r}: {exc}") from exc
         self._dealers[key] = socket
         return Route(key=key, incoming=False)
 
@@ -126,6 +115,7 @@ class Channel:
         """End a connection made by ``connect``; harmless for one that has ended."""
         socket = self._dealers.pop(route.key, None) if not route.incoming else None
         if socket is not None:
+            self._admission.forget_dialling(route.key)
             socket.close(0)
 
     def send(self, route: Route, envelope: Envelope, body: Body) -> None:
@@ -149,21 +139,31 @@ class Channel:
         """What has come, a bounded number at a time; what cannot be read is counted and dropped.
 
         ``ready``: a poller's answer, of whose sockets alone something is read; None = of all. Of another protocol
-        version's messages only the envelope is given, so that the peer can be told.
+        version's messages only the envelope is given, so that the peer can be told. Peers that come in are let in, or
+        not, at the same time.
         """
+        self._admission.attend(ready)
         if self._router is not None and (ready is None or self._router in ready):
             yield from self._receive_from(self._router, None)
         for key, socket in list(self._dealers.items()):
             if not socket.closed and (ready is None or socket in ready):
                 yield from self._receive_from(socket, Route(key=key, incoming=False))
 
+    def take_refused(self) -> list[Refused]:
+        """Connections that keys have kept from standing since the last call, as far as ``receive`` has seen."""
+        return self._admission.take_refused()
+
     def sockets(self) -> "list[zmq.Socket[bytes]]":
         """For the owner's poller; changes with every ``bind``, ``connect`` and ``disconnect``."""
-        return [*([self._router] if self._router else []), *self._dealers.values()]
+        return [*self._carriers(), *self._admission.sockets()]
 
     def statistics(self) -> ChannelStatistics:
         return ChannelStatistics(
-            sent=self._sent, received=self._received, dropped=self._dropped, undeliverable=self._undeliverable
+            sent=self._sent,
+            received=self._received,
+            dropped=self._dropped,
+            undeliverable=self._undeliverable,
+            refused=self._admission.num_refused,
         )
 
     def drop(self, reason: str) -> None:
@@ -173,11 +173,15 @@ class Channel:
 
     def close(self) -> None:
         """Close every socket, once what was sent has left or a moment has passed. Idempotent."""
-        for socket in self.sockets():
+        self._admission.close()
+        for socket in self._carriers():
             socket.close(_CLOSING_LINGER_MS)
         self._router = None
         self._dealers.clear()
         self._context.term()
+
+    def _carriers(self) -> "list[zmq.Socket[bytes]]":
+        return [*([self._router] if self._router else []), *self._dealers.values()]
 
     def _receive_from(self, socket: "zmq.Socket[bytes]", route: Route | None) -> Iterator[Received]:
         for _ in range(_RECEIVE_AT_ONCE):
@@ -228,8 +232,9 @@ class Channel:
         if self._security.authenticated or self._insecure or is_loopback(endpoint):
             return
         raise ConfigError(
-            f"will not {verb} {endpoint}: control messages are not authenticated yet, so only loopback is allowed; "
-            "use tcp://127.0.0.1:PORT, or spell out --insecure on a network that you trust"
+            f"will not {verb} {endpoint}: without keys control messages are not authenticated, so only loopback is "
+            "allowed; give --control-keys (see pdkv keys new), use tcp://127.0.0.1:PORT, or spell out --insecure on a "
+            "network that you trust"
         )
 
 

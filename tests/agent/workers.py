@@ -36,7 +36,8 @@ from pdkv.memory.row import RowLayout, RowSlot
 from pdkv.schema import Incarnation, Manifest, TransferId, VerifyPages
 from pdkv.transport.base import Transport
 from pdkv.transport.inproc import InprocTransport
-from pdkv.wire.channel import Channel, NoSecurity
+from pdkv.wire.admission import ChannelSecurity, NoSecurity
+from pdkv.wire.channel import Channel
 from pdkv.wire.messages import RankOffer
 from tests.layouts import make_layout
 
@@ -106,6 +107,7 @@ class AgentSide:
         other_transports: Sequence[Transport | None] = (),
         num_offered: int | None = None,
         change: Callable[[Manifest], Manifest] = lambda manifest: manifest,
+        security: ChannelSecurity | None = None,
     ) -> None:
         self.incarnation = new_incarnation()
         size = 1 + len(other_transports)
@@ -114,7 +116,7 @@ class AgentSide:
         self.probe = ProbePages(self.arena)
         self.transport = transport or InprocTransport()
         self.transport.register(self.arena.memory)
-        self.channel = Channel(self.incarnation, NoSecurity())
+        self.channel = Channel(self.incarnation, security or NoSecurity())
         manifest = change(build_manifest(self.arena, KV, "model"))
         offers = (RankOffer(manifest, self.transport.address()), *(other.offer for other in self.others))
         self.identity = e.WorkerIdentity(
