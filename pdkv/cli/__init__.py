@@ -23,6 +23,7 @@ app = application(
         Subcommand("manifest", "pdkv.cli.manifest", "Show what a worker holds, or compare two workers."),
         Subcommand("lease", "pdkv.cli.lease", "Look at a prefill worker's leases, or end one."),
         Subcommand("checkpoint", "pdkv.cli.checkpoint", "Look at a checkpoint, without loading it."),
+        Subcommand("keys", "pdkv.cli.keys", "Make and show the keys by which workers know each other."),
         Subcommand("config", "pdkv.cli.config", "Show or check the configuration of a role."),
         Subcommand("metrics", "pdkv.cli.metrics", "List what daemons export at /metrics."),
         Subcommand("version", "pdkv.cli.version", "Print the version."),

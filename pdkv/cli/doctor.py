@@ -54,7 +54,13 @@ def doctor(  # noqa: PLR0913  a command's parameters are its flags
     ucx_library: Annotated[
         str | None, typer.Option(metavar="FILE", envvar="PDKV_UCX_LIBRARY", help="The libucp to look at.")
     ] = None,
-    insecure: Annotated[bool, typer.Option("--insecure", help="Allow a peer beyond this machine.")] = False,
+    control_keys: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", envvar="PDKV_CONTROL_KEYS", help="Folder of keys, as the workers have it."),
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Without keys: allow a peer beyond this machine.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Look for what would keep a worker from serving, and say how to mend it.
@@ -72,6 +78,7 @@ def doctor(  # noqa: PLR0913  a command's parameters are its flags
             max_model_len=max_model_len,
             ucx_library=ucx_library,
             insecure=insecure,
+            control_keys=control_keys,
         )
         settings = msgspec.structs.replace(
             settings,

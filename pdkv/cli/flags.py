@@ -86,7 +86,7 @@ def _metavar(info: FieldInfo) -> str:
         choices += [choice for choice in getattr(part, "__args__", ()) if isinstance(choice, str)]
     if choices:
         return "|".join(choices)
-    kinds: dict[Any, str] = {int: "N", float: "SECONDS", Path: "DIR"}
+    kinds: dict[Any, str] = {int: "N", float: "SECONDS", Path: "DIR", Path | None: "DIR"}
     return kinds.get(info.annotation, "TEXT")
 
 

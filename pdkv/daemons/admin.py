@@ -46,12 +46,14 @@ class AdminDesk(msgspec.Struct, frozen=True):
     traffic: Traffic
     collect: Collect
     """All that the daemon's processes have counted."""
+    posts_from_here: bool = False
+    """Only callers on this machine may drain the daemon, or end leases."""
 
 
 def create_admin_app(desk: AdminDesk) -> http_server.App:
     """The HTTP surface for probes, scrapes and operators."""
     routes = _Routes(desk)
-    app = http_server.App()
+    app = http_server.App(posts_from_here=desk.posts_from_here)
     app.add_route(LIVE_PATH, routes.live)
     app.add_route(READY_PATH, routes.ready)
     app.add_route(START_PATH, routes.started)

@@ -22,6 +22,7 @@ from pdkv.core.lease import LeasePolicy
 from pdkv.core.manifest import pairing_digest
 from pdkv.core.pull_queue import PullRate
 from pdkv.core.residency import BlockRange
+from pdkv.daemons.control_keys import channel_security
 from pdkv.daemons.gpu_sizing import chunk_on, room_on
 from pdkv.daemons.link import WorkerSettings
 from pdkv.daemons.other_ranks import OtherRanks
@@ -45,7 +46,6 @@ from pdkv.memory.pages import PagePool
 from pdkv.memory.row import RowLayout
 from pdkv.schema import Incarnation, TransferId, VerifyPages
 from pdkv.transport.base import Transport
-from pdkv.wire.admission import NoSecurity
 from pdkv.wire.channel import Channel
 from pdkv.wire.messages import RankOffer
 
@@ -61,7 +61,9 @@ class Assembly(msgspec.Struct, frozen=True):
     layout: RowLayout
     identity: WorkerIdentity
     control: str
-    """Endpoint of the control channel as peers are to dial it; empty on D, which only dials."""
+    """Address of the control channel as peers are to dial it; empty on D, which only dials."""
+    keys: tuple[str, ...]
+    """Fingerprints of the keys of the control channel, the own one first, then others that peers may have."""
     transport: str
     """One line: library, version, where it was found."""
     loop: AgentLoop[object]
@@ -77,13 +79,14 @@ def assemble(settings: WorkerSettings, emit: Emit, others: OtherRanks, transport
     that ``settings`` name. Raises whatever ``PdkvError`` keeps the worker from starting."""
     assert others.size == settings.tp_size, "whoever makes the ranks makes as many as the settings say"
     incarnation = new_incarnation()
+    security = channel_security(settings.control_keys)
     share = _load_all(settings, others)
     transport = transport or make_transport(settings)
     memory, offers = _furnish_all(settings, share, others, transport, incarnation)
     arena = memory.arena
     identity = _identity(settings, incarnation, offers)
     pool = PagePool(arena.num_pages, reserved=memory.probe.pages)
-    channel = Channel(incarnation, NoSecurity(), insecure=settings.insecure)
+    channel = Channel(incarnation, security, insecure=settings.insecure)
     loop: AgentLoop[object] = AgentLoop(channel, transport)
     digests = RankDigests(identity.manifest, ArenaDigests(arena), _reporting(loop))
     control = ""
@@ -117,6 +120,7 @@ def assemble(settings: WorkerSettings, emit: Emit, others: OtherRanks, transport
         layout=share.layout,
         identity=identity,
         control=control,
+        keys=security.accepted,
         transport=describe(transport),
         loop=loop,
         agent=agent,  # type: ignore[arg-type]  # its own commands are all that its role posts

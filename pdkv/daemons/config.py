@@ -85,12 +85,11 @@ def _worker_url(value: str) -> str:
     return value.rstrip("/")
 
 
-def _refuse_reachable(name: str, address: str, insecure: bool, harm: str) -> None:
-    if not Address(address).is_loopback and not insecure:
+def _refuse_reachable(name: str, address: str, harm: str, mend: str) -> None:
+    if not Address(address).is_loopback:
         raise ValueError(
-            f"{name} is {address}, which other machines can reach, and pdkv does not authenticate its peers "
-            f"yet: whoever reaches it can {harm}. Listen on 127.0.0.1, or spell out --insecure on a network that you "
-            "trust"
+            f"{name} is {address}, which other machines can reach, and {harm}. {mend}, or spell out --insecure on a "
+            "network that you trust"
         )
 
 
@@ -99,6 +98,7 @@ _MAX_PULL = Field(
     ge=0, description="Most gigabytes a second that decode pulls, to spare what it decodes; 0 = no limit."
 )
 _VERIFY = Field(description="Compare digests of pages that decode has read with prefill's.")
+_CONTROL_KEYS = Field(description="Folder of keys for the control channel.")
 _ADMIN = "Address of probes (/livez, /readyz, /startupz), /metrics and POST /drain; port 0 = any."
 Verify = Annotated[
     Literal["off", "sample", "full"],
@@ -204,6 +204,7 @@ class ServedConfig(RoleConfig):
     lease_ttl_s: Annotated[
         float, Field(gt=0, le=600, description="Seconds that decode may read pages without a sign of life."), _ADVANCED
     ] = 10.0
+    control_keys: Annotated[Path | None, _CONTROL_KEYS] = None
 
 
 class WorkerConfig(ServedConfig):
@@ -216,9 +217,8 @@ class WorkerConfig(ServedConfig):
     advertise_host: Annotated[
         str, Field(description="Host that peers are told to reach; default: that of --control-listen.")
     ] = ""
-    insecure: Annotated[
-        bool, Field(description="Allow addresses beyond this machine although nothing is authenticated yet.")
-    ] = False
+    insecure: Annotated[bool, Field(description="Trust whoever reaches a port of this worker.")] = False
+    """Without keys, ports may be reached from beyond this machine. In any case, POSTs to the admin port may."""
     admin_listen: Annotated[AddressText, Field(description=_ADMIN)]
     drain_timeout: Annotated[float, Field(gt=0, description="After SIGTERM: seconds in which what runs may end.")]
     stall_timeout: Annotated[
@@ -241,9 +241,12 @@ class WorkerConfig(ServedConfig):
 
     @model_validator(mode="after")
     def _only_loopback(self) -> "WorkerConfig":
-        for name in ("listen", "control_listen", "admin_listen"):
-            harm = "end this worker" if name == "admin_listen" else "read the K/V of every request"
-            _refuse_reachable(name, getattr(self, name), self.insecure, harm)
+        if self.control_keys is None and not self.insecure:
+            for name in ("listen", "control_listen", "admin_listen"):
+                can = "end this worker" if name == "admin_listen" else "read the K/V of every request"
+                harm = f"without keys pdkv does not authenticate its peers: whoever reaches it can {can}"
+                mend = "Give --control-keys (pdkv keys new makes some), listen on 127.0.0.1"
+                _refuse_reachable(name, getattr(self, name), harm, mend)
         host = self.advertise_host or Address(self.control_listen).host
         if host in ("0.0.0.0", "::"):
             raise ValueError(f"peers cannot reach {host}; --advertise-host must name this machine as they see it")
@@ -303,13 +306,15 @@ class RouterConfig(RoleConfig):
         float, Field(gt=0, description="After SIGTERM: seconds in which running requests may end.")
     ] = 30.0
     insecure: Annotated[
-        bool, Field(description="Allow an --admin-listen beyond this machine although nothing is authenticated yet.")
+        bool, Field(description="Allow an --admin-listen beyond this machine although nobody is authenticated there.")
     ] = False
     reuse_port: Annotated[bool, Flag(hidden=True)] = False
 
     @model_validator(mode="after")
     def _only_loopback(self) -> "RouterConfig":
-        _refuse_reachable("admin_listen", self.admin_listen, self.insecure, "end this router")
+        if not self.insecure:
+            harm = "pdkv does not authenticate who calls it: whoever reaches it can end this router"
+            _refuse_reachable("admin_listen", self.admin_listen, harm, "Listen on 127.0.0.1")
         return self
 
 
@@ -324,6 +329,7 @@ class UpConfig(ServedConfig):
     speculative_tokens: Annotated[
         int, Field(ge=0, le=7, description="Tokens that decode proposes by prompt lookup; 0 = none.")
     ] = 0
+    control_keys: Annotated[Path | None, _CONTROL_KEYS, _ADVANCED] = None
     layer_groups: Annotated[int, _LAYER_GROUPS, _ADVANCED] = 4
     max_pull_gbps: Annotated[float, _MAX_PULL, _ADVANCED] = 0.0
     verify_pages: Annotated[Verify, _VERIFY] = "off"

@@ -42,7 +42,7 @@ def told(found: Description) -> str:
         f"{info.role} worker at {found.url}, {'ready' if info.ready else 'loading'}, pdkv {info.version}",
         f"model        {info.model} (fingerprint {info.model_fingerprint[:16]}), up to {info.max_model_len:,} tokens",
         f"incarnation  {info.incarnation}",
-        f"control      {info.control or 'dials only'}",
+        f"control      {info.control.partition('#')[0] or 'dials only'}, {told_encryption(info)}",
         f"transport    {info.transport}",
         f"manifest     {info.manifest_digest}: {size}{each}",
     ]
@@ -65,6 +65,14 @@ def told(found: Description) -> str:
             path = f" over {peer.path}{note}, probe at {peer.probe_gbps:.2f} GB/s" if peer.path else ""
             lines.append(f"  {peer.incarnation:016x}  {peer.control} {peer.state}{path}")
     return "\n".join(lines)
+
+
+def told_encryption(info: worker_api.WorkerInfo) -> str:
+    """For people: whether a worker's control channel is encrypted, and by which keys."""
+    if not info.control_key:
+        return "not encrypted"
+    others = [key for key in info.accepted_keys if key != info.control_key]
+    return f"encrypted, key {info.control_key}" + (f", also accepts {', '.join(others)}" if others else "")
 
 
 def _get(url: str, path: str, kind: type[Answer]) -> Answer:

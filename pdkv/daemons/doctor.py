@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from pdkv.daemons.control_keys import channel_security
 from pdkv.daemons.link import WorkerSettings
 from pdkv.daemons.model_settings import config_of, layout_of
 from pdkv.daemons.sizing import choose_num_pages, memory_available_bytes
@@ -73,6 +74,7 @@ def doctor_settings(
     max_model_len: int,
     ucx_library: str | None,
     insecure: bool,
+    control_keys: Path | None = None,
 ) -> WorkerSettings:
     """A decode worker's settings for looking only: nothing listens."""
     return msgspec.structs.replace(
@@ -86,6 +88,7 @@ def doctor_settings(
         require_transport=require_transport,
         lease_ttl_s=10.0,
         insecure=insecure,
+        control_keys=str(control_keys or ""),
         log_level="error",
     )
 
@@ -106,6 +109,7 @@ def _all_checks(options: DoctorOptions) -> Iterator[Check]:
     yield _nvlink(settings)
     yield _memlock(settings)
     yield _shm()
+    yield from _guarded("control-channel", lambda: _control_channel(settings))
     yield from (_port(port) for port in options.ports)
     if not settings.model_dir:
         yield Check("model", Verdict.SKIP, "no --model given")
@@ -184,6 +188,20 @@ def _inherited_ucx_settings() -> Iterator[Check]:
         narrow = name == "UCX_TLS" and not any(t in value for t in ("rc", "dc", "ud", "ib", "all", "^"))
         told = f"{name}={value} is inherited and wins over pdkv's own" + ("; it leaves out RDMA" if narrow else "")
         yield Check("ucx-environment", Verdict.WARN, told, f"unset {name} unless you mean it")
+
+
+def _control_channel(settings: WorkerSettings) -> Iterator[Check]:
+    """Whether its messages are encrypted, with the keys that a worker would have."""
+    security = channel_security(settings.control_keys)
+    if security.authenticated:
+        others = len(security.accepted) - 1
+        told = f"encrypted, key {security.fingerprint}" + (f" and {others} more are accepted" if others else "")
+        yield Check("control-channel", Verdict.OK, told)
+        return
+    beyond = settings.insecure
+    told = "not encrypted" + (", also beyond this machine" if beyond else ", and so on this machine only")
+    fix = "pdkv keys new DIR, and --control-keys DIR on every worker"
+    yield Check("control-channel", Verdict.WARN if beyond else Verdict.OK, told, fix)
 
 
 def _nvlink(settings: WorkerSettings) -> Check:

@@ -150,6 +150,8 @@ class EngineSide:
             bytes_per_token=layout.num_bytes // layout.kv.block_size,
             num_regions=len(layout.slots),
             transport=self._parts.transport,
+            control_key=next(iter(self._parts.keys), ""),
+            accepted_keys=list(self._parts.keys),
             tp_size=self._settings.tp_size,
             regions=summarize(layout),
         )

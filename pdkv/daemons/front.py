@@ -11,6 +11,7 @@ import pdkv
 from pdkv.daemons import http_server, openai_api, version, worker_api
 from pdkv.daemons.admin import AdminDesk, create_admin_app
 from pdkv.daemons.config import Address, DecodeConfig, PrefillConfig, WorkerConfig
+from pdkv.daemons.control_keys import read_keys
 from pdkv.daemons.engine_link import ENGINE_MODULE, EngineGoneError, EngineLink
 from pdkv.daemons.health import WorkerHealth
 from pdkv.daemons.job_routes import JobRoutes
@@ -53,6 +54,7 @@ def engine_settings(config: WorkerConfig, served: ServedModel, listen: str) -> W
         require_transport=config.require_transport,
         lease_ttl_s=config.lease_ttl_s,
         insecure=config.insecure,
+        control_keys=str(config.control_keys or ""),
         log_level=config.log_level,
         tp_size=config.tp,
         expert_parallel=config.ep,
@@ -74,6 +76,8 @@ def engine_settings(config: WorkerConfig, served: ServedModel, listen: str) -> W
 
 async def run_worker(config: WorkerConfig, engine_module: str = ENGINE_MODULE) -> int:
     """Run a worker until a signal or the end of its engine process; returns the exit code."""
+    if config.control_keys is not None:
+        read_keys(config.control_keys)  # the engine process does; here what is wrong is said at once
     served = ServedModel.load(config)
     life = Lifecycle()
     meter = Meter()
@@ -89,7 +93,8 @@ async def run_worker(config: WorkerConfig, engine_module: str = ENGINE_MODULE) -
         traffic = Traffic(settings.role, life, meter)
         health = WorkerHealth(link, life, config.stall_timeout)
         metrics = WorkerMetrics(link, health, meter, served.name)
-        admin_app = create_admin_app(AdminDesk(settings.role, health, life, traffic, metrics.collect))
+        desk = AdminDesk(settings.role, health, life, traffic, metrics.collect, posts_from_here=not config.insecure)
+        admin_app = create_admin_app(desk)
         if settings.role == "prefill":
             LeaseDesk(link).add_to(admin_app)
 
@@ -193,6 +198,8 @@ class _Front:
                 bytes_per_token=ready.bytes_per_token,
                 num_regions=ready.num_regions,
                 transport=ready.transport,
+                control_key=ready.control_key,
+                accepted_keys=ready.accepted_keys,
                 regions=ready.regions,
             )
         return http_server.json_response(msgspec.json.encode(info))

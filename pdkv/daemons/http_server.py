@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pdkv.daemons.config import Address
+from pdkv.daemons.config import Address, is_loopback
 from pdkv.daemons.lifecycle import Lifecycle
 from pdkv.daemons.openai_api import MAX_BODY_BYTES, ApiError
 from pdkv.daemons.trace_context import Trace, trace_of
@@ -47,8 +47,10 @@ class App:
     processor time than all that is done here.
     """
 
-    def __init__(self, traffic: Traffic | None = None) -> None:
-        """With ``traffic``, its POSTs are counted, and refused while the daemon drains."""
+    def __init__(self, traffic: Traffic | None = None, *, posts_from_here: bool = False) -> None:
+        """With ``traffic``, its POSTs are counted, and refused while the daemon drains. ``posts_from_here``: only
+        callers on this machine may POST."""
+        self._posts_from_here = posts_from_here
         self._handlers: dict[str, dict[str, Handler]] = {}
         inner: ASGIApp = self._answer if traffic is None else Gate(self._answer, traffic, _draining)
         self._outermost = _Outermost(inner)
@@ -89,7 +91,15 @@ class App:
             refused = error_response(ApiError.of(405, f"{path} does not take {method}"))
             refused.headers["Allow"] = ", ".join(by_method)
             return refused
+        if method == "POST" and self._posts_from_here and not _is_here(scope):
+            raise ApiError.of(403, f"{path} is for callers on this machine, or give the worker --insecure")
         return await handler(Request(scope, receive))
+
+
+def _is_here(scope: Scope) -> bool:
+    """Whether the caller is on this machine, or in this pod: what is forwarded into a pod comes from there."""
+    host, _ = scope.get("client") or ("", 0)
+    return is_loopback(host.removeprefix("::ffff:"))
 
 
 Handler = Callable[[Request], Awaitable[Response]]

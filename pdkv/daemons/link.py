@@ -53,6 +53,8 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     lease_ttl_s: float
     insecure: bool
     """Allows ``control_listen`` on an address that is not loopback although messages are not authenticated."""
+    control_keys: str = ""
+    """Folder of the control channel's keys, which are read where they are used; empty: no keys."""
     log_level: str
     tp_size: int = 1
     """Rank processes of this worker."""
@@ -188,6 +190,10 @@ class EngineReady(msgspec.Struct, frozen=True, tag="ready"):
     num_regions: int
     transport: str
     """One line: library, version, where found."""
+    control_key: str = ""
+    """Fingerprint of the own key; empty where the control channel is not encrypted."""
+    accepted_keys: list[str] = []
+    """Fingerprints of the keys that peers may have, the own one first."""
     tp_size: int = 1
     """Ranks of this worker."""
     regions: list[RegionSummary] = []

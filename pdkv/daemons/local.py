@@ -22,6 +22,7 @@ from pdkv.daemons.config import (
     child_environment,
     flag_name,
 )
+from pdkv.daemons.control_keys import channel_security
 from pdkv.daemons.gpu_order import VARIABLE, orders, visible_gpus
 from pdkv.daemons.lifecycle import Lifecycle
 from pdkv.daemons.supervisor import ChildSpec, Supervisor
@@ -103,10 +104,13 @@ async def run_up(config: UpConfig) -> int:
 
 
 async def _serve(config: UpConfig) -> None:
+    security = channel_security(str(config.control_keys or ""))  # the workers do so too; wrong keys are told at once
+    channel = f"encrypted, key {security.fingerprint}" if security.authenticated else "not encrypted"
     async with deployed(config, print_to_stderr) as deployment:
         url = deployment.url
         admin = "".join(f"  {name:<12} {admin_url}/metrics\n" for name, admin_url in deployment.admin_urls.items())
-        sys.stdout.write(f"ready: {url}\n\n  {curl_line(config, url)}\n\n{admin}\n")
+        told = f"{admin}\n  control channel: {channel}\n"
+        sys.stdout.write(f"ready: {url}\n\n  {curl_line(config, url)}\n\n{told}\n")
         sys.stdout.flush()
         await asyncio.Event().wait()
 

@@ -12,6 +12,7 @@ from pdkv.agent.peer_links import LinkState, PeerLink, PeerLinks
 from pdkv.agent.rank_group import RankGroup
 from pdkv.agent.rank_reads import LinkConnected, LinkProbed, RankReads
 from pdkv.daemons.assembly import enroll, new_incarnation
+from pdkv.daemons.control_keys import channel_security
 from pdkv.daemons.description import fetch_info
 from pdkv.daemons.link import WorkerSettings
 from pdkv.daemons.model_settings import config_of
@@ -20,7 +21,6 @@ from pdkv.errors import HandshakeError, PdkvError
 from pdkv.memory.arena import Arena
 from pdkv.schema import Incarnation, ReadBatch
 from pdkv.transport.base import Completion, PeerId, ReadStatus, Transport
-from pdkv.wire.admission import NoSecurity
 from pdkv.wire.channel import Channel
 
 _SPAN_BYTES = (2 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20)
@@ -60,7 +60,7 @@ def survey(url: str, settings: WorkerSettings) -> PeerSurvey:
     config = config_of(settings)
     transport = make_transport(settings)
     incarnation = new_incarnation()
-    channel = Channel(incarnation, NoSecurity(), insecure=settings.insecure)
+    channel = Channel(incarnation, channel_security(settings.control_keys), insecure=settings.insecure)
     try:
         memory, identity = enroll(settings, config, transport, incarnation, num_pages=4)
         arena = memory.arena

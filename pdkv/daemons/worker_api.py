@@ -61,6 +61,10 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     bytes_per_token: int = 0
     num_regions: int = 0
     transport: str = ""
+    control_key: str = ""
+    """Fingerprint of the worker's key; empty where its control channel is not encrypted."""
+    accepted_keys: list[str] = []
+    """Fingerprints of the keys that its peers may have, the own one first."""
     version: str = ""
     regions: list[RegionSummary] = []
 

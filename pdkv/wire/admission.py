@@ -23,6 +23,8 @@ class ChannelSecurity(Protocol):
     authenticated: bool
     fingerprint: str
     """Of the own key; empty without keys."""
+    accepted: tuple[str, ...]
+    """Fingerprints of the keys that peers may have, the own one first."""
 
     def accepts(self, fingerprint: str) -> bool:
         """Whether a peer may be known by this key, or by none ("")."""
@@ -41,6 +43,7 @@ class NoSecurity:
 
     authenticated = False
     fingerprint = ""
+    accepted: tuple[str, ...] = ()
 
     def accepts(self, fingerprint: str) -> bool:
         return not fingerprint

@@ -96,6 +96,7 @@ class CurveSecurity:
         self._keys = keys
         self._by_fingerprint = {key.fingerprint: key for key in keys.accepted}
         self.fingerprint = keys.own.fingerprint
+        self.accepted = tuple(self._by_fingerprint)
 
     def accepts(self, fingerprint: str) -> bool:
         return fingerprint in self._by_fingerprint

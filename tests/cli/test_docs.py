@@ -55,7 +55,18 @@ def test_what_there_is_not_is_noticed() -> None:
 
 
 def test_help_for_operators_is_short_has_examples_and_loads_nothing_heavy() -> None:
-    commands = ["manifest show", "manifest diff", "lease ls", "lease release", "config explain", "ping", "drain", "top"]
+    commands = [
+        "keys new",
+        "keys show",
+        "manifest show",
+        "manifest diff",
+        "lease ls",
+        "lease release",
+        "config explain",
+        "ping",
+        "drain",
+        "top",
+    ]
     program = f"""
 import sys
 from typer.testing import CliRunner

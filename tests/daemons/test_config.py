@@ -109,9 +109,27 @@ def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("field", ["listen", "control_listen", "admin_listen"])
 def test_only_loopback_unless_insecure_is_spelled_out(field: str) -> None:
     flags = {"model": "m", field: "10.0.0.1:1"}
-    with pytest.raises(ConfigError, match="does not authenticate its peers yet"):
+    with pytest.raises(ConfigError, match=r"does not authenticate its peers: .* Give --control-keys .*--insecure"):
         load(DecodeConfig, flags)
     assert load(DecodeConfig, {**flags, "insecure": True}).insecure
+    assert not load(DecodeConfig, {**flags, "control_keys": "keys"}).insecure, "and with keys it need not be"
+
+
+def test_the_folder_of_keys_is_found_as_every_setting_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "pdkv.yaml"
+    file.write_text(yaml.safe_dump({"control_keys": "/yaml"}))
+    assert load(PrefillConfig, {"model": "m"}).control_keys is None
+    assert load(PrefillConfig, {"model": "m"}, file).control_keys == Path("/yaml")
+    monkeypatch.setenv("PDKV_CONTROL_KEYS", "/env")
+    assert load(PrefillConfig, {"model": "m"}, file).control_keys == Path("/env")
+    assert load(UpConfig, {"model": "m", "control_keys": "/flag"}, file).control_keys == Path("/flag")
+
+
+def test_a_routers_admin_port_beyond_loopback_is_spelled_out_whatever_keys_workers_have() -> None:
+    flags = {"prefill_urls": ["http://a:1"], "decode_urls": ["http://b:1"], "admin_listen": "10.0.0.1:1"}
+    with pytest.raises(ConfigError, match="end this router"):
+        load(RouterConfig, flags)
+    assert load(RouterConfig, {**flags, "insecure": True}).insecure
 
 
 def test_peers_are_told_an_address_that_they_can_reach() -> None:

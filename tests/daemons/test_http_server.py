@@ -24,8 +24,9 @@ class Client:
         self.said: list[Message] = []
         self._messages: list[Message] = [{"type": "http.request", "body": b"question"}]
 
-    async def ask(self, app: App, method: str = "POST", path: str = "/x") -> None:
+    async def ask(self, app: App, method: str = "POST", path: str = "/x", host: str = "127.0.0.1") -> None:
         scope = {"type": "http", "method": method, "path": path, "query_string": b"", "headers": []}
+        scope["client"] = (host, 1)
         await app(scope, self._receive, self._send)
 
     @property
@@ -48,6 +49,34 @@ class Client:
 
     async def _send(self, message: Message) -> None:
         self.said.append(message)
+
+
+@pytest.mark.parametrize(
+    ("host", "method", "status"),
+    [
+        ("127.0.0.1", "POST", 200),
+        ("::1", "POST", 200),
+        ("::ffff:127.0.0.1", "POST", 200),
+        ("10.0.0.9", "GET", 200),
+        ("10.0.0.9", "POST", 403),
+        ("::ffff:10.0.0.9", "POST", 403),
+        ("fe80::1", "POST", 403),
+    ],
+)
+def test_posts_may_be_for_callers_on_this_machine_alone(host: str, method: str, status: int) -> None:
+    async def answer(_: Request) -> Response:
+        return Response(b"done")
+
+    async def go() -> None:
+        for local, expected in ((True, status), (False, 200)):
+            app, client = App(posts_from_here=local), Client()
+            for each in ("GET", "POST"):
+                app.add_route("/x", answer, each)
+            await client.ask(app, method, host=host)
+            assert client.status == expected
+            assert (b"for callers on this machine" in client.body) is (expected == 403)
+
+    asyncio.run(go())
 
 
 def test_errors_have_one_form_and_every_answer_an_id() -> None:

@@ -65,6 +65,7 @@ def test_workers_get_every_setting_that_was_made() -> None:
         "device": "cuda",
         "gpu_memory_utilization": 0.4,
         "load_format": "dummy",
+        "control_keys": "/keys",
     }
     switched_on = {"no_prefix_cache", "batch_invariant"}
     assert set(made) | switched_on | {"model", "log_level", "log_format"} == set(ServedConfig.model_fields)

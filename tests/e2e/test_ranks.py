@@ -5,6 +5,7 @@ The tests stand in the order in which they wear the deployment out: the last two
 """
 
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from pdkv.daemons import worker_api
+from pdkv.daemons.control_keys import new_keys
 from pdkv.verify.link_chasing import make_prompt
+from tests.commands import pdkv
 from tests.e2e.deployment import (
     END_S,
     Process,
@@ -34,10 +38,11 @@ FLAGS = ("--max-model-len", "4096", "--lease-ttl", "5", "--stall-timeout", "6")
 
 @pytest.fixture(scope="module")
 def ranked(link_chasing_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trio]:
-    """P with two ranks, D with four, and a router."""
+    """P with two ranks, D with four, a key of their own each, and a router."""
     folder = tmp_path_factory.mktemp("ranks")
-    prefill = worker("prefill", link_chasing_model, folder, *FLAGS, "--tp", "2", "--prefill-chunk", "64")
-    decode = worker("decode", link_chasing_model, folder, *FLAGS, "--tp", "4", "--verify-pages", "full")
+    own = dict(zip(("prefill", "decode"), _a_key_each(folder / "p", folder / "d"), strict=True))
+    ranks = {"prefill": ("--tp", "2", "--prefill-chunk", "64"), "decode": ("--tp", "4", "--verify-pages", "full")}
+    prefill, decode = (worker(role, link_chasing_model, folder, *FLAGS, *own[role], *ranks[role]) for role in own)
     front = router(folder, [prefill], [decode], "--poll-interval", "0.2")
     with ExitStack() as stack:
         for process in (prefill, decode, front):
@@ -46,6 +51,15 @@ def ranked(link_chasing_model: Path, tmp_path_factory: pytest.TempPathFactory) -
         for process in (prefill, decode, front):
             wait_ready(process)
         yield Trio(prefill, decode, front)
+
+
+def _a_key_each(one: Path, two: Path) -> Iterator[tuple[str, str]]:
+    """Flags for two workers that accept each other."""
+    new_keys(one)
+    new_keys(two)
+    for own, other in ((one, two), (two, one)):
+        shutil.copy(other / "worker.public", own / "other.public")
+        yield "--control-keys", str(own)
 
 
 def ranks_of(process: Process) -> list[int]:
@@ -93,6 +107,54 @@ def test_two_ranks_to_four(ranked: Trio) -> None:
         assert checked[f"pdkv_kv_digest_checks_total{{region={region},result=ok}}"] == 24 * each
         assert checked[f"pdkv_kv_digest_checks_total{{region={region},result=mismatch}}"] == 0
     wait_until(lambda: ranked.prefill.holds_nothing() and ranked.decode.holds_nothing(), "pages back")
+
+
+def test_their_channel_is_encrypted_and_each_says_so(ranked: Trio) -> None:
+    """The test before has shown that transfers pass; here, that workers tell by which keys."""
+    infos = [process.info() for process in (ranked.prefill, ranked.decode)]
+    assert infos[0]["accepted_keys"] == list(reversed(infos[1]["accepted_keys"]))  # type: ignore[call-overload]
+    for process, info in zip((ranked.prefill, ranked.decode), infos, strict=True):
+        own, other = info["accepted_keys"]  # type: ignore[misc]
+        assert f"encrypted, key {own}, also accepts {other}" in pdkv("describe", process.url).stdout
+        refused = {name: value for name, value in process.metrics().items() if "control_refused" in name}
+        assert refused
+        assert not any(refused.values())
+
+
+def test_a_decode_worker_without_keys_is_kept_out_and_its_client_told_why(ranked: Trio, three: Trio) -> None:
+    info = ranked.prefill.info()
+    headers = {
+        worker_api.TRANSFER: "ab" * 16,
+        worker_api.DEADLINE: "30",
+        worker_api.PREFILL_CONTROL: str(info["control"]),
+        worker_api.PREFILL_INCARNATION: str(info["incarnation"]),
+    }
+    body = {"prompt": [1, 2, 3], "max_tokens": 2}
+    answer = HTTP.post(f"{three.decode.url}/v1/completions", json=body, headers=headers, timeout=60)
+    assert answer.status_code == 502, answer.text
+    assert answer.json()["error"]["code"] == "keys"
+    assert "speaks only with keys, and this worker has none" in answer.json()["error"]["message"]
+    assert three.decode.metrics()["pdkv_control_refused_total{reason=without_keys}"] == 1
+    assert "control channel refused: peer at" in three.decode.log.read_text()
+
+    def noticed() -> bool:
+        found = ranked.prefill.metrics()
+        return any(found[f"pdkv_control_refused_total{{reason={r}}}"] for r in ("peer_without_keys", "broken_off"))
+
+    wait_until(noticed, "prefill has counted it too")
+    assert "control channel refused: a " in ranked.prefill.log.read_text()
+
+
+def test_the_doctor_needs_the_keys_too(ranked: Trio, link_chasing_model: Path) -> None:
+    ask_it = ("doctor", "--model", str(link_chasing_model), "--peer", ranked.prefill.url, "--max-model-len", "4096")
+    kept_out = pdkv(*ask_it)
+    assert kept_out.returncode == 3
+    assert "speaks only with keys, and this worker has none" in kept_out.stdout
+    assert "control-channel  not encrypted" in kept_out.stdout
+    keys = ranked.decode.arguments[ranked.decode.arguments.index("--control-keys") + 1]
+    let_in = pdkv(*ask_it, PDKV_CONTROL_KEYS=keys)
+    assert let_in.returncode == 0, let_in.stdout
+    assert "control-channel  encrypted, key" in let_in.stdout
 
 
 def test_a_rank_that_hangs_shows_in_liveness(ranked: Trio) -> None:
