@@ -4,8 +4,8 @@
     results = run_conformance(TransportSpec(factory="mine.transport:make", path="tcp"))
 
 or ``python -m pdkv.transport.conformance mine.transport:make``. The far end runs in another process, so the factory
-must be importable there. ``make_inproc``, ``make_shm``, ``make_sockets``, ``make_auto`` and ``make_ucx`` are the
-factories of our own transports.
+must be importable there. ``make_inproc``, ``make_shm``, ``make_sockets``, ``make_auto``, ``make_ucx`` and
+``make_nixl`` are the factories of our own transports.
 """
 
 import argparse
@@ -45,6 +45,15 @@ def make_ucx(argument: str) -> Transport:
     if argument.startswith("{"):
         return UcxTransport(msgspec.json.decode(argument, type=UcxOptions))
     return UcxTransport(UcxOptions(tls=argument or None))
+
+
+def make_nixl(argument: str) -> Transport:
+    """Factory of ``nixl``: the argument is one UCX transport, or ``NixlOptions`` as JSON; empty = the default."""
+    from pdkv.transport.nixl import NixlOptions, NixlTransport  # noqa: PLC0415
+
+    if argument.startswith("{"):
+        return NixlTransport(msgspec.json.decode(argument, type=NixlOptions))
+    return NixlTransport(NixlOptions(tls=argument or None))
 
 
 def make_shm(_argument: str) -> Transport:
