@@ -1,7 +1,10 @@
 """Folders of keys: what is written, what is accepted, and what is refused without a word of what it holds."""
 
 import os
+import re
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -114,3 +117,22 @@ def test_a_folder_that_there_is_not_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="cannot write keys into"):
         new_keys(tmp_path / "file")
+
+
+def test_the_rotation_that_is_documented_never_parts_two_steps(folder: Path, tmp_path: Path) -> None:
+    """Its own commands, on files; that such keys let workers speak is tested where there are sockets."""
+    text = (Path(__file__).parents[2] / "docs/deploy.md").read_text(encoding="utf-8")
+    steps = re.findall(r"^\d\. (.*) and restart\.$", text.partition("**Rotation,")[2], re.MULTILINE)
+    assert len(steps) == 3
+    generations = [read_keys(folder)]
+    for step in steps:
+        for command in re.findall(r"`([^`]+)`", step):
+            full = re.sub(r"^pdkv\b", f"{sys.executable} -m pdkv", command)
+            subprocess.run(full, shell=True, check=True, cwd=tmp_path, capture_output=True)
+        generations.append(read_keys(folder))
+        one, two = generations[-2:]
+        for this, other in ((one, two), (two, one), (two, two)):
+            assert this.own in other.accepted
+    first, last = generations[0], generations[-1]
+    assert first.own not in last.accepted
+    assert last.accepted == (last.own,)

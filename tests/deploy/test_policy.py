@@ -3,7 +3,7 @@
 import pytest
 
 from tests.deploy.containers import configuration
-from tests.deploy.manifests import ALL, OVERLAYS, containers, kinds, main_container, pod_of, role_of, workloads
+from tests.deploy.manifests import ALL, OVERLAYS, Object, containers, kinds, main_container, pod_of, role_of, workloads
 
 CLOSING_S = 10
 """After a drain: seconds for the last answers, the engine process and the sockets."""
@@ -119,10 +119,15 @@ def test_stateful_sets_have_their_headless_service(of: str) -> None:
 
 
 @pytest.mark.parametrize("of", ALL)
-def test_what_listens_beyond_loopback_spells_insecure_and_stands_behind_a_default_deny(of: str) -> None:
-    assert [configuration(of, role).insecure for role in ("prefill", "decode", "router")] == [True] * 3
+def test_workers_have_keys_the_router_spells_insecure_and_all_stand_behind_a_default_deny(of: str) -> None:
     for each in workloads(of):
-        assert "--insecure" in main_container(each)["args"], "spelt out where it is seen, not in a file"
+        config, args = configuration(of, role_of(each)), main_container(each)["args"]
+        has_keys = role_of(each) != "router"
+        assert config.insecure is not has_keys
+        assert ("--insecure" in args) is not has_keys, "spelt out where it is seen, not in a file"
+        if has_keys:
+            assert f"--control-keys={config.control_keys}" in args
+            _expect_keys_for_the_group_alone(pod_of(each), str(config.control_keys))
     deny = next(p["spec"] for p in kinds(of, "NetworkPolicy") if p["metadata"]["name"] == "pdkv-default-deny")
     assert sorted(deny["policyTypes"]) == ["Egress", "Ingress"]
     assert "ingress" not in deny
@@ -130,3 +135,12 @@ def test_what_listens_beyond_loopback_spells_insecure_and_stands_behind_a_defaul
     for each in workloads(of):
         labels = each["spec"]["template"]["metadata"]["labels"]
         assert deny["podSelector"]["matchLabels"].items() <= labels.items()
+
+
+def _expect_keys_for_the_group_alone(pod: Object, folder: str) -> None:
+    (container,) = pod["containers"]
+    (mount,) = (mount for mount in container["volumeMounts"] if mount["mountPath"] == folder)
+    assert mount["readOnly"] is True
+    (volume,) = (volume for volume in pod["volumes"] if volume["name"] == mount["name"])
+    assert volume["secret"] == {"secretName": "pdkv-control-keys", "defaultMode": 0o440}
+    assert pod["securityContext"]["fsGroup"] == pod["securityContext"]["runAsGroup"]

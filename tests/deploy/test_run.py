@@ -9,6 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from pdkv.daemons.control_keys import new_keys
 from tests.deploy.containers import environment
 from tests.deploy.manifests import Object, main_container, pod_of, worker_settings, workload
 from tests.e2e.deployment import Process, free_port, wait_until
@@ -30,7 +31,7 @@ class Places:
     def text(self, text: str) -> str:
         text = re.sub(r"0\.0\.0\.0:(\d+)", lambda found: f"127.0.0.1:{self.port(found[1])}", text)
         text = re.sub(r"dns://pdkv-\w+:(\d+)", lambda found: f"dns://localhost:{self.port(found[1])}", text)
-        return re.sub(r"(?<![\w/])/(model|etc/pdkv)\b", lambda found: str(self.folder / found[1]), text)
+        return re.sub(r"(?<![\w/])/(model|etc/pdkv-keys|etc/pdkv)\b", lambda found: str(self.folder / found[1]), text)
 
     def environment(self, container: Object) -> dict[str, str]:
         own = {name: self.text(value) for name, value in environment(container).items()}
@@ -41,6 +42,7 @@ class Places:
 def places(tmp_path: Path) -> Places:
     places = Places(tmp_path)
     (tmp_path / "etc/pdkv").mkdir(parents=True)
+    new_keys(tmp_path / "etc/pdkv-keys")  # what the Secret is made of
     (tmp_path / "etc/pdkv/pdkv.yaml").write_text(places.text(worker_settings(OVERLAY)), encoding="utf-8")
     return places
 
@@ -91,4 +93,6 @@ def test_the_containers_find_each_other_and_answer(pods: dict[str, Process]) -> 
     ).json()
     assert answer["choices"][0]["text"].split() == ["n2", "n3"]
     assert answer["pdkv"]["transfer"]["path"] == "tcp"
+    keys = [pods[role].info()["control_key"] for role in ("prefill", "decode")]
+    assert keys[0] == keys[1] != "", "the control channel was encrypted, with the keys of the Secret"
     assert [process.end() for process in reversed(pods.values())] == [143] * 3, "drained, not broken off"
