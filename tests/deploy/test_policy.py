@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.deploy.containers import configuration
+from tests.deploy.containers import configuration, environment
 from tests.deploy.manifests import ALL, OVERLAYS, Object, containers, kinds, main_container, pod_of, role_of, workloads
 
 CLOSING_S = 10
@@ -121,12 +121,12 @@ def test_stateful_sets_have_their_headless_service(of: str) -> None:
 @pytest.mark.parametrize("of", ALL)
 def test_workers_have_keys_the_router_spells_insecure_and_all_stand_behind_a_default_deny(of: str) -> None:
     for each in workloads(of):
-        config, args = configuration(of, role_of(each)), main_container(each)["args"]
+        config, container = configuration(of, role_of(each)), main_container(each)
         has_keys = role_of(each) != "router"
         assert config.insecure is not has_keys
-        assert ("--insecure" in args) is not has_keys, "spelt out where it is seen, not in a file"
+        assert ("--insecure" in container["args"]) is not has_keys, "spelt out where it is seen, not in a file"
         if has_keys:
-            assert f"--control-keys={config.control_keys}" in args
+            assert environment(container)["PDKV_CONTROL_KEYS"] == str(config.control_keys)
             _expect_keys_for_the_group_alone(pod_of(each), str(config.control_keys))
     deny = next(p["spec"] for p in kinds(of, "NetworkPolicy") if p["metadata"]["name"] == "pdkv-default-deny")
     assert sorted(deny["policyTypes"]) == ["Egress", "Ingress"]

@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from pdkv.daemons.control_keys import new_keys, show_keys
 from pdkv.verify.link_chasing import LinkChasingPrompt, make_prompt
 from tests.e2e.deployment import END_S, Process, ask, descendants, running, token_ids, up, wait_until
 from tests.http import HTTP
@@ -67,14 +68,19 @@ def _in_flight(process: Process) -> bool:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_all_of_it(link_chasing_model: Path, tmp_path: Path, number: signal.Signals, code: int) -> None:
-    """Idle at SIGINT; at SIGTERM a request runs, and is answered."""
-    process = start(link_chasing_model, tmp_path, "--drain-timeout", "10")
+    """Idle at SIGINT; at SIGTERM a request runs, and is answered, between workers with keys."""
+    keys = ("--control-keys", str(tmp_path / "keys")) if number == signal.SIGTERM else ()
+    if keys:
+        new_keys(tmp_path / "keys")
+    process = start(link_chasing_model, tmp_path, "--drain-timeout", "10", *keys)
     prompt = make_prompt(4, 300)
     with running(process):
         assert process.popen is not None
         below = descendants(process.popen.pid)
         assert len(alive(below)) >= 5  # two fronts, two engine processes, a router
         wait_until(lambda: f"curl {process.url}/v1/completions" in process.log.read_text(), "a curl line")
+        channel = f"encrypted, key {show_keys(tmp_path / 'keys').fingerprint}" if keys else "not encrypted"
+        wait_until(lambda: f"control channel: {channel}\n" in process.log.read_text(), "what the channel is")
         answer = _asking(process, prompt, 40) if number == signal.SIGTERM else None
         if answer is not None:
             wait_until(lambda: _in_flight(process) or answer.done(), "the request is under way")
