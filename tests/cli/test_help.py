@@ -62,6 +62,8 @@ def test_advanced_flags_are_shown_on_demand() -> None:
         (["up", "--prefil", "2"], "No such option"),
         (["prefill", "--model", "/does/not/exist"], "/does/not/exist"),
         (["prefill", "--model", "m", "--listen", "0.0.0.0:1"], "does not authenticate"),
+        (["prefill", "--model", "m", "--control-keys", "/does/not/exist"], "/does/not/exist is no folder"),
+        (["up", "--model", "m", "--control-keys", "/does/not/exist"], "/does/not/exist is no folder"),
         (["router", "--prefill", "http://a:1"], "--decode is missing"),
         (["generate", "--model", "m"], "--prompt"),
         (["demo", "--steps", "3"], "--steps"),
