@@ -98,13 +98,20 @@ class Admission:
         self._logged: dict[KeyRefusal, tuple[float, int]] = {}
         """Of each kind: when a line was written last, and how many were not since."""
 
-    def secure_listening(self, socket: "zmq.Socket[bytes]", endpoint: str) -> None:
+    def secure_listening(self, socket: "zmq.Socket[bytes]") -> None:
         """Before ``socket`` binds; at most once, until ``close``."""
         if self._desk is None:
             self._desk = self._security.open_desk(self._context)
         self._security.secure_server(socket)
         watch = HandshakeWatch(socket, has_keys=self._security.authenticated)
-        self._listening = (watch, PeerAddress(endpoint, self._security.fingerprint))
+        self._listening = (watch, PeerAddress("", self._security.fingerprint))
+
+    def listening_at(self, endpoint: str) -> PeerAddress:
+        """Where ``socket`` has bound; returns the address for peers."""
+        assert self._listening is not None, "secured first"
+        watch, unnamed = self._listening
+        self._listening = (watch, PeerAddress(endpoint, unnamed.fingerprint))
+        return self._listening[1]
 
     def secure_dialling(self, socket: "zmq.Socket[bytes]", dealer: int, address: PeerAddress) -> None:
         """Before ``socket`` connects."""

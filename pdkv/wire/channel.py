@@ -74,7 +74,7 @@ class Channel:
         own key, if there is one. ``ConfigError`` for an endpoint that is not allowed."""
         self._check_address(listen, "listen on")
         socket = self._make_socket(zmq.ROUTER)
-        self._admission.secure_listening(socket, listen)
+        self._admission.secure_listening(socket)
         socket.set(zmq.ROUTER_MANDATORY, 1)
         socket.set(zmq.ROUTER_HANDOVER, 1)  # a peer that reconnects is heard before its old connection is found dead
         try:
@@ -86,7 +86,7 @@ class Channel:
         self._router = socket
         bound = socket.get(zmq.LAST_ENDPOINT)
         assert isinstance(bound, bytes)
-        self.endpoint = str(PeerAddress(bound.rstrip(b"\0").decode(), self._security.fingerprint))
+        self.endpoint = str(self._admission.listening_at(bound.rstrip(b"\0").decode()))
         return self.endpoint
 
     def connect(self, to: str) -> Route:

@@ -136,6 +136,8 @@ def test_what_cannot_fit_is_told_exactly_by_the_side_that_dials(
         assert pair.reasons("D") == {at_d}
         assert pair.reasons("P") <= at_p | {"broken_off"}
         assert told in pair.kept_out["D"][0].message
+        bare = pair.prefill.endpoint.partition("#")[0]
+        assert all(f" at {bare}" in refused.message for side in ("P", "D") for refused in pair.kept_out[side])
         assert pair.got == []
 
 
