@@ -10,12 +10,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 from pdkv.errors import KeyRefusal
 
-_EVENTS = (
-    zmq.EVENT_HANDSHAKE_SUCCEEDED
-    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
-    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-)
+_FAILURES = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 _READ_AT_ONCE = 64
 _BREAKS = 3
 """Handshakes that broke off in a row mean that the peer closes them; one alone may be a peer that ends."""
@@ -24,10 +19,13 @@ _BREAKS = 3
 class HandshakeWatch:
     """The monitor of one socket. Owned by the socket's owner, who polls ``monitor``, and closes this first."""
 
+    events: int = _FAILURES
+    """What wakes the owner."""
+
     def __init__(self, socket: "zmq.Socket[bytes]", *, has_keys: bool) -> None:
         self._socket = socket
         self._has_keys = has_keys
-        self.monitor: zmq.Socket[bytes] = socket.get_monitor_socket(_EVENTS)
+        self.monitor: zmq.Socket[bytes] = socket.get_monitor_socket(self.events)
 
     def refusals(self) -> list[KeyRefusal]:
         """Handshakes that have failed since the last call, as far as keys can be why."""
@@ -65,6 +63,8 @@ class HandshakeWatch:
 
 class DialWatch(HandshakeWatch):
     """Of a socket that connects to one address."""
+
+    events = _FAILURES | zmq.EVENT_HANDSHAKE_SUCCEEDED
 
     def __init__(self, socket: "zmq.Socket[bytes]", *, has_keys: bool, foreseen: KeyRefusal | None) -> None:
         """``foreseen``: why the handshake must fail, going by the address; None if it need not."""

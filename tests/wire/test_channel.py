@@ -62,8 +62,8 @@ def send_when_connected(channel: Channel, route: object, body: Body, other: Chan
         poller = zmq.Poller()
         for socket in other.sockets():
             poller.register(socket, zmq.POLLIN)
-        if poller.poll(50):
-            return next(iter(other.receive()))
+        if poller.poll(50) and (got := list(other.receive())):
+            return got[0]
     raise AssertionError
 
 
