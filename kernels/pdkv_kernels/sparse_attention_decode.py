@@ -2,6 +2,7 @@
 
 A program takes some of the blocks that one row chose for one kv head, with all query heads of that kv head as the rows
 of its tiles (``decode_tile``). Where several share a row and kv head, a second launch puts their results together.
+Where rows and kv heads fill the machine by themselves, ``attend_ring`` does it on a Hopper in bf16.
 """
 
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pdkv_kernels.attend_ring import RingPlan, attend_by_ring, ring_fits
 from pdkv_kernels.decode_arguments import page_arguments, result_arguments, tile_stages
 from pdkv_kernels.decode_batch import DecodeBatch, uniform_batch
 from pdkv_kernels.decode_tile import attend_tile, finish, prepare_q
@@ -18,6 +20,15 @@ from pdkv_kernels.fp8_bits import fp8_pairs
 from pdkv_kernels.launch import chained, launch_options
 from pdkv_kernels.paged import BLOCK, PagedKv, RaggedQueries
 from pdkv_kernels.softmax_merge import MergeWorkspace, merge_parts
+
+_MULTIPROCESSORS = 132
+"""Of an H200. With another number of them results are right too, and times further from the best."""
+_RINGS = {1: (4, 64, 6), 2: (4, 64, 4), 4: (2, 32, 6), 8: (1, 32, 3)}
+"""By programs of a multiprocessor: warps, tokens of a tile and slots of the ring that were fastest."""
+_FEWEST_GROUPS = 97
+"""With fewer a program a group leaves much of the machine idle."""
+_FULL = 0.95
+"""Of the places for programs, those taken at least; with fewer the other kernel is no slower."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +41,7 @@ class AttendPlan:
     num_stages: int
     late: bool = True  # what follows may start where the keys end, not before
     late_merge: bool = True  # and what follows the merge at the merge's end
+    ring: RingPlan | None = None  # by ``attend_ring``, for which nothing above counts; splits must be 1
 
 
 def sparse_attention_decode(
@@ -70,7 +82,10 @@ def sparse_attention_decode_into(
     assert batch.page_table.stride(1) == 1, batch.page_table.stride()
     if num_rows == 0:
         return
-    plan = plan or attend_plan(num_rows * kv_heads, topk, kv.k)
+    plan = plan or attend_plan(q, kv, batch, topk)
+    if plan.ring:
+        attend_by_ring((out, lse), q, kv, blocks, batch, scale, plan.ring)
+        return
     early = chained()
     parts = workspace.parts(plan.splits)
     places = -(-topk // plan.splits)
@@ -105,8 +120,17 @@ def sparse_attention_decode_into(
         merge_parts(out, lse, parts, plan.late_merge)
 
 
-def attend_plan(groups: int, topk: int, k: Tensor) -> AttendPlan:
-    """Splits, tile, warps and stages for this many rows times kv heads; measured on an H200, shape by shape."""
+def attend_plan(q: Tensor, kv: PagedKv, batch: DecodeBatch, topk: int) -> AttendPlan:
+    """By shapes alone; measured on an H200, shape by shape."""
+    groups = q.shape[0] * kv.k.shape[1]  # rows times kv heads
+    ring = _ring_plan(groups)
+    if ring and ring_fits(q, kv, batch, topk):
+        return AttendPlan(1, ring.tile, ring.warps, 1, ring=ring)
+    return _split_plan(groups, topk, kv.k)
+
+
+def _split_plan(groups: int, topk: int, k: Tensor) -> AttendPlan:
+    """Without a ring: splits, tile, warps and stages."""
     target = max(1, min(topk, (256 if groups >= 64 else 128) // groups))
     splits = 1 << (target.bit_length() - 1)
     late = groups < 32 or splits == 1
@@ -123,6 +147,16 @@ def attend_plan(groups: int, topk: int, k: Tensor) -> AttendPlan:
         return AttendPlan(1, BLOCK, 4, 2)
     # Up to 396 programs all run at once.
     return AttendPlan(splits, 64, 4, 3, late or groups > 64, late_merge)
+
+
+def _ring_plan(groups: int) -> RingPlan | None:
+    """For so many groups, a row and kv head each; None where the other kernel is as fast.
+
+    The share of each program is settled in advance, so all are to have equally much, and multiprocessors too.
+    """
+    programs = -(-groups // _MULTIPROCESSORS)  # of a multiprocessor
+    is_full = groups >= max(_FEWEST_GROUPS, _FULL * programs * _MULTIPROCESSORS)
+    return RingPlan(*_RINGS[programs]) if is_full and programs in _RINGS else None
 
 
 @triton.jit(do_not_specialize=["query_len"])

@@ -88,7 +88,7 @@ class TritonOperations:
             return sparse_attention_prefill(q, kv, blocks, queries.ragged, scale, tuning=tuning)[0]
         out = torch.empty_like(q)
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-        plan = attend_plan(q.shape[0] * blocks.shape[1], blocks.shape[2], kv.k)
+        plan = attend_plan(q, kv, queries.decode, blocks.shape[2])
         workspace = MergeWorkspace(q, plan.splits)
         sparse_attention_decode_into(out, lse, q, kv, blocks, queries.decode, scale, workspace, plan)
         return out

@@ -108,6 +108,8 @@ def cases() -> Iterator[Case]:
                 for query_len in (1, 4):
                     name = f"{layer.name} decode of {num_seqs}, {query_len} rows each"
                     yield Case(name, partial(_decode, layer, num_seqs, query_len, max_blocks))
+            for groups in (128, 512, 768, 2048) if kind is BFLOAT16 else ():
+                yield Case(f"{layer.name} attention of {groups} groups", partial(_attend_groups, layer, groups))
             yield Case(f"{layer.name} unsettled decode", partial(_decode, layer, 8, 1, 1024, settled=False))
             for num_rows in (512, 8192):
                 yield Case(f"{layer.name} prefill of {num_rows}", partial(_prefill, layer, num_rows))
@@ -230,6 +232,17 @@ def _attend(layer: Layer, num_rows: int, queries: StepQueries) -> None:
         operations.attend_to_all(q, pages.kv, queries, SCALE)
 
 
+def _attend_groups(layer: Layer, groups: int) -> None:
+    """To chosen blocks alone: so many rows times kv heads."""
+    num_seqs = groups // layer.heads.kv
+    q = torch.empty(num_seqs, layer.heads.q, DIM, dtype=layer.kind.compute)
+    chosen = torch.empty(num_seqs, layer.heads.kv, TOPK, dtype=torch.int32)
+    lens, table = torch.empty(num_seqs, dtype=torch.int32), torch.empty(num_seqs, 64, dtype=torch.int32)
+    ragged = RaggedQueries(torch.empty(num_seqs + 1, dtype=torch.int32), lens, table)
+    queries = StepQueries(ragged, DecodeBatch(lens, table, 1, settled=True))
+    _operations(layer.kind.compute).attend_to_chosen(q, layer.pages().kv, chosen, queries, SCALE)
+
+
 def _decode(layer: Layer, num_seqs: int, query_len: int, max_blocks: int, *, settled: bool = True) -> None:
     lens = torch.empty(num_seqs, dtype=torch.int32)
     table = torch.empty(num_seqs, max_blocks, dtype=torch.int32)
@@ -257,6 +270,7 @@ BRIEF = (
     Case("cast_store", partial(_cast, Layer(FP8, 4))),
     Case("decode", partial(_decode, Layer(FP8, 4), 256, 1, 64)),
     Case("decode of few", partial(_decode, Layer(FP8, 4), 8, 1, 1024)),
+    Case("attention by a ring", partial(_attend_groups, Layer(BFLOAT16, 1), 1024)),
     Case("prefill", partial(_prefill, Layer(BFLOAT16, 1), 8192)),
 )
 """What reaches every kernel in the least time: attention's prefill over fp8 takes three times as long to compile."""

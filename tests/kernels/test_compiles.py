@@ -24,6 +24,7 @@ def test_every_kernel_compiles_fits_and_waits_its_turn() -> None:
         "index_ring._ring_kernel",
         "index_scan._scan_kernel",
         "index_selection._select_kernel",
+        "attend_ring._attend_kernel",
         "sparse_attention_decode._attend_kernel",
         "paged_attention_decode._attend_kernel",
         "softmax_merge._merge_kernel",
