@@ -140,7 +140,7 @@ class TransportAddress(msgspec.Struct, frozen=True):
     """Where one rank's transport is reached, and what may be read there."""
 
     transport: str
-    """Implementation: "auto", "nvlink", "shm", "sockets", "ucx", "inproc"."""
+    """Implementation: "auto", "nixl", "nvlink", "shm", "sockets", "ucx", "inproc"."""
     address: bytes
     memories: tuple[MemoryDescriptor, ...]
 

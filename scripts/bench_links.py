@@ -1,6 +1,7 @@
 """What each transport makes of spans of each size, between two processes of this machine.
 
     python scripts/bench_links.py --ways shm,sockets,ucx-shm,ucx-tcp --sizes 2K,16K,64K,256K,1M,2892K,16M,64M
+    python scripts/bench_links.py --ways nixl,nixl-tcp                    # where NIXL is installed
     python scripts/bench_links.py --memory cuda --ways sockets,ucx        # GPU memory: staged, and by UCX
     python scripts/bench_links.py --first                                 # the first reads of a link, one by one
 
@@ -26,6 +27,7 @@ from pdkv.schema import ReadBatch, TransportAddress
 from pdkv.transport.base import Completion, PeerId, ReadStatus, Transport
 from pdkv.transport.conformance_memory import CudaArray
 from pdkv.transport.conformance_target import Bytes, KitMemory, SharedArray
+from pdkv.transport.nixl import NixlOptions, NixlTransport
 from pdkv.transport.shm import ShmTransport
 from pdkv.transport.sockets import SocketOptions, SocketTransport
 from pdkv.transport.ucx import UcxOptions, UcxTransport
@@ -63,7 +65,9 @@ def make_way(name: str, memory: str, slice_bytes: int, streams: int) -> Transpor
             return UcxTransport(UcxOptions(tls="posix,self,cuda_copy" if gpu else "posix,self", cuda=gpu))
         case "ucx-tcp":
             return UcxTransport(UcxOptions(tls="tcp,self,cuda_copy" if gpu else "tcp,self", cuda=gpu))
-    raise SystemExit(f"--ways: {name!r} is not one of shm, sockets, ucx, ucx-shm, ucx-tcp")
+        case "nixl" | "nixl-tcp":
+            return NixlTransport(NixlOptions(tls=name.partition("-")[2] or None))
+    raise SystemExit(f"--ways: {name!r} is not one of nixl, nixl-tcp, shm, sockets, ucx, ucx-shm, ucx-tcp")
 
 
 def allocate(memory: str, size: int) -> KitMemory:

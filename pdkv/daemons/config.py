@@ -131,7 +131,7 @@ class ServedConfig(RoleConfig):
     max_model_len: Annotated[
         int, Field(ge=0, description="Longest prompt + answer in tokens; 0 = the model's own, at most 32,768.")
     ] = 0
-    max_batch: Annotated[int, Field(ge=1, description="Requests worked on at a time, per worker.")] = 8
+    max_batch: Annotated[int, Field(ge=1, description="Requests worked on at once, per worker.")] = 8
     num_pages: Annotated[
         int, Field(ge=0, description="Pages of 128 tokens per worker; 0 = sized for max-batch requests."), _ADVANCED
     ] = 0
@@ -185,7 +185,8 @@ class ServedConfig(RoleConfig):
         _ADVANCED,
     ] = False
     transport: Annotated[
-        Literal["auto", "nvlink", "shm", "sockets", "ucx"], Field(description="What moves pages, auto: what can.")
+        Literal["auto", "nixl", "nvlink", "shm", "sockets", "ucx"],
+        Field(description="What moves pages, auto: what can; nixl: only NIXL, which is installed apart."),
     ] = "auto"
     require_transport: Annotated[
         Literal["rdma", "cuda_ipc", "shm", "tcp"] | None, Field(description="Refuse a peer reached by a lesser path.")

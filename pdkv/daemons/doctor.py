@@ -22,6 +22,7 @@ from pdkv.daemons.sizing import choose_num_pages, memory_available_bytes
 from pdkv.daemons.worker_settings import worker_settings
 from pdkv.errors import PdkvError, TransportError
 from pdkv.schema import LocalMemory, ReadBatch
+from pdkv.transport import nixl_agent
 from pdkv.transport.base import ReadStatus
 from pdkv.transport.cuda_gpu import CudaGpu
 from pdkv.transport.ucx import UcxOptions, UcxTransport
@@ -107,6 +108,7 @@ def _all_checks(options: DoctorOptions) -> Iterator[Check]:
     yield from _guarded("ucx-self-test", lambda: _ucx_self_test(settings))
     yield from _inherited_ucx_settings()
     yield _nvlink(settings)
+    yield _nixl()
     yield _memlock(settings)
     yield _shm()
     yield from _guarded("control-channel", lambda: _control_channel(settings))
@@ -217,6 +219,18 @@ def _nvlink(settings: WorkerSettings) -> Check:
         return Check("nvlink", Verdict.FAIL if needed else Verdict.SKIP, str(missing))
     how = "copy engines and kernel" if gpu.can_copy_batches else "kernel only, a driver for CUDA 12.8 brings the rest"
     return Check("nvlink", Verdict.OK, f"GPU {gpu.uuid}: {how}")
+
+
+def _nixl() -> Check:
+    """Whether ``--transport nixl`` could be asked for; nothing else needs it."""
+    if not nixl_agent.installed_nixl():
+        fix = f"only --transport nixl needs it: {nixl_agent.HOW_TO_INSTALL}"
+        return Check("nixl", Verdict.SKIP, "not installed", fix)
+    try:
+        package = nixl_agent.load_nixl()
+    except TransportError as broken:
+        return Check("nixl", Verdict.WARN, str(broken), "only --transport nixl needs it")
+    return Check("nixl", Verdict.OK, f"{package.name} {package.version}, backend {nixl_agent.BACKEND}")
 
 
 def _memlock(settings: WorkerSettings) -> Check:

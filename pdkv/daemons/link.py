@@ -44,7 +44,7 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     num_threads: int
     """torch threads; 0 = all cores."""
     transport: str
-    """"auto", "nvlink", "shm", "sockets", "ucx"."""
+    """"auto", "nixl", "nvlink", "shm", "sockets", "ucx"."""
     ucx_tls: str | None
     ucx_library: str | None
     require_transport: str | None

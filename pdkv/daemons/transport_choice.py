@@ -9,6 +9,7 @@ from pdkv.daemons.link import WorkerSettings
 from pdkv.errors import ConfigError, TransportError
 from pdkv.transport.auto import AutoTransport, Way
 from pdkv.transport.base import Transport
+from pdkv.transport.nixl import NixlOptions, NixlTransport
 from pdkv.transport.nvlink import NvlinkTransport
 from pdkv.transport.shm import ShmTransport
 from pdkv.transport.sockets import SocketOptions, SocketTransport
@@ -24,12 +25,15 @@ _CARDS = Path("/sys/class/infiniband")
 def make_transport(settings: WorkerSettings) -> Transport:
     """``--transport auto``: a mapping of the peer's memory (a GPU's, the host's) on the same host, RDMA where both have
     it, else TCP, through pinned host memory where it is a GPU's. Whoever says what UCX is to use (``--ucx-tls``) means
-    UCX. Raises ``TransportError`` when that cannot start."""
+    UCX. NIXL is not among what ``auto`` tries: whoever standardises on it says so. Raises ``TransportError`` when what
+    was chosen cannot start."""
     match settings.transport:
         case "auto" if settings.ucx_tls is None:
             return AutoTransport(_ways(settings))
         case "auto" | "ucx":
             return _ucx(settings)
+        case "nixl":
+            return NixlTransport(NixlOptions(tls=settings.ucx_tls))
         case "nvlink":
             return NvlinkTransport(settings.nvlink_blocks)
         case "shm":
@@ -37,7 +41,7 @@ def make_transport(settings: WorkerSettings) -> Transport:
         case "sockets":
             return _sockets(settings)
         case unknown:
-            raise ConfigError(f"transport {unknown!r} is not one of auto, nvlink, shm, sockets, ucx")
+            raise ConfigError(f"transport {unknown!r} is not one of auto, nixl, nvlink, shm, sockets, ucx")
 
 
 def describe(transport: Transport) -> str:
@@ -46,6 +50,8 @@ def describe(transport: Transport) -> str:
         return f"auto: {'; '.join(describe(way.transport) for way in transport.ways)}"
     if isinstance(transport, UcxTransport):
         return f"ucx {transport.library.version} from {transport.library.source}, {transport.library.path}"
+    if isinstance(transport, NixlTransport):
+        return f"nixl {transport.package.version} ({transport.package.name}), with its own UCX"
     return transport.name
 
 

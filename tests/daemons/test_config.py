@@ -80,7 +80,7 @@ def test_a_variable_of_another_role_is_no_error(monkeypatch: pytest.MonkeyPatch)
             {"model": "m", "transport": "pigeon"},
             {},
             {},
-            "--transport: Input should be 'auto', 'nvlink', 'shm', 'sockets' or",
+            "--transport: Input should be 'auto', 'nixl', 'nvlink', 'shm', 'sockets' or",
         ),
         ({"model": "m"}, {}, [1], "must hold keys and values"),
     ],

@@ -8,6 +8,7 @@ from pdkv.daemons.doctor import doctor_settings
 from pdkv.daemons.link import WorkerSettings
 from pdkv.daemons.transport_choice import describe, make_transport
 from pdkv.errors import ConfigError, TransportError
+from tests.transport.test_nixl import needs_nixl
 
 
 def settings(**changes) -> WorkerSettings:
@@ -34,6 +35,7 @@ def kinds(**changes) -> list[str]:
         ({"transport": "ucx"}, ["ucx"]),
         ({"device": "cuda"}, ["nvlink", "shm", "sockets", "ucx"]),
         ({"device": "cuda", "require_transport": "cuda_ipc"}, ["nvlink", "ucx"]),
+        pytest.param({"transport": "nixl"}, ["nixl"], marks=needs_nixl),
         ({"transport": "nvlink"}, ["nvlink"]),
         ({"transport": "shm"}, ["shm"]),
         ({"transport": "sockets"}, ["sockets"]),
@@ -66,6 +68,17 @@ def test_description_names_all_ways():
         assert describe(transport).startswith("auto: shm; sockets; ucx 1.")
     finally:
         transport.close()
+
+
+@needs_nixl
+def test_nixl_is_described_and_takes_one_word_for_its_ucx():
+    transport = make_transport(settings(transport="nixl", ucx_tls="tcp"))
+    try:
+        assert describe(transport).endswith(f"({transport.package.name}), with its own UCX")
+    finally:
+        transport.close()
+    with pytest.raises(TransportError, match="set UCX_TLS in the environment"):
+        make_transport(settings(transport="nixl", ucx_tls="tcp,self"))
 
 
 def test_ucx_carries_gpu_memory_by_mapping_or_not_at_all_without_cards(monkeypatch, tmp_path):

@@ -7,6 +7,7 @@ from subprocess import CompletedProcess
 import pytest
 import torch
 
+from pdkv.transport.nixl_agent import installed_nixl
 from tests.checkpoints import write_random_checkpoint
 from tests.commands import pdkv
 from tests.e2e.deployment import Trio, free_port
@@ -26,6 +27,7 @@ def test_this_machine_with_a_model_is_fit(link_chasing_model: Path) -> None:
     found = checks(done)
     assert {"python", "torch", "ucx", "ucx-self-test", "memlock", "shm", "model", "block-size", "arena"} <= found.keys()
     assert found["ucx-self-test"]["status"] == "ok"
+    assert found["nixl"]["status"] == ("ok" if installed_nixl() else "skip")
     assert found["peer"]["status"] == "skip"
 
 
