@@ -5,6 +5,8 @@ the connection, and to the other it merely broke off. So a side that connects go
 peer's key, too.
 """
 
+import itertools
+
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
@@ -12,6 +14,7 @@ from pdkv.errors import KeyRefusal
 
 _FAILURES = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 _READ_AT_ONCE = 64
+_numbers = itertools.count()
 _BREAKS = 3
 """Handshakes that broke off in a row mean that the peer closes them; one alone may be a peer that ends."""
 
@@ -25,7 +28,13 @@ class HandshakeWatch:
     def __init__(self, socket: "zmq.Socket[bytes]", *, has_keys: bool) -> None:
         self._socket = socket
         self._has_keys = has_keys
-        self.monitor: zmq.Socket[bytes] = socket.get_monitor_socket(self.events)
+        # Not pyzmq's own address for it, which is made of the socket's descriptor and may still be taken for a moment
+        # after another monitor of it has been closed.
+        address = f"inproc://pdkv.handshakes.{next(_numbers)}"
+        socket.monitor(address, self.events)
+        self.monitor: zmq.Socket[bytes] = socket.context.socket(zmq.PAIR)
+        self.monitor.set(zmq.LINGER, 0)
+        self.monitor.connect(address)
 
     def refusals(self) -> list[KeyRefusal]:
         """Handshakes that have failed since the last call, as far as keys can be why."""
