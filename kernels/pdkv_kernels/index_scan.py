@@ -23,7 +23,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from pdkv_kernels.decode_batch import DecodeBatch
 from pdkv_kernels.fp8_bits import fp8_code, half_of_bits
 from pdkv_kernels.index_keys import HIDDEN, INIT, LOCAL, NAN, wide_keys
-from pdkv_kernels.index_ring import scan_by_ring
+from pdkv_kernels.index_ring import RingPlan, scan_by_ring
 from pdkv_kernels.launch import chained, launch_options, stages_that_fit
 from pdkv_kernels.paged import BLOCK
 
@@ -42,7 +42,7 @@ class ScanPlan:
     ahead: int = 32  # pages that a program looks up at once
     in_advance: bool = True  # where it is settled what they are, the first tiles are asked for before its turn
     early_tiles: int = 1  # tiles that the second-level cache is asked for before its turn otherwise
-    ring: bool = False  # by ``index_ring``, which has numbers of its own for all but ``splits``
+    ring: RingPlan | None = None  # by ``index_ring``, which then has no use for the others but ``splits``
 
 
 def group_length(max_blocks: int, splits: int) -> int:
@@ -81,7 +81,7 @@ def scan_blocks(
     in_advance = early and batch.settled and plan.in_advance
     group = group_length(batch.page_table.shape[1], plan.splits)
     if plan.ring:
-        scan_by_ring((keys, leaders), index_q, index_k, batch, forced, (plan.splits, group))
+        scan_by_ring((keys, leaders), index_q, index_k, batch, forced, (plan.splits, group), plan.ring)
         return
     columns = triton.next_power_of_2(heads) * triton.next_power_of_2(batch.query_len)
     tiles = key_data

@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from pdkv_kernels.decode_batch import DecodeBatch, uniform_batch
-from pdkv_kernels.index_ring import RING_TILES, programs_that_fit, ring_fits
+from pdkv_kernels.index_ring import RingPlan, ring_fits
 from pdkv_kernels.index_scan import MOST_WITHOUT_GROUPS, ScanPlan, group_count, group_length, scan_blocks
 from pdkv_kernels.index_selection import GROUP, Successor, select_blocks
 from pdkv_kernels.launch import FEW_PROGRAMS
@@ -20,6 +20,10 @@ from pdkv_kernels.paged import BLOCK, RaggedQueries
 
 _MULTIPROCESSORS = 132
 """Of an H200. With another number of them the scan is right too, and further from the best."""
+
+
+_FEWEST_FOR_WARPS = 7
+"""Blocks for each multiprocessor from which on it has work for sixteen warps that share nothing."""
 
 
 @dataclass(frozen=True)
@@ -105,28 +109,48 @@ def _check_room(keys: Tensor, leaders: Tensor, columns: int, max_blocks: int, sp
 
 
 def scan_plan(batch: DecodeBatch, index_q: Tensor, index_k: Tensor, *, scan_follows: bool = False) -> ScanPlan:
-    """By shapes alone, measured on an H200, in layers: behind an ordinary kernel and the store, in front of attention.
+    """By shapes alone, measured on an H200, in rows and in layers: behind an ordinary kernel and the store, in front of
+    attention.
 
     Programs fill the multiprocessors exactly, and their tiles the memory that threads share: where as many more of them
     find room, those that start early crowd on some multiprocessors, which are then the last.
     """
     rows, heads, _ = index_q.shape
+    ring = _ring_plan(batch, index_k, rows * heads, scan_follows) if ring_fits(index_q, index_k, batch) else None
+    if ring:
+        return ScanPlan(min(_splits(ring.programs, batch, 1), batch.page_table.shape[1]), 4, 4, ring=ring)
     # Eight columns are enough for Hopper's larger matrix instructions, which hold one more tile.
     is_wide = triton.next_power_of_2(heads) * triton.next_power_of_2(batch.query_len) >= 8
     has_groups = batch.page_table.shape[1] > MOST_WITHOUT_GROUPS
-    in_advance = True
     if index_k.element_size() > 1:
         programs, stages = (2, 3) if is_wide else (3, 3) if batch.num_seqs <= 16 and not has_groups else (2, 4)
     elif is_wide or scan_follows or rows * heads <= FEW_PROGRAMS:
         programs, stages = 4, 3 if is_wide else 4
     else:  # behind a store whose successor does not start early
-        programs, stages, in_advance = 3, 3, False
-    if in_advance and ring_fits(index_q, index_k, batch):
-        splits = _splits(programs_that_fit(index_k), batch, 1)
-        # A ring that is filled once only costs more than it gains.
-        if batch.page_table.shape[1] > RING_TILES * splits:
-            return ScanPlan(splits, 4, RING_TILES + 1, ring=True)
-    return ScanPlan(_splits(programs, batch, 1 if in_advance else 2), 4, stages, in_advance=in_advance)
+        return ScanPlan(_splits(3, batch, 2), 4, 3, in_advance=False)
+    return ScanPlan(_splits(programs, batch, 1), 4, stages)
+
+
+def _ring_plan(batch: DecodeBatch, index_k: Tensor, columns: int, scan_follows: bool) -> RingPlan | None:
+    """None where Triton's scan is faster. columns: rows times heads, which are the selection's programs."""
+    max_blocks = batch.page_table.shape[1]
+    one_byte = index_k.element_size() == 1
+    blocks = batch.num_seqs * max_blocks // _MULTIPROCESSORS  # of a multiprocessor
+    whole = RingPlan(BLOCK, 3, 4, 4 if one_byte else 2)
+    has_groups = max_blocks > MOST_WITHOUT_GROUPS
+    if one_byte and not has_groups and _FEWEST_FOR_WARPS <= blocks <= 8 * 16:
+        behind = 0
+        if not scan_follows or columns <= FEW_PROGRAMS:  # what follows comes beside a program's last blocks
+            behind = 2 if scan_follows and blocks > 2 * 16 else 1
+        return RingPlan(32, 3, 1, 16, behind)
+    if one_byte and blocks < _FEWEST_FOR_WARPS:
+        return whole
+    if scan_follows and not one_byte and not has_groups and 16 * 2 <= blocks <= 16 * 4:
+        return RingPlan(64, 3, 2, 4)
+    if one_byte and not scan_follows and columns > FEW_PROGRAMS:
+        return None
+    # A ring that is filled once only costs more than it gains.
+    return whole if max_blocks > whole.slots * _splits(whole.programs, batch, 1) else None
 
 
 def _splits(programs: int, batch: DecodeBatch, fewest: int) -> int:

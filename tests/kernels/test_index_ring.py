@@ -7,7 +7,8 @@ import pdkv_kernels.index_scan as index_scan_module
 import pdkv_kernels.index_topk_decode as index_topk_decode_module
 import pytest
 import torch
-from pdkv_kernels.index_ring import RING_TILES, programs_that_fit, ring_fits
+from pdkv_kernels.decode_batch import DecodeBatch
+from pdkv_kernels.index_ring import RingPlan, ring_fits
 from pdkv_kernels.index_scan import ScanPlan
 from pdkv_kernels.index_topk_decode import SelectionRule, scan_plan
 from pdkv_kernels.paged import BLOCK
@@ -17,6 +18,7 @@ from tests.kernels.test_index_topk_decode_triton import check, choice_and_keys, 
 
 BF16, E4M3, E5M2 = torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2
 RULE = SelectionRule(16, 1, 1)
+RINGS = [RingPlan(BLOCK, 3, 4, 4), RingPlan(64, 3, 2, 8), RingPlan(32, 3, 1, 16), RingPlan(32, 5, 1, 8, behind=2)]
 LENGTHS = [40 * BLOCK + 1, 0, 23 * BLOCK + 2, 9 * BLOCK, 9 * BLOCK + 1, 3, 130 * BLOCK + 77]
 
 
@@ -43,14 +45,16 @@ def test_what_a_ring_takes(monkeypatch: pytest.MonkeyPatch):
 @on_hopper
 @pytest.mark.parametrize("dtype", [BF16, E4M3, E5M2])
 @pytest.mark.parametrize(("heads", "query_len"), [(1, 1), (4, 1), (3, 1), (1, 3), (2, 2)])
-@pytest.mark.parametrize("splits", [1, 3, 7, 48])
+@pytest.mark.parametrize("splits", [1, 7])
 @pytest.mark.parametrize("most_without_groups", [8, 1024])
+@pytest.mark.parametrize("ring", RINGS, ids=lambda ring: f"{ring.tokens}x{ring.slots}")
 def test_keys_and_choices_are_the_other_scans(
     dtype: torch.dtype,
     heads: int,
     query_len: int,
     splits: int,
     most_without_groups: int,
+    ring: RingPlan,
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setattr(index_scan_module, "MOST_WITHOUT_GROUPS", most_without_groups)
@@ -58,20 +62,43 @@ def test_keys_and_choices_are_the_other_scans(
     case = told_settled(make_decode("cuda", dtype, LENGTHS, query_len=query_len, heads=(heads, heads), dim=128))
     case.index_k[case.batch.page_table[0, 17].long(), 5] = torch.full((128,), torch.nan, device="cuda").to(dtype)
     torch.cuda.synchronize()
-    ring = ScanPlan(splits, 4, RING_TILES + 1, ring=True)
-    check(case, RULE, tolerance=2e-3, plan=ring)
-    out, keys = choice_and_keys(case, RULE, plan=ring)
+    plan = ScanPlan(splits, 4, 3, ring=ring)
+    check(case, RULE, tolerance=2e-3, plan=plan)
+    out, keys = choice_and_keys(case, RULE, plan=plan)
     other, other_keys = choice_and_keys(case, RULE, plan=ScanPlan(splits, 4, 3, in_advance=False))
     assert torch.equal(out, other)
     assert torch.equal(keys, other_keys)
 
 
-@on_hopper
-@pytest.mark.parametrize(("dtype", "programs"), [(BF16, 2), (E4M3, 4)])
-def test_plans_have_rings_that_fill_more_than_once(dtype: torch.dtype, programs: int):
-    long, short = (
-        told_settled(make_decode("cuda", dtype, [n] * 8, heads=(4, 4), dim=128)) for n in (64 * 1024, 4 * 1024)
-    )
-    plan = scan_plan(long.batch, long.index_q, long.index_k, scan_follows=True)
-    assert (plan.ring, programs_that_fit(long.index_k)) == (True, programs)
-    assert not scan_plan(short.batch, short.index_q, short.index_k, scan_follows=True).ring
+@pytest.mark.parametrize(
+    ("dtype", "seqs", "blocks", "follows", "splits", "expected"),
+    [
+        (E4M3, 8, 1024, True, 264, RingPlan(32, 3, 1, 16)),
+        (E4M3, 8, 1024, False, 264, RingPlan(32, 3, 1, 16, behind=1)),
+        (E4M3, 2, 1024, True, 1024, RingPlan(32, 3, 1, 16, behind=1)),
+        (E4M3, 6, 1024, True, 352, RingPlan(32, 3, 1, 16)),
+        (E4M3, 1, 32, True, 32, RingPlan(BLOCK, 3, 4, 4)),
+        (E4M3, 1, 4096, True, 512, RingPlan(BLOCK, 3, 4, 4)),
+        (E4M3, 64, 1024, True, 8, RingPlan(BLOCK, 3, 4, 4)),
+        (E4M3, 64, 1024, False, None, None),
+        (BF16, 8, 1024, True, 64, RingPlan(64, 3, 2, 4)),
+        (BF16, 8, 1024, False, 32, RingPlan(BLOCK, 3, 4, 2)),
+        (BF16, 1, 32, True, None, None),
+    ],
+)
+def test_plans(
+    dtype: torch.dtype,
+    seqs: int,
+    blocks: int,
+    follows: bool,
+    splits: int | None,
+    expected: RingPlan | None,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(index_ring_module, "chained", lambda: True)
+    table = torch.zeros(seqs, blocks, dtype=torch.int32)
+    batch = DecodeBatch(torch.full((seqs,), blocks * BLOCK, dtype=torch.int32), table, 1, settled=True)
+    q, k = torch.zeros(seqs, 4, 128, dtype=dtype), torch.zeros(1, BLOCK, 128, dtype=dtype)
+    plan = scan_plan(batch, q, k, scan_follows=follows)
+    assert plan.ring == expected
+    assert splits in (plan.splits, None)
