@@ -18,7 +18,13 @@ from tests.kernels.test_index_topk_decode_triton import check, choice_and_keys, 
 
 BF16, E4M3, E5M2 = torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2
 RULE = SelectionRule(16, 1, 1)
-RINGS = [RingPlan(BLOCK, 3, 4, 4), RingPlan(64, 3, 2, 8), RingPlan(32, 3, 1, 16), RingPlan(32, 5, 1, 8, behind=2)]
+OF_FOUR_WARPS = RingPlan(BLOCK, 3, 4, 4)
+OF_FEWER = (RingPlan(64, 3, 2, 8), RingPlan(32, 3, 1, 16), RingPlan(32, 5, 1, 8, behind=2))
+CASES = [
+    *((OF_FOUR_WARPS, heads, query_len) for heads, query_len in ((1, 1), (4, 1), (3, 1), (1, 3), (2, 2))),
+    *((ring, heads, query_len) for ring in OF_FEWER for heads, query_len in ((4, 1), (1, 3))),
+]
+"""Plans, heads and query rows."""
 LENGTHS = [40 * BLOCK + 1, 0, 23 * BLOCK + 2, 9 * BLOCK, 9 * BLOCK + 1, 3, 130 * BLOCK + 77]
 
 
@@ -44,17 +50,14 @@ def test_what_a_ring_takes(monkeypatch: pytest.MonkeyPatch):
 
 @on_hopper
 @pytest.mark.parametrize("dtype", [BF16, E4M3, E5M2])
-@pytest.mark.parametrize(("heads", "query_len"), [(1, 1), (4, 1), (3, 1), (1, 3), (2, 2)])
-@pytest.mark.parametrize("splits", [1, 7])
+@pytest.mark.parametrize(("ring", "heads", "query_len"), CASES, ids=str)
 @pytest.mark.parametrize("most_without_groups", [8, 1024])
-@pytest.mark.parametrize("ring", RINGS, ids=lambda ring: f"{ring.tokens}x{ring.slots}")
 def test_keys_and_choices_are_the_other_scans(
     dtype: torch.dtype,
+    ring: RingPlan,
     heads: int,
     query_len: int,
-    splits: int,
     most_without_groups: int,
-    ring: RingPlan,
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setattr(index_scan_module, "MOST_WITHOUT_GROUPS", most_without_groups)
@@ -62,12 +65,13 @@ def test_keys_and_choices_are_the_other_scans(
     case = told_settled(make_decode("cuda", dtype, LENGTHS, query_len=query_len, heads=(heads, heads), dim=128))
     case.index_k[case.batch.page_table[0, 17].long(), 5] = torch.full((128,), torch.nan, device="cuda").to(dtype)
     torch.cuda.synchronize()
-    plan = ScanPlan(splits, 4, 3, ring=ring)
-    check(case, RULE, tolerance=2e-3, plan=plan)
-    out, keys = choice_and_keys(case, RULE, plan=plan)
-    other, other_keys = choice_and_keys(case, RULE, plan=ScanPlan(splits, 4, 3, in_advance=False))
-    assert torch.equal(out, other)
-    assert torch.equal(keys, other_keys)
+    for splits in (1, 7, 131):
+        plan = ScanPlan(splits, 4, 3, ring=ring)
+        check(case, RULE, tolerance=2e-3, plan=plan)
+        out, keys = choice_and_keys(case, RULE, plan=plan)
+        other, other_keys = choice_and_keys(case, RULE, plan=ScanPlan(splits, 4, 3, in_advance=False))
+        assert torch.equal(out, other), splits
+        assert torch.equal(keys, other_keys), splits
 
 
 @pytest.mark.parametrize(
