@@ -33,11 +33,11 @@ class NixlOptions(msgspec.Struct, frozen=True):
     keepalive_ms: int = 500
     """How often UCX looks whether a silent peer on another host still lives. A process that can be seen from here is
     watched by its pidfd instead."""
-    window_spans: int = 96
-    """Most spans in one of NIXL's transfers, of which two of a peer are in flight: fewer than the messages that fit
-    into a queue of UCX's shared memory."""
-    window_bytes: int = 4 << 20
-    """Most bytes in one of them, one span aside."""
+    window_spans: int = 0
+    """Most spans in one of NIXL's transfers, two of a peer being in flight. 0 = 96 of host memory, which are fewer
+    than the messages that fit into a queue of UCX's shared memory; 1,024 of a GPU's."""
+    window_bytes: int = 0
+    """Most bytes in one of them, one span aside. 0 = 4 MiB of host memory, 256 MiB of a GPU's."""
     drain_ms: int = 200
     """How long a close lets reads in flight arrive. Only a peer that hangs makes it take that long."""
 
@@ -73,8 +73,8 @@ class NixlTransport(Transport):
             raise TransportError(
                 f"NIXL takes one UCX transport, not {self._options.tls!r}: set UCX_TLS in the environment for more"
             )
-        if self._options.window_spans < 1 or self._options.window_bytes < 1:
-            raise TransportError("NixlOptions: window_spans and window_bytes must be at least 1")
+        if self._options.window_spans < 0 or self._options.window_bytes < 0:
+            raise TransportError("NixlOptions: window_spans and window_bytes must not be negative")
         self.package = load_nixl()
         self._agent_name = f"pdkv-{secrets.token_hex(8)}"
         self._agent: NixlAgent | None = None
@@ -112,11 +112,11 @@ class NixlTransport(Transport):
 
     def _open(self, place: NixlMemory) -> NixlAgent:
         gpu = place.device if place.on_gpu else -1
-        self._agent = NixlAgent(self.package, self._agent_name, self._settings(), gpu)
+        self._agent = NixlAgent(self.package, self._agent_name, self._settings(gpu), gpu)
         return self._agent
 
-    def _settings(self) -> dict[str, str]:
-        """Of NIXL's UCX. What the environment sets wins over these."""
+    def _settings(self, gpu: int) -> dict[str, str]:
+        """Of NIXL's UCX, to carry memory of that GPU or, with -1, of the host. The environment wins over them."""
         settings = {
             # One that is read need not know who has died; and UCX aborts it if that shows amid an emulated read.
             "KEEPALIVE_INTERVAL": "inf",
@@ -127,6 +127,9 @@ class NixlTransport(Transport):
             # UCX logs to standard output, and calls a peer's death an error of its own; ours is a completion.
             "LOG_LEVEL": "fatal",
         }
+        if gpu >= 0:
+            # UCX does not read by mapping where it sees no NVLink, but every other way of its is slower.
+            settings["CUDA_IPC_ENABLE_GET_ZCOPY"] = "on"
         return settings | {"TLS": self._options.tls or "^mm"}
 
     def address(self) -> TransportAddress:
@@ -168,14 +171,16 @@ class NixlTransport(Transport):
 
     def _near_end(self) -> NixlNearEnd:
         here = self._places[0] if self._places else NixlMemory(on_gpu=False, device=0)
+        gpu = here.device if here.on_gpu else -1
+        spans, num_bytes = (1_024, 256 << 20) if here.on_gpu else (96, 4 << 20)
         return NixlNearEnd(
             package=self.package,
             memories=self._memories,
-            gpu=here.device if here.on_gpu else -1,
-            settings=self._settings(),
+            gpu=gpu,
+            settings=self._settings(gpu),
             keepalive_ms=self._options.keepalive_ms,
-            window_spans=self._options.window_spans,
-            window_bytes=self._options.window_bytes,
+            window_spans=self._options.window_spans or spans,
+            window_bytes=self._options.window_bytes or num_bytes,
             drain_s=self._options.drain_ms / 1000,
         )
 

@@ -181,8 +181,8 @@ def test_build_for_the_driver(monkeypatch: pytest.MonkeyPatch, builds, driver: i
     ("options", "reason"),
     [
         (NixlOptions(tls="tcp,self"), "set UCX_TLS in the environment"),
-        (NixlOptions(window_spans=0), "at least 1"),
-        (NixlOptions(window_bytes=0), "at least 1"),
+        (NixlOptions(window_spans=-1), "must not be negative"),
+        (NixlOptions(window_bytes=-1), "must not be negative"),
     ],
 )
 def test_refuses_bad_options(options: NixlOptions, reason: str):
