@@ -2,7 +2,8 @@
 
 Among groups of blocks, the best 16 blocks lie in those 16 groups whose best blocks are best: so a program ranks groups
 first, and then the members of the winners. Of many blocks the scan has noted the best of each group; of few it reads
-all keys, and makes groups of its own.
+all keys, and makes groups of its own. On Hopper or later, most tables of so few go to ``index_choice`` instead, which
+chooses the same without sorting.
 """
 
 from enum import IntEnum
@@ -12,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pdkv_kernels.decode_batch import DecodeBatch
+from pdkv_kernels.index_choice import choose_by_threshold, threshold_fits
 from pdkv_kernels.index_keys import wide_keys
 from pdkv_kernels.index_scan import group_count, group_length
 from pdkv_kernels.launch import FEW_PROGRAMS, chained, launch_options
@@ -43,6 +45,18 @@ def select_blocks(
 
     splits: the scan's.
     """
+    max_blocks = batch.page_table.shape[1]
+    noted = group_length(max_blocks, splits)
+    if noted == 1 and threshold_fits(out, keys, max_blocks):
+        choose_by_threshold(out, keys, batch, int(successor))
+    else:
+        _select_by_sorting(out, keys, leaders, batch, splits, successor)
+
+
+def _select_by_sorting(
+    out: Tensor, keys: Tensor, leaders: Tensor, batch: DecodeBatch, splits: int, successor: Successor
+) -> None:
+    """``select_blocks`` for any number of places and blocks, on any device."""
     num_rows, heads, topk = out.shape
     early = chained()
     max_blocks = batch.page_table.shape[1]

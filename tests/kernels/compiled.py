@@ -39,7 +39,7 @@ _WAIT = "ACQBULK"
 HINTING = {"index_scan._scan_kernel", "index_ring._ring_kernel"}
 """Kernels that read memory before their turn: only to hint to the cache, from numbers that they read again in it, or
 where it is promised to be settled. None writes any before it."""
-HOPPERS = {"index_ring._ring_kernel", "attend_ring._attend_kernel"}
+HOPPERS = {"index_choice._choose_kernel", "index_ring._ring_kernel", "attend_ring._attend_kernel"}
 """Kernels that nothing but a Hopper runs."""
 _MOST_PROGRAMS = 65_535
 """Of a grid, in its second and third dimension."""

@@ -21,6 +21,7 @@ def test_every_kernel_compiles_fits_and_waits_its_turn() -> None:
         "kv_store._kv_store",
         "index_topk_prefill._score_blocks",
         "index_topk_prefill._select_blocks",
+        "index_choice._choose_kernel",
         "index_ring._ring_kernel",
         "index_scan._scan_kernel",
         "index_selection._select_kernel",

@@ -391,7 +391,13 @@ def test_the_steps_own_keys_and_queries_may_come_from_the_kernel_in_front(dtype:
 
 @on_hopper
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
-def test_without_the_promise_lengths_tables_and_keys_may_come_from_the_kernel_in_front(dtype: torch.dtype):
+@pytest.mark.parametrize("sorts", [False, True])
+def test_without_the_promise_lengths_tables_and_keys_may_come_from_the_kernel_in_front(
+    dtype: torch.dtype, sorts: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """Sequences are so long that blocks are chosen by a threshold, unless they are to be sorted."""
+    if sorts:
+        monkeypatch.setattr(index_selection_module, "threshold_fits", lambda *_: False)
     case = make_decode("cuda", dtype, [6000, 3000, 70_000, 5], dim=128)
     rule = SelectionRule(16, 0, 1)
     expected = choose(case, rule)
