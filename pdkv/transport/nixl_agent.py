@@ -6,6 +6,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
@@ -18,6 +19,9 @@ from pdkv.schema import Int64Array, LocalMemory
 BACKEND = "UCX"
 
 HOW_TO_INSTALL = "pip install 'pdkv[nixl]', or nixl-cu13 where the driver has CUDA 13"
+
+_LOG_LEVEL = "NIXL_LOG_LEVEL"
+"""Read as NIXL loads. It calls a peer's death an error, on standard error; ours is a completion."""
 
 _PROGRESS_US = 1000
 """NIXL's progress thread looks after its workers this often besides what wakes it; 0, its default, is a busy loop."""
@@ -71,12 +75,17 @@ def load_nixl() -> NixlPackage:
     if not name:
         raise TransportError(f"NIXL is not installed: {HOW_TO_INSTALL}")
     told = logging.raiseExceptions  # which NIXL turns off for the whole process
+    quiet = _LOG_LEVEL not in os.environ
     try:
+        if quiet:
+            os.environ[_LOG_LEVEL] = "FATAL"
         bindings = importlib.import_module(f"{name.replace('-', '_')}._bindings")
     except ImportError as error:
         raise TransportError(f"{name} does not load: {error}; {HOW_TO_INSTALL}") from error
     finally:
         logging.raiseExceptions = told
+        if quiet:
+            os.environ.pop(_LOG_LEVEL, None)
     raised = [kind for kind in vars(bindings).values() if isinstance(kind, type) and issubclass(kind, Exception)]
     return NixlPackage(name, importlib.metadata.version(name), bindings, (*raised, RuntimeError, ValueError))
 
@@ -155,7 +164,8 @@ class NixlAgent:
         try:
             yield
         except self._nixl.errors as error:
-            raise TransportError(f"NIXL {self._nixl.version} {what}: {error}") from error
+            more = "" if _LOG_LEVEL in os.environ else f" ({_LOG_LEVEL}=INFO makes it say more)"
+            raise TransportError(f"NIXL {self._nixl.version} {what}: {error}{more}") from error
 
 
 class NixlSide(msgspec.Struct, frozen=True):

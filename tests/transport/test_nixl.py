@@ -143,9 +143,11 @@ def test_metadata_of_nobody_is_a_failed_read(monkeypatch: pytest.MonkeyPatch):
 
 
 @needs_nixl
-def test_loading_nixl_leaves_logging_as_it_was():
+def test_loading_nixl_leaves_the_process_as_it_was():
     load_nixl.cache_clear()
+    before = dict(os.environ)
     package = load_nixl()
+    assert dict(os.environ) == before
     assert logging.raiseExceptions
     assert package.version.split(".")[0].isdigit()
     assert package.name == installed_nixl()
