@@ -27,6 +27,9 @@ from pdkv_kernels.paged import BLOCK
 MOST_PLACES = 16
 """The threshold is made for so many; fewer are the first of them."""
 FEWEST_BLOCKS, MOST_BLOCKS = 65, 1024
+MOST_PROGRAMS = 264
+"""Two for each of an H200's multiprocessors. Their lists need memory that threads share, which scans fill: of more
+programs most would wait for a place, and the next scan behind them."""
 _LANES = 32
 _KEYS = 8
 """Of a thread: two times four blocks side by side, which are read at once. On an H200 16 and 32 were slower, 4
@@ -75,6 +78,7 @@ def threshold_fits(out: Tensor, keys: Tensor, max_blocks: int) -> bool:
     """Whether ``choose_by_threshold`` takes tables of so many blocks, with rows of keys as the scan leaves them."""
     return (
         chained()
+        and out.shape[0] * out.shape[1] <= MOST_PROGRAMS
         and FEWEST_BLOCKS <= max_blocks <= MOST_BLOCKS
         and out.shape[2] <= MOST_PLACES
         and keys.stride(0) % 4 == 0

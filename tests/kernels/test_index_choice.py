@@ -142,6 +142,8 @@ def test_what_a_threshold_is_made_for(monkeypatch: pytest.MonkeyPatch):
     assert threshold_fits(out[..., :5], keys, 1024)
     assert not threshold_fits(out, keys, 64), "so few are sorted at once"
     assert not threshold_fits(out, keys, 1025)
+    assert threshold_fits(torch.empty(66, 4, 16, dtype=INT), keys, 1024)
+    assert not threshold_fits(torch.empty(67, 4, 16, dtype=INT), keys, 1024), "too many programs"
     assert not threshold_fits(torch.empty(4, 1, 17, dtype=INT), keys, 1024)
     assert not threshold_fits(out, keys.as_strided((3, 1023), (1023, 1)), 1023), "four keys lie across a border"
     assert not threshold_fits(out, keys[:, 1:], 1023), "the first four do"
