@@ -20,7 +20,7 @@ from benchmarks.prefill_case import DIM
 from benchmarks.registry import Question, wanted
 from benchmarks.timing import Call, Goal, Rates, Work
 
-TESTS = "tests/kernels/test_index_topk_decode_triton.py"
+TESTS = (*index_topk_decode.TESTS, *sparse_attention_decode.TESTS)
 
 K = 1024
 _BATCHES = [

@@ -16,7 +16,11 @@ from benchmarks.arena_case import Rows, Shape, shuffled_table
 from benchmarks.registry import Question, wanted
 from benchmarks.timing import Call, Goal, Rates, Work, rotations
 
-TESTS = "tests/kernels/test_index_topk_decode_triton.py"
+TESTS = (
+    "tests/kernels/test_index_topk_decode_triton.py",
+    "tests/kernels/test_index_ring.py",
+    "tests/kernels/test_index_choice.py",
+)
 
 K = 1024
 _BATCHES = [(1, 4 * K), (1, 32 * K), (1, 128 * K), (1, 512 * K), (8, 32 * K), (8, 128 * K), (64, 8 * K), (64, 128 * K)]

@@ -12,7 +12,7 @@ from benchmarks.prefill_case import DIM, TOPK, Chunk
 from benchmarks.registry import Question, wanted
 from benchmarks.timing import Goal, Rates, Work
 
-TESTS = "tests/kernels/test_index_topk_prefill_triton.py"
+TESTS = ("tests/kernels/test_index_topk_prefill_triton.py",)
 
 K = 1024
 _PLACES = [(8 * K, 8 * K), (8 * K, 64 * K), (8 * K, 128 * K), (2 * K, 32 * K), (16 * K, 256 * K)]

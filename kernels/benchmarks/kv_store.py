@@ -14,7 +14,7 @@ from benchmarks.prefill_case import DIM
 from benchmarks.registry import Question, wanted
 from benchmarks.timing import Goal, Rates, Work, rotations
 
-TESTS = "tests/kernels/test_kv_store_triton.py"
+TESTS = ("tests/kernels/test_kv_store_triton.py",)
 
 
 @dataclass(frozen=True)

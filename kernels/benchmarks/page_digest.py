@@ -11,7 +11,7 @@ from benchmarks.arena_case import PITCH_TP4, Rows
 from benchmarks.registry import Question, wanted
 from benchmarks.timing import Rates, Work
 
-TESTS = "tests/kernels/test_page_digest.py"
+TESTS = ("tests/kernels/test_page_digest.py",)
 
 SHAPES = [16, 256, 1024]
 _INDEX_LAYERS, _LAYERS = 57, 60

@@ -16,7 +16,7 @@ from benchmarks.arena_case import Rows, Shape, kv_layer, shuffled_table
 from benchmarks.registry import Question, wanted
 from benchmarks.timing import Call, Rates, Work, rotations, time_calls
 
-TESTS = "tests/kernels/test_paged_attention_decode_triton.py"
+TESTS = ("tests/kernels/test_paged_attention_decode_triton.py",)
 
 K = 1024
 _BATCHES = [(1, 8 * K), (1, 128 * K), (8, 32 * K), (64, 8 * K), (256, 8 * K)]

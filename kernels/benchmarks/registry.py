@@ -35,8 +35,8 @@ class Question:
 class Benchmark(Protocol):
     """What a file of this folder offers at module level."""
 
-    TESTS: str
-    """Path of the parity test, from the repository's root. It must be green before anything is timed."""
+    TESTS: tuple[str, ...]
+    """Paths of the parity tests, from the repository's root. They must be green before anything is timed."""
 
     def works(self, question: Question, rates: Rates) -> Iterable[Work]:
         """Shapes one after another, tensors and all; a shape's tensors may be freed once the next is asked for."""

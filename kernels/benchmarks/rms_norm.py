@@ -11,7 +11,7 @@ from benchmarks.registry import Question, wanted
 from benchmarks.timing import Rates, Work, rotations
 from benchmarks.token_rows import HIDDEN, ROWS, eager_note
 
-TESTS = "tests/kernels/test_token_ops_triton.py"
+TESTS = ("tests/kernels/test_token_ops_triton.py",)
 
 
 def works(question: Question, rates: Rates) -> Iterator[Work]:

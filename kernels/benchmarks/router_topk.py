@@ -10,7 +10,7 @@ from benchmarks.registry import Question, wanted
 from benchmarks.timing import Rates, Work
 from benchmarks.token_rows import HIDDEN, ROWS, eager_note
 
-TESTS = "tests/kernels/test_token_ops_triton.py"
+TESTS = ("tests/kernels/test_token_ops_triton.py",)
 _EXPERTS, _CHOSEN = 128, 4
 
 

@@ -16,7 +16,7 @@ from benchmarks.arena_case import Rows, Shape, kv_layer
 from benchmarks.registry import Question, wanted
 from benchmarks.timing import Call, Goal, Rates, Work, rotations
 
-TESTS = "tests/kernels/test_sparse_attention_decode_triton.py"
+TESTS = ("tests/kernels/test_sparse_attention_decode_triton.py", "tests/kernels/test_attend_ring.py")
 
 K = 1024
 _BATCHES = [(1, 128 * K), (8, 128 * K), (64, 128 * K), (64, 8 * K), (256, 8 * K)]

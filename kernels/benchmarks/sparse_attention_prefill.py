@@ -12,7 +12,7 @@ from benchmarks.prefill_case import DIM, Chunk
 from benchmarks.registry import Question, wanted
 from benchmarks.timing import Call, Goal, Rates, Work
 
-TESTS = "tests/kernels/test_sparse_attention_prefill_triton.py"
+TESTS = ("tests/kernels/test_sparse_attention_prefill_triton.py",)
 
 K = 1024
 _PLACES = [(8 * K, 8 * K), (8 * K, 64 * K), (8 * K, 128 * K)]

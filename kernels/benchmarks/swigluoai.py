@@ -10,7 +10,7 @@ from benchmarks.registry import Question, wanted
 from benchmarks.timing import Rates, Work, rotations
 from benchmarks.token_rows import ROWS, eager_note
 
-TESTS = "tests/kernels/test_token_ops_triton.py"
+TESTS = ("tests/kernels/test_token_ops_triton.py",)
 _SIZES = [3072, 12288]
 """Of an expert, and of a dense layer, at TP1."""
 _ACTIVATION = (1.702, 7.0, 1.0)

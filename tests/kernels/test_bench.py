@@ -87,4 +87,4 @@ def test_outcomes_of_other_sources_are_not_believed(tmp_path: Path, monkeypatch:
 
 @pytest.mark.parametrize("name", registry.OPERATIONS)
 def test_every_operation_names_a_parity_test_that_there_is(name: str):
-    assert (parity.ROOT / registry.find(name).TESTS).is_file()
+    assert all((parity.ROOT / test).is_file() for test in registry.find(name).TESTS)
