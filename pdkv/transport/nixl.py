@@ -20,6 +20,9 @@ log = logging.getLogger("pdkv.transport.nixl")
 
 _MAGIC = b"pdkvnix1"
 
+_JAMMING = frozenset({"posix", "sysv", "xpmem", "mm", "sm", "shm", "all"})
+"""UCX's shared memory that the peer's processor serves, and names that include it."""
+
 _EMULATED = "software emulation"
 """How UCX calls reads that the peer's processor answers."""
 
@@ -29,7 +32,8 @@ class NixlOptions(msgspec.Struct, frozen=True):
 
     tls: str | None = None
     """UCX transports to use, as in UCX_TLS but one word only: NIXL takes no commas here. None = all but posix, sysv and
-    xpmem, over which a peer that is stopped can make an agent's end wait for it, and the whole interpreter with it."""
+    xpmem, which are refused: where a peer over them dies or is stopped, NIXL's progress thread can loop for ever, and
+    the end of its agent wait for that, with the interpreter's lock held."""
     keepalive_ms: int = 500
     """How often UCX looks whether a silent peer on another host still lives. A process that can be seen from here is
     watched by its pidfd instead."""
@@ -73,6 +77,13 @@ class NixlTransport(Transport):
             raise TransportError(
                 f"NIXL takes one UCX transport, not {self._options.tls!r}: set UCX_TLS in the environment for more"
             )
+        if self._options.tls in _JAMMING:
+            raise TransportError(
+                f"NIXL over UCX's {self._options.tls} can hang for good when a peer dies: name tcp, or nothing for all else"
+            )
+        inherited = os.environ.get("UCX_TLS", "")
+        if not inherited.startswith("^") and _JAMMING & set(inherited.split(",")):
+            log.warning(f"UCX_TLS={inherited} is inherited: over posix, sysv and xpmem NIXL can hang when a peer dies")
         if self._options.window_spans < 0 or self._options.window_bytes < 0:
             raise TransportError("NixlOptions: window_spans and window_bytes must not be negative")
         self.package = load_nixl()
