@@ -79,7 +79,7 @@ class NixlTransport(Transport):
             )
         if self._options.tls in _JAMMING:
             raise TransportError(
-                f"NIXL over UCX's {self._options.tls} can hang for good when a peer dies: name tcp, or nothing for all else"
+                f"NIXL over UCX's {self._options.tls} can hang for good when a peer dies; name another, or none"
             )
         inherited = os.environ.get("UCX_TLS", "")
         if not inherited.startswith("^") and _JAMMING & set(inherited.split(",")):
