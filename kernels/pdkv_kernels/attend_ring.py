@@ -25,6 +25,7 @@ from pdkv_kernels.decode_batch import DecodeBatch
 from pdkv_kernels.hardware import hardware
 from pdkv_kernels.launch import chained, launch_options
 from pdkv_kernels.paged import BLOCK, PagedKv
+from pdkv_kernels.ring_layout import in_every_warp
 
 _DIM = 128
 _HEADS = 16
@@ -131,16 +132,6 @@ def attend_by_ring(
     )
 
 
-@gluon.constexpr_function
-def _in_every_warp(size, warps):
-    """A layout for ``size`` numbers, one in each lane of a warp, and the same in all warps."""
-    copies: list[list[int]] = []
-    while 2 ** len(copies) < warps:
-        copies.append([0])
-    lanes = [[1], [2], [4], [8], [16]]
-    return gl.DistributedLinearLayout([], lanes, copies, [], [size])
-
-
 @gluon.jit(do_not_specialize=["groups", "rounds", "kv_heads", "page_lines", "head_lines", "table_stride"])
 def _attend_kernel(
     q_ptr,  # [num_rows, num_heads, DIM]
@@ -190,7 +181,7 @@ def _attend_kernel(
     arrivals = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(SLOTS):
         mbarrier.init(arrivals.index(slot), count=1)
-    nth = gl.arange(0, _PLACES, _in_every_warp(_PLACES, WARPS))
+    nth = gl.arange(0, _PLACES, in_every_warp(_PLACES, WARPS))
     token = _tokens(SUMS, PART, WARPS)[:, None, :]  # [WARPS, 1, PART]
     tl.extra.cuda.gdc_wait()
     lines, lefts, count = _look_up(

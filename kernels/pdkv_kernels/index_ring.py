@@ -28,6 +28,7 @@ from pdkv_kernels.hardware import hardware
 from pdkv_kernels.index_keys import HIDDEN, INIT, LOCAL, NAN
 from pdkv_kernels.launch import chained, launch_options
 from pdkv_kernels.paged import BLOCK
+from pdkv_kernels.ring_layout import in_every_warp
 
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float8_e4m3fn: gl.float8e4nv, torch.float8_e5m2: gl.float8e5}
 _DIM = 128
@@ -120,16 +121,6 @@ def scan_by_ring(
     )
 
 
-@gluon.constexpr_function
-def _in_every_warp(size, warps):
-    """A layout for ``size`` numbers, one in each lane of a warp, and the same in all warps."""
-    copies: list[list[int]] = []
-    while 2 ** len(copies) < warps:
-        copies.append([0])
-    lanes = [[1], [2], [4], [8], [16]]
-    return gl.DistributedLinearLayout([], lanes, copies, [], [size])
-
-
 @gluon.jit(do_not_specialize=["splits", "query_len", "init_blocks", "local_blocks", "max_blocks", "page_lines"])
 def _ring_kernel(
     q_ptr,  # [num_rows, heads, DIM]
@@ -173,7 +164,7 @@ def _ring_kernel(
     split = gl.program_id(1)
     seq_len = gl.load(seq_lens_ptr + seq)
     table_row = page_table_ptr + seq.to(gl.int64) * table_stride
-    nth = gl.arange(0, _WINDOW, _in_every_warp(_WINDOW, WARPS))
+    nth = gl.arange(0, _WINDOW, in_every_warp(_WINDOW, WARPS))
     pages = _pages(table_row, split, splits, nth, max_blocks)
     pages_after = _pages(table_row, split, splits, _WINDOW + nth, max_blocks)
     ring = gl.allocate_shared_memory(tiles.dtype, [SLOTS, TILE, DIM], tiles.layout)
