@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,9 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
-OVERLAYS = ("kind-tcp", "gpu-rdma-1p1d")
+WITH_KEYS = "kind-tcp with keys"
+"""The overlay, once the lines that are commented out in it are not."""
+OVERLAYS = ("kind-tcp", WITH_KEYS, "gpu-rdma-1p1d")
 BASE = "base"
 """Its files as they lie there, so that something is checked where there is no kubectl."""
 ALL = (BASE, *OVERLAYS)
@@ -102,12 +105,22 @@ def kubectl() -> str:
 
 @functools.cache
 def _rendered(overlay: str) -> list[Object]:
-    done = subprocess.run(
-        [kubectl(), "kustomize", str(DEPLOY / "overlays" / overlay)], capture_output=True, text=True, check=False
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        deploy = Path(shutil.copytree(DEPLOY, Path(folder) / "deploy"))
+        if overlay == WITH_KEYS:
+            _uncomment(deploy / "overlays/kind-tcp/kustomization.yaml")
+        path = str(deploy / "overlays" / overlay.removesuffix(" with keys"))
+        done = subprocess.run([kubectl(), "kustomize", path], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert not done.stderr, f"kustomize warns: {done.stderr}"
     return [each for each in yaml.safe_load_all(done.stdout) if each]
+
+
+def _uncomment(kustomization: Path) -> None:
+    commented = "# components:\n#   - ../../components/keys\n"
+    text = kustomization.read_text(encoding="utf-8")
+    assert commented in text
+    kustomization.write_text(text.replace(commented, commented.replace("# ", "")), encoding="utf-8")
 
 
 @functools.cache

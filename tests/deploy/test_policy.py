@@ -3,7 +3,19 @@
 import pytest
 
 from tests.deploy.containers import configuration, environment
-from tests.deploy.manifests import ALL, OVERLAYS, Object, containers, kinds, main_container, pod_of, role_of, workloads
+from tests.deploy.manifests import (
+    ALL,
+    OVERLAYS,
+    WITH_KEYS,
+    Object,
+    containers,
+    kinds,
+    main_container,
+    objects,
+    pod_of,
+    role_of,
+    workloads,
+)
 
 CLOSING_S = 10
 """After a drain: seconds for the last answers, the engine process and the sockets."""
@@ -119,15 +131,21 @@ def test_stateful_sets_have_their_headless_service(of: str) -> None:
 
 
 @pytest.mark.parametrize("of", ALL)
-def test_workers_have_keys_the_router_spells_insecure_and_all_stand_behind_a_default_deny(of: str) -> None:
+def test_what_has_no_keys_spells_insecure(of: str) -> None:
+    keyed_workers = of in (WITH_KEYS, "gpu-rdma-1p1d")
     for each in workloads(of):
         config, container = configuration(of, role_of(each)), main_container(each)
-        has_keys = role_of(each) != "router"
+        has_keys = keyed_workers and role_of(each) != "router"
         assert config.insecure is not has_keys
         assert ("--insecure" in container["args"]) is not has_keys, "spelt out where it is seen, not in a file"
         if has_keys:
             assert environment(container)["PDKV_CONTROL_KEYS"] == str(config.control_keys)
             _expect_keys_for_the_group_alone(pod_of(each), str(config.control_keys))
+    assert ("pdkv-control-keys" in str(objects(of))) is keyed_workers, "else pods would wait for a Secret"
+
+
+@pytest.mark.parametrize("of", ALL)
+def test_all_stand_behind_a_default_deny(of: str) -> None:
     deny = next(p["spec"] for p in kinds(of, "NetworkPolicy") if p["metadata"]["name"] == "pdkv-default-deny")
     assert sorted(deny["policyTypes"]) == ["Egress", "Ingress"]
     assert "ingress" not in deny

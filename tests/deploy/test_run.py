@@ -1,5 +1,6 @@
 """The containers of kind-tcp as processes: their commands, variables and files, with other addresses and folders."""
 
+import functools
 import re
 import subprocess
 import sys
@@ -11,11 +12,9 @@ import pytest
 
 from pdkv.daemons.control_keys import new_keys
 from tests.deploy.containers import environment
-from tests.deploy.manifests import Object, main_container, pod_of, worker_settings, workload
+from tests.deploy.manifests import WITH_KEYS, Object, main_container, pod_of, worker_settings, workload
 from tests.e2e.deployment import Process, free_port, wait_until
 from tests.http import HTTP
-
-OVERLAY = "kind-tcp"
 
 
 class Places:
@@ -38,25 +37,31 @@ class Places:
         return {**own, "PDKV_ADVERTISE_HOST": "127.0.0.1"} if "PDKV_ADVERTISE_HOST" in own else own
 
 
+@pytest.fixture(params=["kind-tcp", WITH_KEYS])
+def overlay(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture
-def places(tmp_path: Path) -> Places:
+def places(overlay: str, tmp_path: Path) -> Places:
     places = Places(tmp_path)
     (tmp_path / "etc/pdkv").mkdir(parents=True)
-    new_keys(tmp_path / "etc/pdkv-keys")  # what the Secret is made of
-    (tmp_path / "etc/pdkv/pdkv.yaml").write_text(places.text(worker_settings(OVERLAY)), encoding="utf-8")
+    if overlay == WITH_KEYS:
+        new_keys(tmp_path / "etc/pdkv-keys")  # what the Secret is made of
+    (tmp_path / "etc/pdkv/pdkv.yaml").write_text(places.text(worker_settings(overlay)), encoding="utf-8")
     return places
 
 
 @pytest.fixture
-def pods(places: Places) -> Iterator[dict[str, Process]]:
+def pods(overlay: str, places: Places) -> Iterator[dict[str, Process]]:
     """The three daemons, started once the init containers have run."""
-    inits = [init for role in ("prefill", "decode") for init in pod_of(workload(OVERLAY, role))["initContainers"]]
+    inits = [init for role in ("prefill", "decode") for init in pod_of(workload(overlay, role))["initContainers"]]
     for args in {tuple(init["args"]) for init in inits}:  # both pods' are the same, and so are their folders here
         command = [sys.executable, "-m", "pdkv", *map(places.text, args)]
         subprocess.run(command, check=True, capture_output=True)
     started = {}
     for role in ("prefill", "decode", "router"):
-        container = main_container(workload(OVERLAY, role))
+        container = main_container(workload(overlay, role))
         ports = {port["name"]: places.port(str(port["containerPort"])) for port in container["ports"]}
         started[role] = Process(
             role,
@@ -75,18 +80,19 @@ def pods(places: Places) -> Iterator[dict[str, Process]]:
             process.end()
 
 
-def _probe(process: Process, role: str, kind: str) -> int:
-    get = main_container(workload(OVERLAY, role))[f"{kind}Probe"]["httpGet"]
+def _passes(overlay: str, process: Process, role: str, kind: str) -> bool:
+    get = main_container(workload(overlay, role))[f"{kind}Probe"]["httpGet"]
     try:
-        return HTTP.get(process.admin_url + get["path"], timeout=5).status_code
+        return HTTP.get(process.admin_url + get["path"], timeout=5).status_code == 200
     except httpx.HTTPError:
-        return 0
+        return False
 
 
-def test_the_containers_find_each_other_and_answer(pods: dict[str, Process]) -> None:
+def test_the_containers_find_each_other_and_answer(overlay: str, pods: dict[str, Process]) -> None:
     for role, process in pods.items():
         for kind in ("startup", "readiness", "liveness"):
-            wait_until(lambda: _probe(process, role, kind) == 200, f"{role}'s {kind} probe: {process.tail()}", 60)  # noqa: B023
+            passes = functools.partial(_passes, overlay, process, role, kind)
+            wait_until(passes, f"{role}'s {kind} probe: {process.tail()}", 60)
     body = {"model": "link-chasing", "prompt": "<bos> n1>n2 n2>n3 n1", "max_tokens": 2, "temperature": 0}
     answer = HTTP.post(
         pods["router"].url + "/v1/completions", json=body, headers={"X-Pdkv-Debug": "1"}, timeout=60
@@ -94,5 +100,6 @@ def test_the_containers_find_each_other_and_answer(pods: dict[str, Process]) -> 
     assert answer["choices"][0]["text"].split() == ["n2", "n3"]
     assert answer["pdkv"]["transfer"]["path"] == "tcp"
     keys = [pods[role].info()["control_key"] for role in ("prefill", "decode")]
-    assert keys[0] == keys[1] != "", "the control channel was encrypted, with the keys of the Secret"
+    assert keys[0] == keys[1]
+    assert bool(keys[0]) is (overlay == WITH_KEYS), "the control channel was encrypted, with the keys of the Secret"
     assert [process.end() for process in reversed(pods.values())] == [143] * 3, "drained, not broken off"
