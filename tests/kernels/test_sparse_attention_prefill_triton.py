@@ -118,8 +118,10 @@ def test_sequences_that_share_pages_attend_alike(device: str, dtype: torch.dtype
     twice = replace(case, queries=replace(case.queries, page_table=table), q=torch.cat([case.q[:3]] * 2))
     blocks = torch.tensor([1, 0], dtype=torch.int32).expand(6, HEADS[device][1], 2).contiguous()
     out, lse = attend(twice, blocks, SMALL if device == "cpu" else None)
-    assert torch.equal(out[:3], out[3:])
-    assert torch.equal(lse[:3], lse[3:])
+    # To the bit on a GPU. A CPU's matrix product, which the interpreter takes, may round by a row's place among others.
+    tolerance = 1e-6 if device == "cpu" else 0.0
+    torch.testing.assert_close(out[:3], out[3:], rtol=0.0, atol=tolerance)
+    torch.testing.assert_close(lse[:3], lse[3:], rtol=0.0, atol=tolerance)
 
 
 def test_windows_are_taken_one_after_another(monkeypatch: pytest.MonkeyPatch):
