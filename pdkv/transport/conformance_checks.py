@@ -69,7 +69,8 @@ def reads_many_batches_at_once(rig: Rig) -> None:
         for i, n in enumerate(np.resize([1, 40, 3, 17], 300).tolist())
     ]
     reads = [rig.submit(peer, batch) for batch in batches]
-    require(all(c.status is OK for c in rig.wait(*reads)), "a good batch among many did not complete OK")
+    bad = [c for c in rig.wait(*reads) if c.status is not OK]
+    require(not bad, f"{len(bad)} good batches among many did not complete OK, the first: {bad[:1]}")
     for batch in batches:
         rig.verify(target, batch)
     rig.poll()
