@@ -12,7 +12,7 @@ from pdkv.errors import TransportError
 from pdkv.schema import LocalMemory, ReadBatch
 from pdkv.transport import nixl_agent
 from pdkv.transport.base import Completion, ReadId, ReadStatus
-from pdkv.transport.conformance import check_names, run_check
+from pdkv.transport.conformance import run_check
 from pdkv.transport.conformance_rig import Rig
 from pdkv.transport.conformance_target import SharedArray, TransportSpec
 from pdkv.transport.nixl import NixlOptions, NixlTransport
@@ -29,19 +29,26 @@ SPECS = {
     "tcp": TransportSpec(factory=f"{KIT}:make_nixl", argument="tcp", path="tcp"),
 }
 
-WHERE_PATHS_DIFFER = (
-    "closes_during_read",
-    "fails_when_killed_during",
-    "tells_its_path",
-)
-"""The checks for which CI has time over paths that are not chosen; tests/long runs the others."""
+IN_SHORT = {
+    "chosen": (
+        "reads_scattered_odd_spans",
+        "refuses_bad_ranges",
+        "fails_when_killed_during",
+        "closes_during_read",
+        "closes_stopped_peer",
+        "fails_reads_of_closed_peer",
+        "tells_its_path",
+    ),
+    "tcp": ("closes_during_read", "fails_when_killed_during", "tells_its_path"),
+}
+"""The checks for which CI has time; tests/long runs all."""
 
 needs_nixl = pytest.mark.skipif(not installed_nixl(), reason=f"NIXL is not installed: {nixl_agent.HOW_TO_INSTALL}")
 
 
 def kit_cases():
     for label, spec in SPECS.items():
-        for name in check_names(spec) if label == "chosen" else WHERE_PATHS_DIFFER:
+        for name in IN_SHORT[label]:
             yield pytest.param(spec, name, id=f"{label}-{name}")
 
 
