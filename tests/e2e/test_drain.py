@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -60,6 +60,12 @@ def is_draining(process: Process) -> bool:
     assert HTTP.get(f"{process.admin_url}/livez", timeout=5).status_code == 200
     failed = {condition["name"] for condition in ready.json()["conditions"] if not condition["ok"]}
     return ready.status_code == 503 and "not_draining" in failed
+
+
+def wait_until_leased(prefill: Process, answer: Future[httpx.Response]) -> None:
+    """Until ``prefill`` holds pages for the request; fails with the answer, if that comes first."""
+    wait_until(lambda: bool(prefill.status()["leases_active"]) or answer.done(), "a lease is granted")
+    assert not answer.done(), f"{answer.result().status_code}: {answer.result().text}"
 
 
 def refusal(url: str) -> httpx.Response:
@@ -122,7 +128,7 @@ def test_a_stream_goes_on_to_its_end(healthy: Trio, role: str) -> None:
 def test_prefill_keeps_its_pages_until_they_are_pulled(healthy: Trio, pool: ThreadPoolExecutor) -> None:
     prompt = make_prompt(1001, LONG)
     answer = pool.submit(ask, healthy.router.url, prompt.token_ids, NUM_TOKENS)
-    wait_until(lambda: bool(healthy.prefill.status()["leases_active"]), "a lease is granted")
+    wait_until_leased(healthy.prefill, answer)
     popen = terminate(healthy.prefill)
     assert token_ids(answer.result()) == list(prompt.expected(NUM_TOKENS))
     assert popen.wait(END_S) == 143
@@ -132,7 +138,7 @@ def test_prefill_keeps_its_pages_until_they_are_pulled(healthy: Trio, pool: Thre
 def test_prefill_keeps_its_pages_until_the_lease_expires(healthy: Trio, pool: ThreadPoolExecutor) -> None:
     prompt = make_prompt(1002, LONG)
     answer = pool.submit(ask, healthy.router.url, prompt.token_ids, NUM_TOKENS)
-    wait_until(lambda: bool(healthy.prefill.status()["leases_active"]), "a lease is granted")
+    wait_until_leased(healthy.prefill, answer)
     assert healthy.decode.popen is not None
     (engine,) = descendants(healthy.decode.popen.pid)
     os.kill(engine, signal.SIGSTOP)
