@@ -40,7 +40,9 @@ from pdkv.verify.undivided import local_worker
 from tests.checkpoints import write_random_checkpoint
 
 BLOCK = 128
-PATIENCE_S = 300.0
+DEADLINE_S = 600.0
+PATIENCE_S = 60.0
+"""Without a word about any job: then the test says where they stand, before its time is up."""
 NEAR_TIE = 1e-4
 """Below this gap between the two likeliest tokens, another order of sums may choose the other (design.md 8)."""
 
@@ -146,7 +148,7 @@ class Pair:
         self._round += 1  # every try has a transfer id of its own
         for number, job in enumerate(jobs):
             transfer = self._transfer(number)
-            prefill.hear(PrefillJob(transfer, list(job.prompt), job.sampling, PATIENCE_S))
+            prefill.hear(PrefillJob(transfer, list(job.prompt), job.sampling, DEADLINE_S))
             message = DecodeJob(
                 transfer=transfer,
                 prompt=list(job.prompt),
@@ -155,23 +157,36 @@ class Pair:
                 ignore_eos=True,
                 prefill_control=ready.control,
                 prefill_incarnation=ready.incarnation,
-                deadline_s=PATIENCE_S,
+                deadline_s=DEADLINE_S,
             )
             decode.hear(message)
         turn, give_up = 0, time.monotonic() + PATIENCE_S
         while not all(outcome.over for outcome in outcomes):
-            assert time.monotonic() < give_up, f"{sum(not o.over for o in outcomes)} jobs have not ended"
+            assert time.monotonic() < give_up, self._where_jobs_stand(outcomes)
             for number, job in enumerate(jobs):
                 if job.cancel_at == turn and not outcomes[number].over:
                     prefill.hear(AbortJob(self._transfer(number)))
                     decode.hear(AbortJob(self._transfer(number)))
-            self._turn(outcomes)
+            if self._turn(outcomes):
+                give_up = time.monotonic() + PATIENCE_S
             turn += 1
         while any(status.pages_free != status.pages_usable for status in self.status()):
             assert time.monotonic() < give_up, (
                 f"pages leak: {[(s.role, s.pages_free, s.pages_usable) for s in self.status()]}"
             )
         return outcomes
+
+    def _where_jobs_stand(self, outcomes: Sequence[Outcome]) -> str:
+        """Of those that have not ended: what each worker's engine and agent make of them."""
+        told = [f"{sum(not outcome.over for outcome in outcomes)} jobs have not ended"]
+        for status in self.status():
+            told.append(f"{status.role}: {msgspec.structs.replace(status, series=[])}")
+        for side in self.sides:
+            told.append(f"engine: {side._engine.statistics()}")
+            for transfer, moved in side._parts.agent._transfers.items():
+                if self._is_current(transfer):
+                    told.append(f"{transfer.hex()}: {vars(moved.session)}")
+        return "\n".join(told)
 
     def status(self) -> list[Status]:
         """Of P and D, with all series."""
@@ -193,7 +208,9 @@ class Pair:
     def _transfer(self, number: int) -> bytes:
         return self._round.to_bytes(8, "big") + number.to_bytes(8, "big")
 
-    def _turn(self, outcomes: list[Outcome]) -> None:
+    def _turn(self, outcomes: list[Outcome]) -> bool:
+        """Whether a worker had something to tell of these."""
+        has_heard = False
         for side in self.sides:
             side.turn(0.001)
         while self._heard:
@@ -206,6 +223,8 @@ class Pair:
                 self._status.append(message)
             elif isinstance(message, TokensOut | JobFinished | JobFailed) and self._is_current(message.transfer):
                 _take(message, outcomes[int.from_bytes(message.transfer[8:], "big")])
+                has_heard = True
+        return has_heard
 
     def _is_current(self, transfer: bytes) -> bool:
         """Not of jobs that were over before; what is told of those nobody waits for."""
