@@ -114,6 +114,7 @@ def _top_on_terminal(terminal: str, url: str) -> None:
     with open(terminal, "r+b", buffering=0) as both:
         for number in (0, 1, 2):
             os.dup2(both.fileno(), number)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in a shell's background
     os.environ["TERM"] = "xterm"
     os.environ.pop("NO_COLOR", None)
     sys.argv = ["pdkv", "top", "--worker", url, "--interval", "0.1"]
