@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from xdist.scheduler import LoadScopeScheduling
 
 # Loading torch, transformers and 3,000 tests is all growth: looking for garbage in it was a third of its time.
@@ -15,6 +16,10 @@ gc.set_threshold(20_000, 20, 20)
 # Threads of torch that spin while they wait make a small model 20 times slower on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# No test hangs on how fast the machine is, or how busy.
+settings.register_profile("pdkv", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("pdkv")
 
 
 def _has_gpu() -> bool:

@@ -57,7 +57,7 @@ def carry_out(batch: ReadBatch, source: np.ndarray, local: np.ndarray, times: np
     st.integers(1, 3),
     st.data(),
 )
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 def test_every_wanted_byte_arrives_once(ranks, rows_p, rows_d, kv_dtype, num_layers, data) -> None:
     kv = make_layout(num_layers, 1, 4, kv_dtype, kv_dtype, block_size=4, head_dim=8)
     prefill = [make_manifest(kv, r, ranks[0], 9, rows=rows_p) for r in range(ranks[0])]

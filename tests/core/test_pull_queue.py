@@ -2,7 +2,7 @@
 
 import itertools
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pdkv.core.events import Read
@@ -32,7 +32,6 @@ def drained(queue: PullQueue[str], now: float) -> list[tuple[float, str, Slice]]
     st.lists(st.tuples(st.integers(1, 40), st.integers(1, 3_000_000), st.floats(0, 0.2)), min_size=1, max_size=8),
     st.lists(st.floats(0, 0.05), min_size=1, max_size=20),
 )
-@settings(deadline=None)
 def test_in_no_stretch_of_time_more_is_taken_than_the_limit(
     rate: float, reads: list[tuple[int, int, float]], lateness: list[float]
 ) -> None:
@@ -61,7 +60,6 @@ def test_in_no_stretch_of_time_more_is_taken_than_the_limit(
     st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 30), st.integers(1, 5000)), min_size=1, max_size=8),
     st.sampled_from([None, 1e5, 1e7]),
 )
-@settings(deadline=None)
 def test_every_block_is_posted_once_and_in_order(reads: list[tuple[str, int, int]], rate: float | None) -> None:
     queue: PullQueue[str] = PullQueue(PullRate(rate) if rate else None)
     for number, (owner, blocks, size) in enumerate(reads):

@@ -56,7 +56,7 @@ worlds = st.builds(
 
 
 @given(worlds)
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 def test_any_world_ends_well_on_both_sides(world: World) -> None:
     simulation = Simulation(world)
     simulation.run(400)
@@ -85,7 +85,7 @@ def test_any_world_ends_well_on_both_sides(world: World) -> None:
         blocks_a_digest=st.sampled_from([1, 100]),
     )
 )
-@settings(deadline=None, max_examples=120)
+@settings(max_examples=120)
 def test_a_world_without_faults_beyond_the_network_always_delivers(world: World) -> None:
     simulation = Simulation(world)
     simulation.run(200)

@@ -98,7 +98,7 @@ def test_fragmented_pools_plan_one_span_a_run(source_hole: int, local_hole: int,
     local=st.permutations(range(100, 147)),
     length=st.integers(min_value=1, max_value=47),
 )
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_any_pages_plan_at_most_one_span_a_page(
     source: list[int], local: list[int], length: int, pair: PlannedPair
 ) -> None:

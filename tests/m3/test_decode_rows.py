@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pdkv_kernels.decode_rows_ref import BEHIND, PAGES, TOKENS, RowBuffers, begin_rows_ref, end_rows_ref
 from pdkv_kernels.draw_ref import ASKED
@@ -108,7 +108,6 @@ steps = st.lists(st.tuples(st.sets(st.integers(0, MOST - 1)), st.integers(0, MOS
 
 
 @given(first=st.integers(1, MOST), steps=steps)
-@settings(deadline=None)
 def test_whoever_stays_is_found_and_whoever_joins_has_all_it_needs(
     first: int, steps: list[tuple[set[int], int, bool]]
 ) -> None:

@@ -194,7 +194,7 @@ jobs = st.lists(
 
 @pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
 @given(jobs=jobs, cached=st.booleans())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_overlapped_steps_answer_as_steps_that_wait(
     model: M3Model,
     sources: list[PrefilledPrompt],

@@ -105,5 +105,5 @@ def told(samples: list[Sample | None]) -> Choices:
     return Choices(np.array(tokens, dtype=np.int64), np.zeros(len(samples)))
 
 
-OverlappedHistories.TestCase.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+OverlappedHistories.TestCase.settings = settings(max_examples=120, stateful_step_count=40)
 TestOverlappedHistories = OverlappedHistories.TestCase

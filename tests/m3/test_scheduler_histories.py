@@ -287,5 +287,5 @@ class SchedulerHistories(RuleBasedStateMachine):
         assert self.pool.statistics().largest_run == NUM_PAGES
 
 
-SchedulerHistories.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+SchedulerHistories.TestCase.settings = settings(max_examples=150, stateful_step_count=40)
 TestSchedulerHistories = SchedulerHistories.TestCase

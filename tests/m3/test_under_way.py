@@ -1,7 +1,7 @@
 """Decodes that go on for long without a word between the scheduler and each of them: nothing of them is lost."""
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pdkv.m3.prefix_cache import BlockNames
@@ -101,7 +101,6 @@ jobs = st.lists(
 
 
 @given(jobs=jobs)
-@settings(deadline=None)
 def test_whoever_gets_anothers_place_keeps_its_own_tokens(jobs: list[tuple[int, int, int, bool]]) -> None:
     """More than there are places for, so some wait for one; who is last takes that of one that has left."""
     device = Device()

@@ -57,7 +57,7 @@ def test_index_keys_come_first_and_dense_layers_first_inside_each_head() -> None
 
 
 @given(layouts, st.sampled_from([1, 2, 4, 8]), st.integers(0, 7))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_views_cover_every_byte_of_every_row_once(kv, tp_size: int, rank: int) -> None:
     layout = RowLayout.of(kv, rank % tp_size, tp_size)
     arena = Arena(layout, torch.zeros(3 * layout.pitch, dtype=torch.uint8))
@@ -70,7 +70,7 @@ def test_views_cover_every_byte_of_every_row_once(kv, tp_size: int, rank: int) -
 
 
 @given(layouts, st.sampled_from([1, 2, 4, 8]), st.data())
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_a_view_writes_exactly_its_regions_bytes(kv, tp_size: int, data: st.DataObject) -> None:
     layout = RowLayout.of(kv, 0, tp_size)
     arena = Arena(layout, torch.zeros(2 * layout.pitch, dtype=torch.uint8))
@@ -90,7 +90,7 @@ def test_a_view_writes_exactly_its_regions_bytes(kv, tp_size: int, data: st.Data
 
 
 @given(layouts, st.sampled_from([1, 2, 4]))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_a_shard_is_a_contiguous_piece_of_the_whole_row(kv, tp_size: int) -> None:
     if kv.num_kv_heads % tp_size:
         return

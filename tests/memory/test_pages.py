@@ -118,7 +118,7 @@ class PoolMachine(RuleBasedStateMachine):
             assert self.pool.is_writable(page) == (self.holders[page] == 1 and page not in self.names)
 
 
-PoolMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+PoolMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=40)
 TestPool = PoolMachine.TestCase
 
 
