@@ -8,15 +8,20 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
 from pdkv.__main__ import main
+from pdkv.daemons.lease_desk import LEASES_PATH, Leases
+from pdkv.daemons.link import LeaseStatus
+from pdkv.verify.link_chasing import LinkChasingPrompt
 from tests.forked import Forked
 from tests.http import HTTP
 
@@ -97,14 +102,23 @@ class Process:
             return 0
 
     def status(self) -> dict[str, object]:
-        """Pages, requests, leases and peers of a worker. Where a step keeps its engine from answering, once more."""
+        """Pages, requests, leases and peers of a worker."""
+        return dict(self._engine_says(f"{self.url}/pdkv/v1/status").json())
+
+    def leases(self) -> list[LeaseStatus]:
+        """Those of a prefill worker that are active, the oldest first."""
+        return msgspec.json.decode(self._engine_says(self.admin_url + LEASES_PATH).content, type=Leases).leases
+
+    @staticmethod
+    def _engine_says(url: str) -> httpx.Response:
+        """Where a step keeps the engine from answering, it is asked once more."""
         until = time.monotonic() + 60
-        while (answer := HTTP.get(f"{self.url}/pdkv/v1/status", timeout=10)).status_code == 503:
+        while (answer := HTTP.get(url, timeout=10)).status_code == 503:
             if time.monotonic() > until:
                 break
             time.sleep(0.1)
         answer.raise_for_status()
-        return dict(answer.json())
+        return answer
 
     def info(self) -> dict[str, object]:
         return dict(HTTP.get(f"{self.url}/pdkv/v1/info", timeout=10).json())
@@ -216,9 +230,11 @@ class Trio:
 
 
 @contextlib.contextmanager
-def trio(model: Path, folder: Path, *flags: str, router_flags: Sequence[str] = ()) -> Iterator[Trio]:
+def trio(
+    model: Path, folder: Path, *flags: str, prefill_flags: Sequence[str] = (), router_flags: Sequence[str] = ()
+) -> Iterator[Trio]:
     """Started and ready, ended on leaving. ``flags`` go to both workers."""
-    prefill = worker("prefill", model, folder, *flags)
+    prefill = worker("prefill", model, folder, *flags, *prefill_flags)
     decode = worker("decode", model, folder, *flags)
     front = router(folder, [prefill], [decode], *router_flags)
     with contextlib.ExitStack() as stack:
@@ -228,6 +244,35 @@ def trio(model: Path, folder: Path, *flags: str, router_flags: Sequence[str] = (
         for process in (prefill, decode, front):
             wait_ready(process)
         yield Trio(prefill, decode, front)
+
+
+NEVER_EARLY = ("--num-pages", "80")
+"""Of a prefill worker for prompts of 8,192 tokens: too few beside one of more than 14 pages to begin with it before it
+is asked for its state. So a lease lasts as long as it computes, however late decode comes, and can be seen."""
+
+
+@contextlib.contextmanager
+def stopped_amid_transfer(
+    deployment: Trio, prompts: Iterable[LinkChasingPrompt], max_tokens: int
+) -> Iterator[tuple[LinkChasingPrompt, Future[httpx.Response]]]:
+    """The first of ``prompts`` that prefill is still computing when decode, which holds a lease, has been stopped: it
+    stays so until the block ends. And what is going to be its answer."""
+    prefill = deployment.prefill
+    assert deployment.decode.popen is not None
+    (engine,) = descendants(deployment.decode.popen.pid)
+    with ThreadPoolExecutor(1) as pool:
+        for prompt in prompts:
+            answer = pool.submit(ask, deployment.router.url, prompt.token_ids, max_tokens)
+            wait_until(lambda its=answer: prefill.leases() or its.done(), "a lease is granted")
+            os.kill(engine, signal.SIGSTOP)
+            try:  # of what is computed the release may be on its way
+                if [lease.state for lease in prefill.leases()] == ["prefilling"]:
+                    yield prompt, answer
+                    return
+            finally:
+                os.kill(engine, signal.SIGCONT)
+            assert token_ids(answer.result()) == list(prompt.expected(max_tokens))
+    raise AssertionError("no transfer lasted until decode was stopped")
 
 
 @contextlib.contextmanager

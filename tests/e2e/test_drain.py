@@ -1,23 +1,30 @@
 """Draining of real daemons: answers go on to their end, leased pages stay until they are pulled or expire."""
 
 import json
-import os
-import signal
 import subprocess
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
 
-from pdkv.verify.link_chasing import make_prompt
-from tests.e2e.deployment import END_S, Process, Trio, ask, descendants, token_ids, trio, wait_ready, wait_until
+from pdkv.verify.link_chasing import LinkChasingPrompt, make_prompt
+from tests.e2e.deployment import (
+    END_S,
+    LONG,
+    Process,
+    Trio,
+    ask,
+    stopped_amid_transfer,
+    token_ids,
+    trio,
+    wait_ready,
+    wait_until,
+)
 from tests.forked import Forked
 from tests.http import HTTP
 
-LEASE_S = 4.0
-LONG = 2200
+LEASE_S = 6.0
 NUM_TOKENS = 8
 
 
@@ -42,10 +49,8 @@ def healthy(fleet: Trio) -> Trio:
     return fleet
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(2) as executor:
-        yield executor
+def prompts(seed: int) -> Iterator[LinkChasingPrompt]:
+    return (make_prompt(seed + 10_000 * again, LONG) for again in range(10))
 
 
 def terminate(process: Process) -> "subprocess.Popen[bytes] | Forked":
@@ -60,12 +65,6 @@ def is_draining(process: Process) -> bool:
     assert HTTP.get(f"{process.admin_url}/livez", timeout=5).status_code == 200
     failed = {condition["name"] for condition in ready.json()["conditions"] if not condition["ok"]}
     return ready.status_code == 503 and "not_draining" in failed
-
-
-def wait_until_leased(prefill: Process, answer: Future[httpx.Response]) -> None:
-    """Until ``prefill`` holds pages for the request; fails with the answer, if that comes first."""
-    wait_until(lambda: bool(prefill.status()["leases_active"]) or answer.done(), "a lease is granted")
-    assert not answer.done(), f"{answer.result().status_code}: {answer.result().text}"
 
 
 def refusal(url: str) -> httpx.Response:
@@ -125,29 +124,19 @@ def test_a_stream_goes_on_to_its_end(healthy: Trio, role: str) -> None:
     assert popen.wait(END_S) == 143
 
 
-def test_prefill_keeps_its_pages_until_they_are_pulled(healthy: Trio, pool: ThreadPoolExecutor) -> None:
-    prompt = make_prompt(1001, LONG)
-    answer = pool.submit(ask, healthy.router.url, prompt.token_ids, NUM_TOKENS)
-    wait_until_leased(healthy.prefill, answer)
-    popen = terminate(healthy.prefill)
+def test_prefill_keeps_its_pages_until_they_are_pulled(healthy: Trio) -> None:
+    with stopped_amid_transfer(healthy, prompts(1001), NUM_TOKENS) as (prompt, answer):
+        popen = terminate(healthy.prefill)  # it drains, whenever it comes to that
     assert token_ids(answer.result()) == list(prompt.expected(NUM_TOKENS))
     assert popen.wait(END_S) == 143
     assert '"transfer released"' in healthy.prefill.log.read_text()
 
 
-def test_prefill_keeps_its_pages_until_the_lease_expires(healthy: Trio, pool: ThreadPoolExecutor) -> None:
-    prompt = make_prompt(1002, LONG)
-    answer = pool.submit(ask, healthy.router.url, prompt.token_ids, NUM_TOKENS)
-    wait_until_leased(healthy.prefill, answer)
-    assert healthy.decode.popen is not None
-    (engine,) = descendants(healthy.decode.popen.pid)
-    os.kill(engine, signal.SIGSTOP)
-    try:
+def test_prefill_keeps_its_pages_until_the_lease_expires(healthy: Trio) -> None:
+    with stopped_amid_transfer(healthy, prompts(1002), NUM_TOKENS) as (_, answer):
         popen = terminate(healthy.prefill)
         wait_until(lambda: is_draining(healthy.prefill), "it drains")
         assert popen.wait(END_S) == 143
-    finally:
-        os.kill(engine, signal.SIGCONT)
     assert '"lease_expired"' in healthy.prefill.log.read_text()
     assert answer.result().status_code >= 500
     wait_until(healthy.decode.holds_nothing, "decode's pages are back")

@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 from pdkv.verify.link_chasing import LinkChasingPrompt, make_prompt
-from tests.e2e.deployment import Process, Trio, descendants, token_ids, trio, wait_ready, wait_until
+from tests.e2e.deployment import NEVER_EARLY, Process, Trio, descendants, token_ids, trio, wait_ready, wait_until
 from tests.http import HTTP
 
 LEASE_S = 2.0
@@ -32,7 +32,9 @@ Answer = Future[httpx.Response]
 def fleet(link_chasing_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trio]:
     flags = ("--max-model-len", "8192", "--num-pages", "200", "--lease-ttl", str(LEASE_S))
     router_flags = ("--request-timeout", str(DEADLINE_S), "--poll-interval", "0.2")
-    with trio(link_chasing_model, tmp_path_factory.mktemp("failures"), *flags, router_flags=router_flags) as processes:
+    folder = tmp_path_factory.mktemp("failures")
+    own = {"prefill_flags": NEVER_EARLY, "router_flags": router_flags}
+    with trio(link_chasing_model, folder, *flags, **own) as processes:
         yield processes
 
 
