@@ -59,11 +59,11 @@ def drain(url: str, wait_s: float, tell: Callable[[str], None]) -> Drained:
     while True:
         state = _ask("POST", url, DRAIN_PATH, DrainState)
         passed = time.monotonic() - began
-        if state.in_flight == 0 or passed >= wait_s:
-            return Drained(DRAIN_SCHEMA, url.rstrip("/"), passed, state.in_flight)
-        if state.in_flight != left:
+        if state.in_flight and wait_s and state.in_flight != left:
             left = state.in_flight
             tell(f"{left} request{'s' if left > 1 else ''} left after {passed:.1f} s")
+        if state.in_flight == 0 or passed >= wait_s:
+            return Drained(DRAIN_SCHEMA, url.rstrip("/"), passed, state.in_flight)
         time.sleep(min(_POLL_S, wait_s - passed))
 
 

@@ -29,7 +29,9 @@ def deployment(link_chasing_model: Path, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(scope="session")
 def three(link_chasing_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trio]:
     """Separate prefill, decode and router processes, for tests that look into workers without harming them."""
-    with trio(link_chasing_model, tmp_path_factory.mktemp("trio"), "--max-model-len", "8192") as processes:
+    with trio(
+        link_chasing_model, tmp_path_factory.mktemp("trio"), "--max-model-len", "8192", "--lease-ttl", "30"
+    ) as processes:
         yield processes
 
 
