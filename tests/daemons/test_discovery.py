@@ -17,6 +17,7 @@ from pdkv.daemons.worker_pool import WorkerPool
 from pdkv.errors import ConfigError
 from tests.daemons.conftest import Daemon, Fleet, wait_until
 from tests.http import HTTP
+from tests.ports import free_port
 
 TARGET = "dns://prefill.pdkv.svc:8100"
 
@@ -170,7 +171,8 @@ def test_a_target_that_cannot_be_looked_up_is_refused(target: str) -> None:
 
 
 def test_a_router_finds_its_workers_by_name(fleet: Fleet, checkpoint: Path) -> None:
-    prefill, decode = fleet.worker("prefill", checkpoint), fleet.worker("decode", checkpoint)
+    port = free_port()
+    prefill, decode = fleet.worker("prefill", checkpoint, port), fleet.worker("decode", checkpoint)
     named = [_named(worker) for worker in (prefill, decode)]
     router = fleet.router(*[[name] for name in named])
     body = {"prompt": [1, 2, 3], "max_tokens": 4, "seed": 1}
@@ -182,8 +184,7 @@ def test_a_router_finds_its_workers_by_name(fleet: Fleet, checkpoint: Path) -> N
     prefill.process.kill()
     prefill.process.wait()
     wait_until(lambda: HTTP.get(router.url + "/health").status_code == 503)
-    port = prefill.url.rpartition(":")[2]
-    fleet.worker("prefill", checkpoint, port=int(port))  # another life at the same address, as after a pod's restart
+    fleet.worker("prefill", checkpoint, port)  # another life at the same address, as after a pod's restart
     wait_until(lambda: HTTP.get(router.url + "/health").status_code == 200)
 
 

@@ -15,6 +15,7 @@ from tests.daemons.conftest import Daemon, Fleet, wait_until
 from tests.daemons.held_way import held_way
 from tests.daemons.scripted_engine import FIRST_NODE, Script
 from tests.http import HTTP
+from tests.ports import free_port
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +194,7 @@ def test_workers_that_would_read_a_prompt_differently_are_never_paired(
 
 
 def test_a_deadline_ends_a_request_with_504_and_frees_both(fleet: Fleet, prefill: Daemon, decode: Daemon) -> None:
-    router = fleet.router([prefill], [decode], "--request-timeout=1.5")  # the second request begins to stream before
+    router = fleet.router([prefill], [decode], "--request-timeout=4")  # the second request begins to stream before
     answer = _ask(router, Script.HANG)
     assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline")
     events = _ask(router, Script.HANG_AFTER_TWO, stream=True).text.split("\n\n")
@@ -223,7 +224,8 @@ def _hang(router: Daemon) -> httpx.Client:
 
 
 def test_a_dead_prefill_is_passed_over_and_taken_back_after_its_restart(fleet: Fleet, checkpoint: Path) -> None:
-    first, second = (fleet.worker("prefill", checkpoint) for _ in range(2))
+    port = free_port()
+    first, second = fleet.worker("prefill", checkpoint, port), fleet.worker("prefill", checkpoint)
     decode = fleet.worker("decode", checkpoint)
     router = fleet.router([first, second], [decode])
     wait_until(lambda: all(worker["ready"] for worker in HTTP.get(router.url + "/health").json()["workers"]))
@@ -235,7 +237,7 @@ def test_a_dead_prefill_is_passed_over_and_taken_back_after_its_restart(fleet: F
     refused = _ask(router, Script.HANG)  # a decode worker has nothing to say without a prefill worker
     assert refused.status_code in (502, 503)
     assert "error" in refused.json()
-    fleet.worker("prefill", checkpoint, port=int(first.url.rpartition(":")[2]))
+    fleet.worker("prefill", checkpoint, port)
     wait_until(lambda: HTTP.get(router.url + "/health").status_code == 200)
     assert _ask(router).json()["choices"][0]["text"] == "n0 n1 n2 n3"
     assert decode.process.poll() is None

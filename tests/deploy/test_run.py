@@ -13,8 +13,9 @@ import pytest
 from pdkv.daemons.control_keys import new_keys
 from tests.deploy.containers import environment
 from tests.deploy.manifests import WITH_KEYS, Object, main_container, pod_of, worker_settings, workload
-from tests.e2e.deployment import Process, free_port, wait_until
+from tests.e2e.deployment import Process, wait_until
 from tests.http import HTTP
+from tests.ports import free_port
 
 
 class Places:

@@ -2,9 +2,7 @@
 
 import contextlib
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,33 +22,12 @@ from pdkv.daemons.link import LeaseStatus
 from pdkv.verify.link_chasing import LinkChasingPrompt
 from tests.forked import Forked
 from tests.http import HTTP
+from tests.ports import free_port
 
 START_S = 120.0
 END_S = 60.0
 LONG = 3400
 """Tokens of 27 pages: six chunks of 512, and one of three pages, which is read in layer groups."""
-
-
-_reserved: list[socket.socket] = []
-"""Bound as long as this process runs, and never listening: a daemon may listen at their ports, as often as it starts,
-and no other test, nor one of another process, is given them."""
-
-
-def free_port() -> int:
-    """A port for a process that is to keep it across restarts, from below those that the kernel deals out itself. It
-    stays this process's: until its daemon has bound it, and while that is down, no other test's may take it."""
-    dealt_from = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    while True:
-        port = random.randrange(min(10_000, dealt_from // 2), dealt_from)
-        sock = socket.socket()
-        try:
-            sock.bind(("127.0.0.1", port))  # fails where another has reserved it
-        except OSError:
-            sock.close()
-            continue
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the daemon does
-        _reserved.append(sock)
-        return port
 
 
 def descendants(pid: int) -> set[int]:

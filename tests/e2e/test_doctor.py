@@ -10,7 +10,8 @@ import torch
 from pdkv.transport.nixl_agent import installed_nixl
 from tests.checkpoints import write_random_checkpoint
 from tests.commands import pdkv
-from tests.e2e.deployment import Trio, free_port
+from tests.e2e.deployment import Trio
+from tests.ports import free_port
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and nothing wrong")
 

@@ -20,7 +20,7 @@ from pdkv.verify.link_chasing import LinkChasingPrompt, make_prompt
 from tests.e2e.deployment import NEVER_EARLY, Process, Trio, descendants, token_ids, trio, wait_ready, wait_until
 from tests.http import HTTP
 
-LEASE_S = 2.0
+LEASE_S = 4.0
 DEADLINE_S = 40.0
 LONG = 2200
 NUM_TOKENS = 24

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 from pdkv.verify.link_chasing import node_token, vocabulary
-from tests.e2e.deployment import Process, free_port, running
+from tests.e2e.deployment import Process, running
+from tests.ports import free_port
 
 README = Path(__file__).parents[2] / "README.md"
 RUN_BY_CI_ITSELF = ("make demo",)

@@ -4,8 +4,9 @@ import json
 
 from pdkv.verify.link_chasing import make_prompt
 from tests import commands
-from tests.e2e.deployment import Process, ask, free_port, token_ids
+from tests.e2e.deployment import Process, ask, token_ids
 from tests.http import HTTP
+from tests.ports import free_port
 
 
 def test_once_shows_every_worker_as_json_and_as_a_table(deployment: Process) -> None:
