@@ -24,7 +24,7 @@ from tests.e2e.deployment import (
 from tests.forked import Forked
 from tests.http import HTTP
 
-LEASE_S = 6.0
+LEASE_S = 10.0
 NUM_TOKENS = 8
 
 
