@@ -14,6 +14,7 @@ from pdkv.daemons.job_group import JobGroup
 from pdkv.daemons.link import JobFailed, TokensOut, TransferReport
 from pdkv.daemons.openai_api import ApiError, DebugBlock, Usage
 from pdkv.daemons.tokenization import TextCodec
+from pdkv.daemons.traffic import current_span
 
 _LONG_ECHO = 500
 """Scored prompt tokens above which their form is written outside the event loop, so that streams do not stall."""
@@ -89,6 +90,7 @@ class Answer:
             return
         if not isinstance(event, TokensOut):
             self._reports[index] = event.report
+            self._tell_span(event.report)
             yield writer.finish(event.reason)
             return
         if self._asked.options.echo and not self._has_begun[index]:
@@ -100,6 +102,16 @@ class Answer:
             jobs.finish(index)
         if piece is not None:
             yield piece
+
+    def _tell_span(self, report: TransferReport | None) -> None:
+        span = current_span()
+        if span is None:
+            return
+        usage = self._usage()  # that of the last choice to end stands
+        told = {"input": usage.prompt_tokens, "output": usage.completion_tokens}
+        span.note({f"gen_ai.usage.{which}_tokens": number for which, number in told.items()})
+        if report is not None:
+            span.moved(report)
 
     async def _echo(self, index: int, event: TokensOut) -> Piece:
         writer = self._writers[index]

@@ -10,6 +10,7 @@ import structlog
 
 from pdkv.daemons.openai_api import ApiError
 from pdkv.daemons.router_metrics import RouterMetrics
+from pdkv.daemons.traffic import current_span
 from pdkv.daemons.worker_api import (
     DEADLINE,
     PREFILL_CONTROL,
@@ -105,6 +106,8 @@ async def attempt(
         PREFILL_INCARNATION: pair.prefill_incarnation,
     }
     structlog.contextvars.bind_contextvars(transfer=transfer)
+    if (span := current_span()) is not None:
+        span.note({"pdkv.transfer": transfer, "pdkv.prefill": pair.prefill.url, "pdkv.decode": pair.decode.url})
     upstream = _Workers(client, metrics, asked.body, common)
     # P first: if it is idle it computes as soon as it knows the prompt, and D has until its first pages are complete.
     prefill = asyncio.create_task(_prefill(upstream, pair.prefill.url + PREFILL_PATHS[asked.path]))

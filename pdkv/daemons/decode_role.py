@@ -6,6 +6,7 @@ QUEUED --pages--> FETCHING --state arrived--> DECODING --last token--> gone
 """
 
 import heapq
+import time
 from array import array
 from collections.abc import Sequence
 from enum import Enum
@@ -23,6 +24,7 @@ from pdkv.agent.events import (
     TransferFacts,
     TransferFailed,
 )
+from pdkv.agent.loop import now
 from pdkv.daemons import attachment
 from pdkv.daemons.link import (
     AbortJob,
@@ -83,7 +85,8 @@ class _Job:
         if self.facts is None:
             return None
         told = msgspec.convert(msgspec.structs.asdict(self.facts), TransferReport)
-        return msgspec.structs.replace(told, first_step_s=self.first_step_s)
+        resident_at = time.time() - (now() - self.facts.resident_at)
+        return msgspec.structs.replace(told, first_step_s=self.first_step_s, resident_at=resident_at)
 
     @property
     def tells_more(self) -> bool:

@@ -21,6 +21,7 @@ from pdkv.daemons.link import EngineReady, WorkerSettings
 from pdkv.daemons.openai_api import ApiError
 from pdkv.daemons.served_model import ServedModel
 from pdkv.daemons.text_routes import TextRoutes
+from pdkv.daemons.tracing import tracing
 from pdkv.daemons.traffic import Traffic
 from pdkv.daemons.worker_metrics import WorkerMetrics
 from pdkv.errors import FailureCode
@@ -32,7 +33,7 @@ _log = structlog.get_logger(__name__)
 
 def engine_settings(config: WorkerConfig, served: ServedModel, listen: str) -> WorkerSettings:
     """The configuration as the engine process takes it. ``listen``: the HTTP address that was bound."""
-    role = "prefill" if isinstance(config, PrefillConfig) else "decode"
+    role = _role(config)
     host = config.advertise_host or Address(config.control_listen).host
     return WorkerSettings(
         role=role,
@@ -74,6 +75,10 @@ def engine_settings(config: WorkerConfig, served: ServedModel, listen: str) -> W
     )
 
 
+def _role(config: WorkerConfig) -> str:
+    return "prefill" if isinstance(config, PrefillConfig) else "decode"
+
+
 async def run_worker(config: WorkerConfig, engine_module: str = ENGINE_MODULE) -> int:
     """Run a worker until a signal or the end of its engine process; returns the exit code."""
     if config.control_keys is not None:
@@ -85,12 +90,13 @@ async def run_worker(config: WorkerConfig, engine_module: str = ENGINE_MODULE) -
         http_server.listen(Address(config.listen), reuse_port=config.reuse_port) as sock,
         http_server.listen(Address(config.admin_listen), reuse_port=config.reuse_port) as admin_sock,
         life.on_signals(),
+        tracing(_role(config)) as spans,
     ):
         listen, admin = str(http_server.bound_address(sock)), str(http_server.bound_address(admin_sock))
         settings = engine_settings(config, served, listen)
         link = await EngineLink.start(settings, meter, engine_module)
         _log.info("loading", model=str(Path(config.model)), listen=listen, admin=admin)
-        traffic = Traffic(settings.role, life, meter)
+        traffic = Traffic(settings.role, life, meter, spans)
         health = WorkerHealth(link, life, config.stall_timeout)
         metrics = WorkerMetrics(link, health, meter, served.name)
         desk = AdminDesk(settings.role, health, life, traffic, metrics.collect, posts_from_here=not config.insecure)

@@ -25,6 +25,7 @@ from pdkv.daemons.job_group import open_jobs
 from pdkv.daemons.link import DecodeJob, EngineReady, JobFailed, PrefillJob, Sampling
 from pdkv.daemons.openai_api import ApiError, DebugBlock
 from pdkv.daemons.served_model import ServedModel
+from pdkv.daemons.traffic import current_span
 from pdkv.errors import RequestError
 
 _TRANSFER_BYTES = 16
@@ -77,7 +78,7 @@ class JobRoutes:
         ours = f"{ready.incarnation:016x}"
         if request.headers.get(worker_api.PREFILL_INCARNATION, ours) != ours:
             raise ApiError.of(503, "this worker has restarted since the router chose it", code="stale_incarnation")
-        structlog.contextvars.bind_contextvars(transfer=transfer.hex())
+        _tell_transfer(transfer)
         _, asked = await self._read(request, ready)
         jobs = [
             PrefillJob(
@@ -97,6 +98,8 @@ class JobRoutes:
                     if isinstance(event, JobFailed):
                         raise failure(event)
         num_tokens = sum(len(prompt.token_ids) for prompt in asked.prompts)
+        if (span := current_span()) is not None:
+            span.note({"gen_ai.usage.input_tokens": num_tokens})
         return http_server.json_response(msgspec.json.encode(worker_api.Prefilled(num_tokens)))
 
     async def answer(self, request: Request) -> Response:
@@ -104,7 +107,7 @@ class JobRoutes:
         ready = self._ready()
         transfer, deadline_s = _transfer(request), _deadline(request)
         control, incarnation = _prefill_peer(request)
-        structlog.contextvars.bind_contextvars(transfer=transfer.hex())
+        _tell_transfer(transfer)
         endpoint, asked = await self._read(request, ready)
         options = asked.options
         jobs = [
@@ -152,6 +155,13 @@ class _JobStream(http_server.EventStream):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._jobs:
             await super().__call__(scope, receive, send)
+
+
+def _tell_transfer(transfer: bytes) -> None:
+    """Log lines and the span of the request are found by it."""
+    structlog.contextvars.bind_contextvars(transfer=transfer.hex())
+    if (span := current_span()) is not None:
+        span.note({"pdkv.transfer": transfer.hex()})
 
 
 def _sampling(options: Options, transfer: bytes, index: int) -> Sampling:

@@ -239,6 +239,8 @@ class TransferReport(msgspec.Struct, frozen=True):
     ``--verify-pages``."""
     first_step_s: float | None = None
     """From the last byte, or digest, to D's first step of this request; None where there was none."""
+    resident_at: float = 0.0
+    """When D had all of it: seconds since 1970."""
 
 
 class TokensOut(msgspec.Struct, frozen=True, tag="tokens"):

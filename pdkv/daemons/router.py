@@ -23,6 +23,7 @@ from pdkv.daemons.openai_api import ApiError, ErrorBody
 from pdkv.daemons.router_health import RouterHealth
 from pdkv.daemons.router_metrics import RouterMetrics
 from pdkv.daemons.text_proxy import TextProxy
+from pdkv.daemons.tracing import tracing
 from pdkv.daemons.traffic import Traffic, note_failure
 from pdkv.daemons.worker_client import WorkerClient, WorkerLostError
 from pdkv.daemons.worker_pool import WorkerPool, WorkerView
@@ -50,13 +51,14 @@ async def run_router(config: RouterConfig) -> int:
         http_server.listen(Address(config.listen), reuse_port=config.reuse_port) as sock,
         http_server.listen(Address(config.admin_listen), reuse_port=config.reuse_port) as admin_sock,
         life.on_signals(),
+        tracing(ROUTER) as spans,
     ):
         async with WorkerClient(_CONNECT_TIMEOUT_S, http_server.CLIENT_KEEP_ALIVE_S) as client:
             pool = WorkerPool(client, config.prefill_urls, config.decode_urls, config.poll_interval)
             metrics = RouterMetrics(pool, meter)
             texts = TextProxy(client, pool)
             router = Router(client, pool, metrics, config.request_timeout, config.retries)
-            traffic = Traffic(ROUTER, life, meter)
+            traffic = Traffic(ROUTER, life, meter, spans)
             health = RouterHealth(pool, life)
 
             async def is_idle() -> bool:

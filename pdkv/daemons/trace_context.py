@@ -1,7 +1,8 @@
 """Whose trace a request belongs to, by W3C's Trace Context.
 
-We record no spans. What a client sends travels on to both workers as it came, and the trace's id is in every log line
-of the request, beside the transfer's, by which lines of engine processes are found.
+The trace's id is in every log line of the request, beside the transfer's, by which lines of engine processes are found.
+Where no spans are recorded (``tracing.py``), what a client sends travels on to both workers as it came: a parent of
+ours that nobody records would break the client's tree.
 """
 
 import re

@@ -1,13 +1,17 @@
-"""The requests of a data port: how many run, how each ended, and that none is taken while the daemon drains."""
+"""The requests of a data port: how many run, how each ended, its span where spans are recorded, and that none is taken
+while the daemon drains."""
 
 import contextvars
 import time
 from collections.abc import Callable
 
+import structlog
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pdkv.daemons.lifecycle import Lifecycle
+from pdkv.daemons.trace_context import Trace
+from pdkv.daemons.tracing import Span, Tracing
 from pdkv.errors import FailureCode
 from pdkv.metric_table import (
     IN_FLIGHT,
@@ -26,7 +30,8 @@ _CODE_OF_STATUS = {413: "body_too_large", 504: FailureCode.DEADLINE.value}
 class _Request:
     """One request under way."""
 
-    def __init__(self) -> None:
+    def __init__(self, span: Span | None) -> None:
+        self.span = span
         self.began = time.monotonic()
         self.status = 0
         self.code = ""
@@ -55,11 +60,18 @@ def note_failure(code: str | None) -> None:
         request.code = code or "unnamed"
 
 
+def current_span() -> Span | None:
+    """Of the request that is being answered, where one is recorded."""
+    request = _current.get()
+    return None if request is None else request.span
+
+
 class Traffic:
     """Counts the requests of one daemon. Belongs to the event loop's thread."""
 
-    def __init__(self, role: str, lifecycle: Lifecycle, meter: Meter) -> None:
+    def __init__(self, role: str, lifecycle: Lifecycle, meter: Meter, tracing: Tracing | None = None) -> None:
         self._role = role
+        self._tracing = tracing
         self._lifecycle = lifecycle
         self._meter = meter
         self.in_flight = 0
@@ -68,10 +80,10 @@ class Traffic:
     def draining(self) -> bool:
         return self._lifecycle.draining
 
-    def begin(self) -> _Request:
+    def begin(self, path: str, trace: Trace, request_id: str) -> _Request:
         self.in_flight += 1
         self._meter.set(IN_FLIGHT, to=self.in_flight)
-        return _Request()
+        return _Request(self._tracing.begin(path, trace, request_id) if self._tracing else None)
 
     def first_bytes(self, request: _Request) -> None:
         if self._role == ROUTER and request.streams and not request.has_begun:
@@ -84,6 +96,8 @@ class Traffic:
         result, code = request.outcome()
         self._meter.count(REQUESTS, result, code)
         self._meter.observe(REQUEST_SECONDS, result, value=time.monotonic() - request.began)
+        if request.span is not None:
+            request.span.end(request.status, result, code)
 
 
 class Gate:
@@ -99,8 +113,11 @@ class Gate:
             await self._app(scope, receive, send)
             return
         app = self._app
-        request = self._traffic.begin()
+        request = self._traffic.begin(scope["path"], scope["pdkv.trace"], scope["pdkv.request_id"])
         token = _current.set(request)
+        if request.span is not None:
+            trace = scope["pdkv.trace"] = request.span.trace
+            structlog.contextvars.bind_contextvars(trace_id=trace.id)
         if self._traffic.draining:
             note_failure("draining")
             app = self._refusal()

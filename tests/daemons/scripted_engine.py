@@ -145,7 +145,8 @@ class ScriptedEngine:
 
     def _finish(self, transfer: bytes, reason: str) -> None:
         self._open.discard(transfer)
-        report = link.TransferReport(1, 1, 1, 128, {"k": 64, "v": 64}, 0, 0.1, 0.2, "tcp", "peer", 2)
+        moved = link.TransferReport(1, 1, 1, 128, {"k": 64, "v": 64}, 0, 0.1, 0.2, "tcp", "peer", 2)
+        report = msgspec.structs.replace(moved, resident_at=time.time())
         self._wire.send(link.JobFinished(transfer, reason, report if reason != "prefilled" else None))
 
     def _fail(self, transfer: bytes, code: str, status: int) -> None:

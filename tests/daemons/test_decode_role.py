@@ -1,9 +1,12 @@
 """What a decode worker's role tells its front, and when it gives a job up. The engine is real, no agent is asked."""
 
+import time
+
 import msgspec
 import pytest
 
 from pdkv.agent.events import PagesReturned, StartTransfer, TransferArrived, TransferFacts
+from pdkv.agent.loop import now
 from pdkv.daemons.decode_role import DecodeRole
 from pdkv.daemons.link import (
     AbortJob,
@@ -65,6 +68,16 @@ class Worker:
         self.said.clear()
         self.role.on_engine(self.engine.step())
         return list(self.said)
+
+
+def test_the_report_says_when_the_state_was_there_by_the_calendar(model: M3Model) -> None:
+    worker = Worker(model)
+    worker.ask(b"a", max_tokens=1)
+    facts = msgspec.structs.replace(FACTS, resident_at=now() - 100.0)
+    worker.role.on_agent(TransferArrived(TransferId(b"a"), 9, -0.5, facts))
+    (report,) = (said.report for said in worker.said if isinstance(said, JobFinished))
+    assert report is not None
+    assert 100.0 <= time.time() - report.resident_at < 160.0
 
 
 def test_a_step_is_told_in_one_message(model: M3Model) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -101,6 +102,18 @@ def kubectl() -> str:
     if number < OLDEST_KUBECTL:
         pytest.skip(f"kubectl {number[0]}.{number[1]} is older than 1.28: overlays are not rendered here")
     return found
+
+
+def rendered_with(component: str, folder: Path) -> list[Object]:
+    """All objects of ``kind-tcp`` with a component, by an overlay in ``folder``."""
+    roots = [os.path.relpath(DEPLOY / what, folder) for what in ("overlays/kind-tcp", f"components/{component}")]
+    (folder / "kustomization.yaml").write_text(
+        "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\nnamespace: pdkv\n"
+        f"resources: [{roots[0]}]\ncomponents: [{roots[1]}]\n"
+    )
+    done = subprocess.run([kubectl(), "kustomize", str(folder)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    return [each for each in yaml.safe_load_all(done.stdout) if each]
 
 
 @functools.cache

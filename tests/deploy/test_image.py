@@ -75,7 +75,7 @@ def test_every_dependency_is_pinned_to_a_version_that_we_allow() -> None:
     extras = project["project"]["optional-dependencies"]
     wanted = [*project["build-system"]["requires"], *project["project"]["dependencies"]]
     pins = _pins()
-    for text in [*wanted, *extras["ucx"], *extras["engine"], *extras["serve"]]:
+    for text in [*wanted, *extras["ucx"], *extras["engine"], *extras["serve"], *extras["otel"]]:
         requirement = Requirement(text)
         assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), text
 

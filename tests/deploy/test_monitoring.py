@@ -1,7 +1,6 @@
 """Alerts and dashboard ask only for what daemons export; every alert has its runbook; the component fits the rest."""
 
 import json
-import os
 import re
 import runpy
 import shutil
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.deploy.manifests import DEPLOY, ROOT, kubectl, main_container, workloads
+from tests.deploy.manifests import DEPLOY, ROOT, main_container, rendered_with, workloads
 from tests.deploy.queries import complaints, parse
 
 FOLDER = DEPLOY / "components/monitoring"
@@ -117,14 +116,7 @@ def test_the_dashboard_has_one_place_for_everything() -> None:
 
 
 def test_the_component_scrapes_every_pod_of_a_deployment(tmp_path: Path) -> None:
-    roots = {what: os.path.relpath(DEPLOY / what, tmp_path) for what in ("overlays/kind-tcp", "components/monitoring")}
-    (tmp_path / "kustomization.yaml").write_text(
-        "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\nnamespace: pdkv\n"
-        f"resources: [{roots['overlays/kind-tcp']}]\ncomponents: [{roots['components/monitoring']}]\n"
-    )
-    done = subprocess.run([kubectl(), "kustomize", str(tmp_path)], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    objects = [each for each in yaml.safe_load_all(done.stdout) if each]
+    objects = rendered_with("monitoring", tmp_path)
     found = {each["kind"]: each for each in objects}
     assert {found[kind]["metadata"]["namespace"] for kind in ("PodMonitor", "PrometheusRule")} == {"pdkv"}
     assert found["PrometheusRule"]["spec"] == yaml.safe_load(RULES)
