@@ -4,7 +4,6 @@ What a divided deployment adds to the time to the first token is told by asking 
 """
 
 import argparse
-import queue
 import secrets
 import signal
 import socket
@@ -16,6 +15,7 @@ from pathlib import Path
 import msgspec
 import torch
 
+from pdkv.daemons.inbox import Inbox
 from pdkv.daemons.link import (
     AbortJob,
     Beat,
@@ -70,7 +70,7 @@ class UndividedSide:
         num_pages = settings.max_batch * -(-settings.max_model_len // model.config.block_size)
         worker = local_worker(model, num_pages, bounds, settings.kv_dtype, settings.index_dtype)
         worker.runner.prepare()
-        self.inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
+        self.inbox = Inbox[ToEngine]()
         self._engine: Engine = worker.engine
         self._link = link
         self._jobs: set[RequestId] = set()
@@ -90,13 +90,8 @@ class UndividedSide:
 
     def turn(self) -> None:
         """Act on all that has come in, then run one step; waits only while there is nothing to do."""
-        if not self._engine.has_work:
-            try:
-                self._hear(self.inbox.get(timeout=_LONGEST_WAIT_S))
-            except queue.Empty:
-                return
-        while not self.inbox.empty():
-            self._hear(self.inbox.get_nowait())
+        for message in self.inbox.take(0.0 if self._engine.has_work else _LONGEST_WAIT_S):
+            self._hear(message)
         if self._engine.has_work:
             self._tell(self._engine.step())
 

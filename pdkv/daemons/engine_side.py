@@ -1,6 +1,5 @@
 """The engine side of a worker: what runs between its front, its engine and its agent, one turn at a time."""
 
-import queue
 import time
 from collections.abc import Callable
 
@@ -14,6 +13,7 @@ from pdkv.core.manifest import ranges
 from pdkv.daemons.assembly import assemble
 from pdkv.daemons.decode_role import DecodeRole
 from pdkv.daemons.engine_gauges import engine_gauges
+from pdkv.daemons.inbox import Inbox
 from pdkv.daemons.link import (
     Beat,
     EngineReady,
@@ -79,7 +79,7 @@ class EngineSide:
         self._journal = TransferJournal()
         self._send = self._journal.sending(send)
         self._turned_at = time.monotonic()
-        self._inbox: queue.SimpleQueue[msgspec.Struct] = queue.SimpleQueue()
+        self._inbox = Inbox[msgspec.Struct]()
         self._others = others or OtherRanks()
         self._others.listen(self._hear_rank, lambda error: self._inbox.put(_RankLost(error)))
         try:
@@ -116,7 +116,7 @@ class EngineSide:
         Raises ``PdkvError`` when the agent thread has died, for leases are kept by nobody then, or a rank is lost.
         """
         self._turned_at = time.monotonic()
-        for message in self._take(longest_wait_s):
+        for message in self._inbox.take(0.0 if self._engine.has_work else longest_wait_s):
             self._on_message(message)
         self._role.on_time(time.monotonic())
         if self._engine.has_work:
@@ -155,17 +155,6 @@ class EngineSide:
             tp_size=self._settings.tp_size,
             regions=summarize(layout),
         )
-
-    def _take(self, longest_wait_s: float) -> list[msgspec.Struct]:
-        messages = []
-        if not self._engine.has_work:
-            try:
-                messages.append(self._inbox.get(timeout=longest_wait_s))
-            except queue.Empty:
-                return []
-        while not self._inbox.empty():
-            messages.append(self._inbox.get_nowait())
-        return messages
 
     def _on_message(self, message: msgspec.Struct) -> None:
         match message:

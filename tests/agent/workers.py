@@ -27,6 +27,7 @@ from pdkv.core.manifest import pairing_digest
 from pdkv.core.pull_queue import PullRate
 from pdkv.core.residency import BlockRange
 from pdkv.daemons.assembly import new_incarnation
+from pdkv.daemons.inbox import Inbox
 from pdkv.errors import FailureCode
 from pdkv.memory.arena import Arena
 from pdkv.memory.manifest import build_manifest
@@ -59,7 +60,7 @@ class OtherRank:
         self.transport.register(self.arena.memory)
         self.manifest = build_manifest(self.arena, KV, "model")
         self.offer = RankOffer(self.manifest, self.transport.address())
-        self.orders: queue.SimpleQueue[RankOrder | DigestPages | None] = queue.SimpleQueue()
+        self.orders = Inbox[RankOrder | DigestPages | None]()
         self._thread: threading.Thread | None = None
 
     def start(self, report: Callable[[e.RankReported], None]) -> None:
@@ -78,18 +79,14 @@ class OtherRank:
         digests = RankDigests(self.manifest, ArenaDigests(self.arena), lambda told: report(tell(told)))
         while True:
             reports = reads.on_completions(self.transport.poll())
-            try:
-                order = self.orders.get(timeout=0.001)
-            except queue.Empty:
-                order = None
-            else:
+            for order in self.orders.take(0.001):
                 if order is None:
                     digests.close()
                     return
-            if isinstance(order, DigestPages):
-                digests.obey(order)
-            elif order is not None:
-                reports += reads.obey(order)
+                if isinstance(order, DigestPages):
+                    digests.obey(order)
+                else:
+                    reports += reads.obey(order)
             for told in reports:
                 report(tell(told))
 
@@ -126,7 +123,7 @@ class AgentSide:
             digest=pairing_digest([offer.manifest for offer in offers]),
             policy=POLICY,
         )
-        self.events: queue.SimpleQueue[object] = queue.SimpleQueue()
+        self.events: queue.Queue[object] = queue.Queue()  # whose ``get`` waits no longer than it is told to
         self.seen: list[object] = []
         self.loop: AgentLoop[object] = AgentLoop(self.channel, self.transport)
 
