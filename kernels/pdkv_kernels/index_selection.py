@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pdkv_kernels.decode_batch import DecodeBatch
-from pdkv_kernels.index_choice import choose_by_threshold, threshold_fits
+from pdkv_kernels.index_choice import choice_fits, choose_by_counting
 from pdkv_kernels.index_keys import wide_keys
 from pdkv_kernels.index_scan import group_count, group_length
 from pdkv_kernels.launch import FEW_PROGRAMS, chained, launch_options
@@ -47,8 +47,8 @@ def select_blocks(
     """
     max_blocks = batch.page_table.shape[1]
     noted = group_length(max_blocks, splits)
-    if noted == 1 and threshold_fits(out, keys, max_blocks):
-        choose_by_threshold(out, keys, batch, int(successor))
+    if noted == 1 and choice_fits(out, keys, max_blocks):
+        choose_by_counting(out, keys, batch, int(successor))
     else:
         _select_by_sorting(out, keys, leaders, batch, splits, successor)
 

@@ -269,7 +269,7 @@ BRIEF = (
     Case("kv_store", partial(_store, Layer(FP8, 4), 8)),
     Case("cast_store", partial(_cast, Layer(FP8, 4))),
     Case("decode", partial(_decode, Layer(FP8, 4), 256, 1, 64)),
-    Case("unsettled decode of few", partial(_decode, Layer(FP8, 4), 8, 1, 1024, settled=False)),
+    Case("unsettled decode of few, and of many blocks", partial(_decode, Layer(FP8, 4), 8, 1, 4096, settled=False)),
     Case("attention by a ring", partial(_attend_groups, Layer(BFLOAT16, 1), 1024)),
     Case("prefill", partial(_prefill, Layer(BFLOAT16, 1), 8192)),
 )

@@ -130,6 +130,9 @@ class _Warp:
             both = self._get(arguments[1], kind)
             for half, register in enumerate(_names(arguments[0])):
                 self._set(register, both >> np.uint64(32 * half), active)
+        elif name == "mov" and arguments[1].startswith("{"):
+            low, high = (self._get(half, "u32").astype(np.uint64) for half in _names(arguments[1]))
+            self._set(arguments[0], low | high << np.uint64(32), active)
         else:
             self._set(arguments[0], self._value(one), active)
 
@@ -144,7 +147,7 @@ class _Warp:
         sources = [self._get(argument, kind) for argument in arguments[1:]]
         if name == "mul":
             assert one.operation[1] == "wide"
-            return sources[0].astype(np.uint64) * sources[1]
+            return np.multiply(*sources, dtype=np.int64 if kind[0] == "s" else np.uint64)
         if name == "mad":
             return sources[0] * sources[1] + sources[2]
         if name == "mov":
@@ -155,7 +158,7 @@ class _Warp:
         assert one.arguments[-1] == "-1", "all lanes take part"
         mine = self._get(one.arguments[1], one.operation[-1])
         if one.operation[0] == "redux":
-            return np.full(_LANES, {"min": np.min, "max": np.max}[one.operation[2]](mine))
+            return np.full(_LANES, {"min": np.min, "max": np.max, "add": np.sum}[one.operation[2]](mine), mine.dtype)
         assert one.operation[2] == "bfly"
         return mine[np.arange(_LANES) ^ int(one.arguments[2])]
 

@@ -1,4 +1,4 @@
-"""The choice by a threshold against a plain sort: its text on an emulator, and both kernels on a GPU."""
+"""The choice by counting against a plain sort: its text on an emulator, and both kernels on a GPU."""
 
 import random
 from collections.abc import Callable
@@ -9,8 +9,9 @@ import pdkv_kernels.index_choice as index_choice_module
 import pdkv_kernels.index_selection as index_selection_module
 import pytest
 import torch
+from pdkv_kernels.choice_text import choice_cut, choice_ptx
 from pdkv_kernels.decode_batch import DecodeBatch
-from pdkv_kernels.index_choice import ChoiceCut, choice_ptx, threshold_fits
+from pdkv_kernels.index_choice import choice_fits
 from pdkv_kernels.index_selection import Successor, select_blocks
 from pdkv_kernels.paged import BLOCK
 from torch import Tensor
@@ -62,7 +63,8 @@ class Choice:
         block = torch.arange(self.max_blocks)
         wide = (self.keys[:, : self.max_blocks].long() << 32) | (0x7FFFFFFF - block)
         best = torch.where(block < num_blocks, wide, torch.iinfo(torch.int64).min).sort(1, descending=True).indices
-        chosen = torch.where(torch.arange(self.topk) < num_blocks, best[:, : self.topk], -1)
+        best = torch.nn.functional.pad(best, (0, self.topk))[:, : self.topk]
+        chosen = torch.where(torch.arange(self.topk) < num_blocks, best, -1)
         return chosen.to(INT).view(-1, self.heads, self.topk)
 
 
@@ -82,16 +84,14 @@ def _lengths(max_blocks: int) -> list[int]:
 
 def _emulated(asked: Choice, row: int) -> list[int]:
     """What the kernel's text makes of a row of one head. Its places are two words apart, the rest is left alone."""
-    warps = {1024: 4, 512: 2}.get(1 << (asked.max_blocks - 1).bit_length(), 1)
-    loaded = -(-asked.max_blocks // 4) * 4
-    cut = ChoiceCut(warps, loaded, asked.topk, Successor.BEHIND)
+    cut = choice_cut(asked.max_blocks, asked.topk, Successor.BEHIND)
     out_at, keys_at = 16, 16 + 256
-    memory = np.full(keys_at // 4 + loaded, 0xABCDABCD, np.uint32)
-    memory[keys_at // 4 :] = asked.keys[row, :loaded].numpy().view(np.uint32)
+    memory = np.full(keys_at // 4 + cut.loaded, 0xABCDABCD, np.uint32)
+    memory[keys_at // 4 :] = asked.keys[row, : cut.loaded].numpy().view(np.uint32)
     memory[2] = asked.lens[row // asked.query_len].item()
     unseen = row % asked.query_len + 1 - asked.query_len
     operands = {"$1": keys_at, "$2": 8, "$3": unseen, "$4": out_at, "$5": 8}
-    Program(choice_ptx(cut)).run(warps, memory, operands, random.Random(row))
+    Program(choice_ptx(cut)).run(cut.warps, memory, operands, random.Random(row))
     places = memory[out_at // 4 : keys_at // 4].reshape(-1, 2)
     assert (places[asked.topk :] == 0xABCDABCD).all()
     assert (places[:, 1] == 0xABCDABCD).all()
@@ -99,7 +99,7 @@ def _emulated(asked: Choice, row: int) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", KEYS)
-@pytest.mark.parametrize("max_blocks", [65, 100, 512, 1000, 1024])
+@pytest.mark.parametrize("max_blocks", [1, 15, 32, 33, 63, 64, 65, 100, 257, 512, 1000, 1024])
 def test_the_text_chooses_as_a_sort_does(kind: str, max_blocks: int):
     longest = max_blocks * BLOCK if kind in ("scores", "rising", "falling") else 80 * BLOCK
     asked = _choice(kind, max_blocks, [longest, 20 * BLOCK + 2], query_len=2)
@@ -108,26 +108,35 @@ def test_the_text_chooses_as_a_sort_does(kind: str, max_blocks: int):
 
 
 @pytest.mark.parametrize("length", [0, 1, 2, BLOCK + 1, 15 * BLOCK, 16 * BLOCK, 17 * BLOCK + 1, 24 * BLOCK, 25 * BLOCK])
-def test_the_text_chooses_from_few_blocks(length: int):
-    asked = _choice("ties", 1024, [length], query_len=2)
+@pytest.mark.parametrize("max_blocks", [30, 60, 1024])
+def test_the_text_chooses_from_few_blocks(length: int, max_blocks: int):
+    asked = _choice("ties", max_blocks, [length], query_len=2)
     for row, expected in enumerate(asked.expected()[:, 0].tolist()):
         assert _emulated(asked, row) == expected
 
 
 @pytest.mark.parametrize("topk", [1, 5, 16])
-def test_the_text_fills_so_many_places(topk: int):
-    asked = replace(_choice("ties", 300, [300 * BLOCK, 3 * BLOCK]), topk=topk)
+@pytest.mark.parametrize("max_blocks", [8, 50, 300])
+def test_the_text_fills_so_many_places(topk: int, max_blocks: int):
+    asked = replace(_choice("ties", max_blocks, [300 * BLOCK, 3 * BLOCK]), topk=topk)
     for row, expected in enumerate(asked.expected()[:, 0].tolist()):
         assert _emulated(asked, row) == expected
 
 
-def test_all_keys_of_a_table_may_be_equal():
-    asked = _choice("equal", 1024, [1024 * BLOCK])
-    assert _emulated(asked, 0) == list(range(16))
+@pytest.mark.parametrize("max_blocks", [200, 512, 1024])
+def test_more_keys_reach_the_threshold_than_the_list_has_room_for(max_blocks: int):
+    """Ever more of them equal, the lowest first; a few higher ones anywhere."""
+    for kind in (_scores, _ties):
+        keys = kind((5, -(-max_blocks // 16) * 16))
+        for row, share in enumerate((0.5, 0.8, 0.99, 1.0, 1.0)):
+            keys[row, torch.rand(keys.shape[1]) < share] = keys[row].sort().values[keys.shape[1] // 2 - row]
+        asked = Choice(keys, torch.full((5,), max_blocks * BLOCK, dtype=INT), max_blocks, 1, 1)
+        for row, expected in enumerate(asked.expected()[:, 0].tolist()):
+            assert _emulated(asked, row) == expected, row
 
 
 def test_the_text_lets_its_successor_start_where_it_is_told():
-    texts = {successor: choice_ptx(ChoiceCut(4, 1024, 16, successor)) for successor in Successor}
+    texts = {successor: choice_ptx(choice_cut(1024, 16, successor)) for successor in Successor}
     start, wait = "griddepcontrol.launch_dependents;", "griddepcontrol.wait;"
     assert all(text.count(wait) == 1 for text in texts.values())
     assert texts[Successor.AT_ONCE].index(start) < texts[Successor.AT_ONCE].index(wait)
@@ -135,27 +144,27 @@ def test_the_text_lets_its_successor_start_where_it_is_told():
     assert start not in texts[Successor.BEHIND]
 
 
-def test_what_a_threshold_is_made_for(monkeypatch: pytest.MonkeyPatch):
+def test_what_counting_is_made_for(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(index_choice_module, "chained", lambda: True)
     keys, out = torch.empty(4, 1024, dtype=INT), torch.empty(4, 1, 16, dtype=INT)
-    assert threshold_fits(out, keys, 65)
-    assert threshold_fits(out[..., :5], keys, 1024)
-    assert not threshold_fits(out, keys, 64), "so few are sorted at once"
-    assert not threshold_fits(out, keys, 1025)
-    assert threshold_fits(torch.empty(66, 4, 16, dtype=INT), keys, 1024)
-    assert not threshold_fits(torch.empty(67, 4, 16, dtype=INT), keys, 1024), "too many programs"
-    assert not threshold_fits(torch.empty(4, 1, 17, dtype=INT), keys, 1024)
-    assert not threshold_fits(out, keys.as_strided((3, 1023), (1023, 1)), 1023), "four keys lie across a border"
-    assert not threshold_fits(out, keys[:, 1:], 1023), "the first four do"
+    assert choice_fits(out, keys, 1)
+    assert choice_fits(torch.empty(66, 4, 16, dtype=INT), keys, 64)
+    assert not choice_fits(torch.empty(67, 4, 16, dtype=INT), keys, 64), "more programs than find room"
+    assert choice_fits(torch.empty(67, 4, 16, dtype=INT), keys, 65)
+    assert choice_fits(out[..., :5], keys, 1024)
+    assert not choice_fits(out, keys, 1025)
+    assert not choice_fits(torch.empty(4, 1, 17, dtype=INT), keys, 1024)
+    assert not choice_fits(out, keys.as_strided((3, 1023), (1023, 1)), 1023), "four keys lie across a border"
+    assert not choice_fits(out, keys[:, 1:], 1023), "the first four do"
     monkeypatch.setattr(index_choice_module, "chained", lambda: False)
-    assert not threshold_fits(out, keys, 1024), "launches do not overlap"
+    assert not choice_fits(out, keys, 1024), "launches do not overlap"
 
 
 # ---- both kernels, on a GPU
 
 
 class _Launch:
-    """A selection's tensors on the GPU, and its launch: by the threshold, or by sorting."""
+    """A selection's tensors on the GPU, and its launch: by counting, or by sorting."""
 
     def __init__(self, asked: Choice, successor: Successor, strided: bool = False) -> None:
         rows = asked.lens.numel() * asked.query_len
@@ -168,7 +177,7 @@ class _Launch:
         shape = (asked.heads, rows, asked.topk, 3) if strided else (rows, asked.heads, asked.topk)
         self.memory = torch.full(shape, 123456789, dtype=INT, device="cuda")
         self.out = self.memory[..., 1].transpose(0, 1) if strided else self.memory
-        assert threshold_fits(self.out, self._keys, asked.max_blocks)
+        assert choice_fits(self.out, self._keys, asked.max_blocks)
 
     def __call__(self) -> None:
         select_blocks(self.out, self._keys, self._leaders, self._batch, 66, self._successor)
@@ -183,7 +192,7 @@ class _Launch:
 
 def _sorting(monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on, all selections sort."""
-    monkeypatch.setattr(index_selection_module, "threshold_fits", lambda *_: False)
+    monkeypatch.setattr(index_selection_module, "choice_fits", lambda *_: False)
 
 
 @on_hopper
@@ -200,6 +209,9 @@ def _sorting(monkeypatch: pytest.MonkeyPatch) -> None:
         (256, 4, 4),
         (72, 4, 4),
         (65, 1, 3),
+        (64, 1, 4),
+        (33, 1, 2),
+        (5, 2, 1),
     ],
 )
 def test_both_kernels_choose_as_a_sort_does(

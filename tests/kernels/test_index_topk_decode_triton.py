@@ -397,7 +397,7 @@ def test_without_the_promise_lengths_tables_and_keys_may_come_from_the_kernel_in
 ):
     """Sequences are so long that blocks are chosen by a threshold, unless they are to be sorted."""
     if sorts:
-        monkeypatch.setattr(index_selection_module, "threshold_fits", lambda *_: False)
+        monkeypatch.setattr(index_selection_module, "choice_fits", lambda *_: False)
     case = make_decode("cuda", dtype, [6000, 3000, 70_000, 5], dim=128)
     rule = SelectionRule(16, 0, 1)
     expected = choose(case, rule)
