@@ -36,6 +36,8 @@ _COLUMNS = 8
 """Of a matrix product: that many heads and query rows of a sequence at most."""
 _WINDOW = gl.constexpr(32)
 """Pages that a program looks up at once."""
+_SECTOR_BITS = gl.constexpr(8 * 32)
+"""What a request to the second-level cache brings at least."""
 _FURTHEST = 1 << 31
 """Lines of ``_DIM`` numbers that a request for a tile can count."""
 
@@ -183,7 +185,8 @@ def _ring_kernel(
     q_row = seq * query_len + q_column % QUERY_TILE
     q_real = (q_column // QUERY_TILE < HEADS) & (q_column % QUERY_TILE < query_len)
     q_at = q_ptr + q_row.to(gl.int64) * q_row_stride + q_column // QUERY_TILE * q_head_stride
-    _hint(q_at, q_real & (count * TILES > SLOTS))
+    for sector in gl.static_range(DIM * BITS // _SECTOR_BITS):  # by one program of each sequence, for all
+        _hint(q_at + sector * (_SECTOR_BITS // BITS), q_real & (split == 0))
     # The same columns as the products' sums have them.
     column = gl.arange(0, COLUMNS, COLUMN)
     token = gl.arange(0, TILE, gl.SliceLayout(1, SUMS))

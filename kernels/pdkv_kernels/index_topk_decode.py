@@ -118,7 +118,8 @@ def scan_plan(batch: DecodeBatch, index_q: Tensor, index_k: Tensor, *, scan_foll
     rows, heads, _ = index_q.shape
     ring = _ring_plan(batch, index_k, rows * heads, scan_follows) if ring_fits(index_q, index_k, batch) else None
     if ring:
-        return ScanPlan(min(_splits(ring.programs, batch, 1), batch.page_table.shape[1]), 4, 4, ring=ring)
+        most = -(-batch.page_table.shape[1] // _splits(ring.programs, batch, 1))  # blocks of a program
+        return ScanPlan(-(-batch.page_table.shape[1] // most), 4, 4, ring=ring)
     # Eight columns are enough for Hopper's larger matrix instructions, which hold one more tile.
     is_wide = triton.next_power_of_2(heads) * triton.next_power_of_2(batch.query_len) >= 8
     has_groups = batch.page_table.shape[1] > MOST_WITHOUT_GROUPS
@@ -145,7 +146,7 @@ def _ring_plan(batch: DecodeBatch, index_k: Tensor, columns: int, scan_follows: 
         return RingPlan(32, 3, 1, 16, behind)
     if one_byte and blocks < _FEWEST_FOR_WARPS:
         return whole
-    if scan_follows and not one_byte and not has_groups and 16 * 2 <= blocks <= 16 * 4:
+    if scan_follows and not one_byte and not has_groups and 30 <= blocks <= 16 * 4:
         return RingPlan(64, 3, 2, 4)
     if one_byte and not scan_follows and columns > FEW_PROGRAMS:
         return None
