@@ -28,22 +28,30 @@ class ChosenPath:
         return {"PROTO_INFO": "get*", "PROTO_INFO_DIR": self._folder.name} if self._folder is not None else {}
 
     def read(self) -> str:
-        """UCX's words for reads of all lengths, long ones first: "zero-copy cma/memory"; empty when it wrote none."""
+        """UCX's words for reads of all lengths, long ones first: "zero-copy cma/memory"; empty when it wrote none, or
+        none that can be read: whoever reads pages should not fail for want of words."""
         if self._folder is None:
             return ""
-        found = [(match, file) for file in Path(self._folder.name).iterdir() if (match := _FILE.search(file.name))]
-        found = [(match, file) for match, file in found if match[3] != "0"]
-        last = max((int(match[1]) for match, _ in found), default=0)  # earlier ones are of before it was connected
-        found.sort(key=lambda each: int(each[0][2]), reverse=True)
-        labels = []
-        for match, file in found:
-            label = _LABEL.search(file.read_text(encoding="utf-8", errors="replace"))
-            if int(match[1]) == last and label:
-                labels.append(" ".join(label[1].replace("\\n", " ").split()))
-        return "; ".join(dict.fromkeys(labels))
+        try:
+            return _words(Path(self._folder.name))
+        except OSError:
+            return ""
 
     def close(self) -> None:
         if self._folder is not None:
             with contextlib.suppress(OSError):
                 self._folder.cleanup()
         self._folder = None
+
+
+def _words(folder: Path) -> str:
+    found = [(match, file) for file in folder.iterdir() if (match := _FILE.search(file.name))]
+    found = [(match, file) for match, file in found if match[3] != "0"]
+    last = max((int(match[1]) for match, _ in found), default=0)  # earlier ones are of before it was connected
+    found.sort(key=lambda each: int(each[0][2]), reverse=True)
+    labels = []
+    for match, file in found:
+        label = _LABEL.search(file.read_text(encoding="utf-8", errors="replace"))
+        if int(match[1]) == last and label:
+            labels.append(" ".join(label[1].replace("\\n", " ").split()))
+    return "; ".join(dict.fromkeys(labels))

@@ -276,6 +276,14 @@ def test_path_is_what_ucx_wrote_down(tmp_path):
     assert chosen.read() == "", "nothing written is nothing known"
 
 
+def test_what_cannot_be_read_is_not_known():
+    """Somebody clears away old temporary files: reads go on."""
+    chosen = ChosenPath()
+    os.rmdir(chosen.settings["PROTO_INFO_DIR"])
+    assert (chosen.read(), path_of(chosen.read())) == ("", "unknown")
+    chosen.close()
+
+
 def test_path_is_unknown_where_nothing_can_be_written(monkeypatch: pytest.MonkeyPatch):
     def full(**_: object):
         raise OSError("no space left")
