@@ -16,6 +16,7 @@ REFUSALS = (
     "body_too_large",
     "context_length_exceeded",
     "draining",
+    "invalid_api_key",
     "loading",
     "model_not_found",
     "not_ready",

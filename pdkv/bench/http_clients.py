@@ -53,14 +53,14 @@ class _Models(msgspec.Struct):
 
 
 async def run(
-    url: str, load: Load, questions: Sequence[Question], timeout_s: float, tell: Tell
+    url: str, load: Load, questions: Sequence[Question], timeout_s: float, tell: Tell, api_key: str = ""
 ) -> tuple[list[Served], float]:
     """Ask all but the last question, by ``load.concurrency`` clients; the last is asked first, and does not count.
 
     In the questions' order, with the seconds that all took. Failed requests are among them. Raises ``ServerError`` when
     nobody is there, or the first question, which warms up, is not answered.
     """
-    async with connected(url, load, questions[-1], timeout_s) as clients:
+    async with connected(url, load, questions[-1], timeout_s, api_key=api_key) as clients:
         began = time.perf_counter()
         served = await clients.ask_all(questions[: load.requests], tell)
         return served, time.perf_counter() - began
@@ -68,14 +68,22 @@ async def run(
 
 @contextlib.asynccontextmanager
 async def connected(
-    url: str, load: Load, warm_up: Question, timeout_s: float, headers: Callable[[], dict[str, str]] = dict
+    url: str,
+    load: Load,
+    warm_up: Question,
+    timeout_s: float,
+    headers: Callable[[], dict[str, str]] = dict,
+    api_key: str = "",
 ) -> "AsyncIterator[Clients]":
     """Clients whose first question has been answered. ``headers``: more of them, made for each request.
 
     Raises ``ServerError`` when nobody is there, or that question is not answered.
     """
+    key = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     limits = httpx.Limits(max_connections=load.concurrency)
-    async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=timeout_s, limits=limits) as client:
+    async with httpx.AsyncClient(
+        base_url=url, headers=key, trust_env=False, timeout=timeout_s, limits=limits
+    ) as client:
         clients = Clients(client, await _model(client), load, headers)
         first = await clients.ask(warm_up)
         if first.error:

@@ -30,6 +30,8 @@ class ServePlan(msgspec.Struct, frozen=True):
     chains: bool = False
     """Ask link-chasing prompts, whose answers are known: the model is the demo's."""
     timeout_s: float = 600.0
+    api_key: str = ""
+    """That the server at ``url`` asks for."""
 
 
 class Answers(msgspec.Struct, frozen=True):
@@ -125,7 +127,8 @@ async def _divided(plan: ServePlan, questions: Sequence[Question], tell: Tell) -
 
 
 async def _asked(url: str, plan: ServePlan, questions: Sequence[Question], tell: Tell) -> tuple[list[Served], float]:
-    return await http_clients.run(url, plan.load, questions, plan.timeout_s, lambda step: tell(f"divided: {step}"))
+    told = lambda step: tell(f"divided: {step}")  # noqa: E731
+    return await http_clients.run(url, plan.load, questions, plan.timeout_s, told, plan.api_key)
 
 
 def _undivided(

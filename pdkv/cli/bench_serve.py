@@ -1,6 +1,7 @@
 """``pdkv bench serve``: concurrent clients of a divided deployment, beside the undivided engine."""
 
 import contextlib
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -16,6 +17,8 @@ from pdkv.errors import ConfigError
 
 WRONG, FAILED = 4, 1
 """Exit codes: an answer was wrong, or nothing can be told of them; a request had none."""
+_API_KEY = "OPENAI_API_KEY"
+"""The variable that OpenAI's client reads, and other servers' benches."""
 
 _EXAMPLES = """
 Examples:
@@ -28,6 +31,7 @@ Examples:
 
 Without --url it starts 1 prefill and 1 decode worker; --config may ask for more, as for pdkv up. Without --model it
 serves the demo's checkpoint. With several GPUs each worker has its own, and as many undivided engines share the load.
+A server that asks for an API key gets that of OPENAI_API_KEY.
 Exit code 4 when an answer is wrong or none can be judged, 1 when a request failed.
 """
 
@@ -96,7 +100,7 @@ def serve(  # noqa: PLR0913  a command's parameters are its flags
         with _model(model, url, m3_layers) as folder:
             up = load(UpConfig, {**flags, "model": folder}, config) if folder is not None else None
             configure_logging("info" if verbose else "error", "bench")
-            plan = bench.ServePlan(asked, up, url, undivided, is_demo, timeout)
+            plan = bench.ServePlan(asked, up, url, undivided, is_demo, timeout, os.environ.get(_API_KEY, ""))
             report = bench.run(plan, _telling(verbose))
         _clear()
         sys.stdout.write((msgspec.json.encode(report).decode() if as_json else bench.table(report)) + "\n")

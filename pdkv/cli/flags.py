@@ -11,7 +11,7 @@ from pydantic_core import PydanticUndefined
 from pydantic_settings import BaseSettings
 
 from pdkv.cli.lazy import CONTEXT, ending, keep_lines
-from pdkv.daemons.config import RoleConfig, flag_name, flag_of, load
+from pdkv.daemons.config import Flag, RoleConfig, flag_name, flag_of, load
 
 Schema = TypeVar("Schema", bound=RoleConfig)
 
@@ -81,6 +81,9 @@ def _parameter(schema: type[BaseSettings], field: str, info: FieldInfo) -> inspe
 
 def _metavar(info: FieldInfo) -> str:
     """What the value looks like; the schema checks it, so that all sources are checked alike."""
+    for told in (part.metavar for part in info.metadata if isinstance(part, Flag)):
+        if told:
+            return told
     choices = [choice for choice in getattr(info.annotation, "__args__", ()) if isinstance(choice, str)]
     for part in getattr(info.annotation, "__args__", ()):
         choices += [choice for choice in getattr(part, "__args__", ()) if isinstance(choice, str)]

@@ -26,9 +26,17 @@ class Flag:
     """How a field appears on the command line, where the schema's own name and description do not say it."""
 
     def __init__(
-        self, name: str | None = None, *, advanced: bool = False, hidden: bool = False, secret: bool = False
+        self,
+        name: str | None = None,
+        *,
+        metavar: str = "",
+        advanced: bool = False,
+        hidden: bool = False,
+        secret: bool = False,
     ) -> None:
         self.name = name
+        self.metavar = metavar
+        """What the value looks like; empty: as its type has it."""
         self.secret = secret
         """Never shown by ``pdkv config show``."""
         self.advanced = advanced
@@ -98,6 +106,7 @@ _MAX_PULL = Field(
     ge=0, description="Most gigabytes a second that decode pulls, to spare what it decodes; 0 = no limit."
 )
 _VERIFY = Field(description="Compare digests of pages that decode has read with prefill's.")
+_API_KEYS = Field(description="File of the API keys that clients need, one a line; default: no key is needed.")
 _CONTROL_KEYS = Field(description="Folder of keys for the control channel.")
 _ADMIN = "Address of probes (/livez, /readyz, /startupz), /metrics and POST /drain; port 0 = any."
 Verify = Annotated[
@@ -299,6 +308,7 @@ class RouterConfig(RoleConfig):
         Flag("decode"),
     ]
     listen: Annotated[AddressText, Field(description="HTTP address, for clients.")] = Address("127.0.0.1:8000")
+    api_keys: Annotated[Path | None, _API_KEYS, Flag(metavar="FILE")] = None
     request_timeout: Annotated[float, Field(gt=0, description="Seconds that a request may take in all.")] = 600.0
     retries: Annotated[int, Field(ge=0, le=10, description="New tries, on another pair, before the first byte.")] = 2
     poll_interval: Annotated[float, Field(gt=0, description="Seconds between looks at each worker."), _ADVANCED] = 1.0
@@ -336,6 +346,7 @@ class UpConfig(ServedConfig):
     verify_pages: Annotated[Verify, _VERIFY] = "off"
     host: Annotated[str, Field(description="Host that the router listens on.")] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, description="Port that the router listens on; 0 = any.")] = 8000
+    api_keys: Annotated[Path | None, _API_KEYS, Flag(metavar="FILE")] = None
     threads: Annotated[int, Field(ge=0, description="Torch threads of each worker; 0 = cores / workers.")] = 0
     request_timeout: Annotated[float, Field(gt=0, description="Seconds that a request may take in all.")] = 600.0
     drain_timeout: Annotated[

@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from pdkv.daemons.api_keys import ApiKeys
 from pdkv.daemons.config import Address, is_loopback
 from pdkv.daemons.lifecycle import Lifecycle
 from pdkv.daemons.openai_api import MAX_BODY_BYTES, ApiError
@@ -47,16 +48,22 @@ class App:
     processor time than all that is done here.
     """
 
-    def __init__(self, traffic: Traffic | None = None, *, posts_from_here: bool = False) -> None:
+    def __init__(
+        self, traffic: Traffic | None = None, *, posts_from_here: bool = False, keys: ApiKeys | None = None
+    ) -> None:
         """With ``traffic``, its POSTs are counted, and refused while the daemon drains. ``posts_from_here``: only
-        callers on this machine may POST."""
+        callers on this machine may POST. With ``keys``, whoever names none of them gets a 401."""
         self._posts_from_here = posts_from_here
+        self._keys = keys
+        self._open_paths: set[str] = set()
         self._handlers: dict[str, dict[str, Handler]] = {}
         inner: ASGIApp = self._answer if traffic is None else Gate(self._answer, traffic, _draining)
         self._outermost = _Outermost(inner)
 
-    def add_route(self, path: str, handler: "Handler", method: str = "GET") -> None:
+    def add_route(self, path: str, handler: "Handler", method: str = "GET", *, needs_key: bool = True) -> None:
         self._handlers.setdefault(path, {})[method] = handler
+        if not needs_key:
+            self._open_paths.add(path)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         assert scope["type"] == "http", "neither lifespan nor websockets are switched on"
@@ -83,6 +90,8 @@ class App:
 
     async def _respond(self, scope: Scope, receive: Receive) -> Response:
         path, method = scope["path"], scope["method"]
+        if not self._may_call(path, scope):
+            return _without_key()
         by_method = self._handlers.get(path)
         if by_method is None:
             raise ApiError.of(404, f"no such route: {method} {path}")
@@ -94,6 +103,11 @@ class App:
         if method == "POST" and self._posts_from_here and not _is_here(scope):
             raise ApiError.of(403, f"{path} is for callers on this machine, or give the worker --insecure")
         return await handler(Request(scope, receive))
+
+    def _may_call(self, path: str, scope: Scope) -> bool:
+        if self._keys is None or path in self._open_paths:
+            return True
+        return self._keys.admits(Headers(scope=scope).get("authorization", ""))
 
 
 def _is_here(scope: Scope) -> bool:
@@ -331,6 +345,13 @@ class _Outermost:
 def _draining() -> Response:
     told = "this server is about to end and takes no new request; send it again, to another one if there is one"
     return error_response(ApiError.of(503, told, code="draining", retry_after_s=1))
+
+
+def _without_key() -> Response:
+    message = "the request names no API key that is accepted here; send the header Authorization: Bearer KEY"
+    refused = _response_to(ApiError.of(401, message, code="invalid_api_key"))
+    refused.headers["WWW-Authenticate"] = "Bearer"
+    return refused
 
 
 def _response_to(exc: ApiError | RequestError | ClientGoneError) -> Response:

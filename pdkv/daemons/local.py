@@ -13,6 +13,7 @@ import httpx
 import structlog
 
 from pdkv.daemons import http_server
+from pdkv.daemons.api_keys import ApiKeys
 from pdkv.daemons.config import (
     Address,
     DecodeConfig,
@@ -49,11 +50,14 @@ class Deployment(NamedTuple):
 
 @contextlib.asynccontextmanager
 async def deployed(
-    config: UpConfig, print_line: Callable[[str], None], decode_flags: Sequence[str] = ()
+    config: UpConfig,
+    print_line: Callable[[str], None],
+    decode_flags: Sequence[str] = (),
+    router_flags: Sequence[str] = (),
 ) -> AsyncIterator[Deployment]:
     """Start a deployment, tell where it is when it is ready, and end all of it on leaving. Raises StartFailedError.
 
-    ``decode_flags``: what decode workers get besides, and prefill workers do not.
+    ``decode_flags``, ``router_flags``: what such workers, or the router, get besides.
     """
     with contextlib.ExitStack() as stack:
 
@@ -65,8 +69,9 @@ async def deployed(
 
         router = ports(config.host, config.port)
         workers = [ports("127.0.0.1", 0) for _ in range(config.num_prefill + config.num_decode)]
+        besides = {"decode": decode_flags, "router": router_flags}
         specs = [
-            spec._replace(args=(*spec.args, *decode_flags)) if spec.args[0] == "decode" else spec
+            spec._replace(args=(*spec.args, *besides.get(spec.args[0], ())))
             for spec in child_specs(config, router, workers, visible_gpus() if config.device == "cuda" else ())
         ]
         supervisor = Supervisor(
@@ -105,8 +110,12 @@ async def run_up(config: UpConfig) -> int:
 
 async def _serve(config: UpConfig) -> None:
     security = channel_security(str(config.control_keys or ""))  # the workers do so too; wrong keys are told at once
+    keys: tuple[str, ...] = ()
+    if config.api_keys is not None:
+        ApiKeys(config.api_keys)  # likewise
+        keys = (flag_name(RouterConfig, "api_keys"), str(config.api_keys))
     channel = f"encrypted, key {security.fingerprint}" if security.authenticated else "not encrypted"
-    async with deployed(config, print_to_stderr) as deployment:
+    async with deployed(config, print_to_stderr, router_flags=keys) as deployment:
         url = deployment.url
         admin = "".join(f"  {name:<12} {admin_url}/metrics\n" for name, admin_url in deployment.admin_urls.items())
         told = f"{admin}\n  control channel: {channel}\n"
@@ -157,7 +166,8 @@ def curl_line(config: UpConfig, url: str) -> str:
         "temperature": 0,
         **({} if has_tokenizer else {"return_token_ids": True}),
     }
-    return f"curl {url}/v1/completions -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
+    key = "" if config.api_keys is None else '-H "Authorization: Bearer $KEY" '
+    return f"curl {url}/v1/completions {key}-H 'Content-Type: application/json' -d '{json.dumps(body)}'"
 
 
 def _served_flags(config: ServedConfig) -> list[str]:

@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from pdkv.daemons import http_server, openai_api, version, worker_api
 from pdkv.daemons.admin import AdminDesk, create_admin_app
+from pdkv.daemons.api_keys import ApiKeys
 from pdkv.daemons.attempt import Asked, AttemptFailedError, Upstream, attempt
 from pdkv.daemons.config import Address, RouterConfig
 from pdkv.daemons.lifecycle import Lifecycle, background
@@ -47,6 +48,7 @@ async def run_router(config: RouterConfig) -> int:
     """Serve until a signal; returns the exit code."""
     life = Lifecycle()
     meter = Meter()
+    keys = ApiKeys(config.api_keys) if config.api_keys is not None else None
     with (
         http_server.listen(Address(config.listen), reuse_port=config.reuse_port) as sock,
         http_server.listen(Address(config.admin_listen), reuse_port=config.reuse_port) as admin_sock,
@@ -73,21 +75,24 @@ async def run_router(config: RouterConfig) -> int:
             ):
                 url, admin = http_server.bound_address(sock), http_server.bound_address(admin_sock)
                 _log.info("listening", url=f"http://{url}", admin=admin)
-                await http_server.serve(create_app(router, texts, health, traffic), sock, life, router.cancel_all)
+                app = create_app(router, texts, health, traffic, keys)
+                await http_server.serve(app, sock, life, router.cancel_all)
     return life.exit_code
 
 
-def create_app(router: "Router", texts: TextProxy, health: RouterHealth, traffic: Traffic) -> http_server.App:
-    """The HTTP surface for clients."""
+def create_app(
+    router: "Router", texts: TextProxy, health: RouterHealth, traffic: Traffic, keys: ApiKeys | None
+) -> http_server.App:
+    """The HTTP surface for clients; with ``keys``, all but probes asks for one."""
 
     async def show_health(_request: Request) -> Response:
         missing = [condition.message for condition in health.ready() if not condition.ok]
         body = Health("not ready" if missing else "ready", missing, router.workers())
         return http_server.json_response(msgspec.json.encode(body), 503 if missing else 200)
 
-    app = http_server.App(traffic)
-    app.add_route("/health", show_health)
-    app.add_route(version.PATH, version.show)
+    app = http_server.App(traffic, keys=keys)
+    app.add_route("/health", show_health, needs_key=False)
+    app.add_route(version.PATH, version.show, needs_key=False)
     app.add_route("/v1/models", router.models)
     for path in worker_api.PREFILL_PATHS:
         app.add_route(path, router.generate, "POST")

@@ -28,12 +28,17 @@ def tokens(
 
 class _Handler(BaseHTTPRequestHandler):
     script: Script
+    api_key: str
 
     def do_GET(self) -> None:
+        if self._is_refused():
+            return
         self._send(200, json.dumps({"object": "list", "data": [{"id": "scripted"}]}).encode())
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self._is_refused():
+            return
         found = self.script(body)
         if isinstance(found, int):
             self._send(found, json.dumps({"error": {"message": "as told", "type": "t", "code": "scripted"}}).encode())
@@ -43,6 +48,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         for line in found:
             self.wfile.write(line + b"\n\n")
+
+    def _is_refused(self) -> bool:
+        refused = bool(self.api_key) and self.headers["Authorization"] != f"Bearer {self.api_key}"
+        if refused:
+            self._send(401, json.dumps({"error": {"message": "no key", "type": "t", "code": "scripted"}}).encode())
+        return refused
 
     def _send(self, status: int, body: bytes) -> None:
         self.send_response(status)
@@ -55,9 +66,11 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def served(script: Script) -> Iterator[str]:
-    """The URL of a server that is there until the context is left."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"script": staticmethod(script)}))
+def served(script: Script, api_key: str = "") -> Iterator[str]:
+    """The URL of a server that is there until the context is left. It asks for the key, if there is one."""
+    server = ThreadingHTTPServer(
+        ("127.0.0.1", 0), type("Handler", (_Handler,), {"script": staticmethod(script), "api_key": api_key})
+    )
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:

@@ -151,6 +151,14 @@ def test_a_server_that_is_not_there_or_refuses_all():
         serve.run(serve.ServePlan(SMALL, url="http://127.0.0.1:1"), quiet)
 
 
+def test_a_server_that_asks_for_a_key_gets_it():
+    with served(lambda _: tokens([1, 2], [3, 4]), api_key="sk-one") as url:
+        report = serve.run(serve.ServePlan(SMALL, url=url, timeout_s=30, api_key="sk-one"), quiet)
+        assert not report.failed
+        with pytest.raises(ServerError, match="401"):
+            serve.run(serve.ServePlan(SMALL, url=url, timeout_s=30), quiet)
+
+
 @pytest.fixture
 def _ctrl_c():
     """As in a terminal: a shell's background jobs ignore it."""

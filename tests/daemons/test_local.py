@@ -91,7 +91,9 @@ def test_the_curl_line_fits_the_checkpoint(tmp_path: Path) -> None:
     line = curl_line(config, "http://h:1")
     assert '"prompt": "Hello"' in line
     assert '"model": "shown"' in line
-    assert line.startswith("curl http://h:1/v1/completions ")
+    assert line.startswith("curl http://h:1/v1/completions -H 'Content-Type")
+    guarded = load(UpConfig, {"model": tmp_path / "m", "api_keys": tmp_path / "keys"})
+    assert '-H "Authorization: Bearer $KEY" ' in curl_line(guarded, "http://h:1")
 
 
 def test_each_role_gets_its_own_number_of_ranks() -> None:

@@ -300,3 +300,58 @@ def test_a_second_signal_ends_the_router_and_tells_its_clients(
 def test_ids_come_back_when_asked_for(router: Daemon) -> None:
     choice = _ask(router, return_token_ids=True).json()["choices"][0]
     assert choice["token_ids"] == [FIRST_NODE + i for i in range(4)]
+
+
+# ---- clients with keys
+
+KEY = "sk-router-0123456789"
+
+
+@pytest.fixture(scope="module")
+def guarded(
+    shared_fleet: Fleet, prefill: Daemon, decode: Daemon, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Daemon, Path]:
+    keys = tmp_path_factory.mktemp("keys") / "api-keys"
+    keys.write_text(KEY + "\n")
+    return shared_fleet.router([prefill], [decode], f"--api-keys={keys}"), keys
+
+
+def test_the_openai_client_needs_a_key_where_there_are_keys(guarded: tuple[Daemon, Path]) -> None:
+    router, _ = guarded
+    with openai.OpenAI(base_url=router.url + "/v1", api_key=KEY, max_retries=0) as client:
+        whole = client.completions.create(model="link-chasing", prompt="n1>n2 n1", max_tokens=4, seed=1)
+        assert whole.choices[0].text == "n0 n1 n2 n3"
+        chunks = list(client.completions.create(model="link-chasing", prompt=[1], max_tokens=4, seed=1, stream=True))
+        assert "".join(chunk.choices[0].text for chunk in chunks) == "n0 n1 n2 n3"
+        assert client.models.list().data[0].id == "link-chasing"
+    with openai.OpenAI(base_url=router.url + "/v1", api_key="sk-wrong-0123456789", max_retries=0) as client:
+        with pytest.raises(openai.AuthenticationError) as refused:
+            client.completions.create(model="link-chasing", prompt="n1", seed=1)
+        assert (refused.value.code, refused.value.type) == ("invalid_api_key", "invalid_request_error")
+        assert refused.value.response.headers["www-authenticate"] == "Bearer"
+        assert refused.value.response.headers["x-request-id"]
+        with pytest.raises(openai.AuthenticationError):
+            client.models.list()
+
+
+def test_without_a_key_only_probes_are_answered(guarded: tuple[Daemon, Path]) -> None:
+    router, _ = guarded
+    for path in ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"):
+        assert HTTP.post(router.url + path, json=_body()).status_code == 401, path
+    for path in ("/v1/models", "/tokenizer_info", "/no/such/path"):
+        assert HTTP.get(router.url + path).status_code == 401, path
+    for path in ("/health", "/version"):
+        assert HTTP.get(router.url + path).status_code == 200, path
+    metrics = HTTP.get(router.admin + "/metrics").text
+    assert 'pdkv_requests_total{code="invalid_api_key",result="error",role="router"}' in metrics
+
+
+def test_a_key_that_left_the_file_is_refused(guarded: tuple[Daemon, Path]) -> None:
+    router, keys = guarded
+    ask = {"url": router.url + "/v1/models", "headers": {"Authorization": "Bearer sk-next-0123456789"}}
+    assert HTTP.get(**ask).status_code == 401
+    keys.write_text("sk-next-0123456789\n")
+    assert HTTP.get(**ask).status_code == 200
+    assert HTTP.get(ask["url"], headers={"Authorization": f"Bearer {KEY}"}).status_code == 401
+    keys.write_text(KEY + "\n")
+    assert HTTP.get(ask["url"], headers={"Authorization": f"Bearer {KEY}"}).status_code == 200

@@ -68,11 +68,13 @@ def _in_flight(process: Process) -> bool:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_all_of_it(link_chasing_model: Path, tmp_path: Path, number: signal.Signals, code: int) -> None:
-    """Idle at SIGINT; at SIGTERM a request runs, and is answered, between workers with keys."""
+    """Idle at SIGINT, with keys for clients; at SIGTERM a request runs, and is answered, between workers with keys."""
     keys = ("--control-keys", str(tmp_path / "keys")) if number == signal.SIGTERM else ()
     if keys:
         new_keys(tmp_path / "keys")
-    process = start(link_chasing_model, tmp_path, "--drain-timeout", "10", *keys)
+    (tmp_path / "clients").write_text("sk-client-0123456789\n")
+    api_keys = () if keys else ("--api-keys", str(tmp_path / "clients"))
+    process = start(link_chasing_model, tmp_path, "--drain-timeout", "10", *keys, *api_keys)
     prompt = make_prompt(4, 300)
     with running(process):
         assert process.popen is not None
@@ -81,6 +83,10 @@ def test_a_signal_ends_all_of_it(link_chasing_model: Path, tmp_path: Path, numbe
         wait_until(lambda: f"curl {process.url}/v1/completions" in process.log.read_text(), "a curl line")
         channel = f"encrypted, key {show_keys(tmp_path / 'keys').fingerprint}" if keys else "not encrypted"
         wait_until(lambda: f"control channel: {channel}\n" in process.log.read_text(), "what the channel is")
+        if api_keys:
+            models = f"{process.url}/v1/models"
+            assert HTTP.get(models).status_code == 401
+            assert HTTP.get(models, headers={"Authorization": "Bearer sk-client-0123456789"}).status_code == 200
         answer = _asking(process, prompt, 40) if number == signal.SIGTERM else None
         if answer is not None:
             wait_until(lambda: _in_flight(process) or answer.done(), "the request is under way")
