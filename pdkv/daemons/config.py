@@ -346,7 +346,7 @@ class UpConfig(ServedConfig):
     verify_pages: Annotated[Verify, _VERIFY] = "off"
     host: Annotated[str, Field(description="Host that the router listens on.")] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, description="Port that the router listens on; 0 = any.")] = 8000
-    api_keys: Annotated[Path | None, _API_KEYS, Flag(metavar="FILE")] = None
+    api_keys: Annotated[Path | None, _API_KEYS, Flag(metavar="FILE", advanced=True)] = None
     threads: Annotated[int, Field(ge=0, description="Torch threads of each worker; 0 = cores / workers.")] = 0
     request_timeout: Annotated[float, Field(gt=0, description="Seconds that a request may take in all.")] = 600.0
     drain_timeout: Annotated[
