@@ -15,6 +15,7 @@ import msgspec
 
 from pdkv.errors import TransportError
 from pdkv.schema import Int64Array, LocalMemory
+from pdkv.transport.ucx_start import started
 
 BACKEND = "UCX"
 
@@ -112,9 +113,14 @@ class NixlAgent:
         config.pthrDelay = _PROGRESS_US
         config.syncMode = package.bindings.NIXL_THREAD_SYNC_NONE
         told = ",".join(f"{key}={value}" for key, value in settings.items())
+
+        def start() -> tuple[Any, int]:
+            agent = package.bindings.nixlAgent(name, config)
+            return agent, agent.createBackend(BACKEND, {"engine_config": told})
+
         with self._mapped("cannot start"):
-            self._agent = package.bindings.nixlAgent(name, config)
-            self._backend: int = self._agent.createBackend(BACKEND, {"engine_config": told})
+            # NIXL does not tell why; UCX's log does.
+            self._agent, self._backend = started(start, lambda error: isinstance(error, package.errors))
 
     def register(self, memory: LocalMemory) -> None:
         place = NixlMemory.of(memory)

@@ -13,6 +13,7 @@ from pdkv.transport.base import Completion, PeerId, ReadId, ReadStatus, Transpor
 from pdkv.transport.process_life import Life, ProcessHome
 from pdkv.transport.sealed import seal, unseal
 from pdkv.transport.ucx_library import HOW_TO_INSTALL, UcxLibrary, find_ucx_library
+from pdkv.transport.ucx_start import started
 
 try:
     from pdkv.transport._ucp import ENDED, UNWATCHED, Engine
@@ -42,6 +43,11 @@ _PATHS = (
 
 _SAID = re.compile(r"length \d+ (.*?)(?: [\d.]+ MB/s.*)?$")
 """What matters of, for example, "{...} get into host memory length 4096 zero-copy rc_mlx5/mlx5_0:1 23456.0 MB/s"."""
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether UCX failed at the machine's interfaces, which may be others soon."""
+    return isinstance(error, OSError) and "ucp_worker_create" in str(error)
 
 
 class UcxOptions(msgspec.Struct, frozen=True):
@@ -114,15 +120,9 @@ class UcxTransport(Transport):
         self.settings = ucx_settings(options, dict(os.environ))
         chosen = find_ucx_library(options.library, cuda=options.cuda)
         ours = [(s.name.removeprefix("UCX_").encode(), s.value.encode()) for s in self.settings if not s.inherited]
+        limits = (options.window_spans, options.window_bytes, options.linger_us, options.drain_ms)
         try:
-            self._engine = Engine(
-                os.fsencode(chosen.path),
-                ours,
-                options.window_spans,
-                options.window_bytes,
-                options.linger_us,
-                options.drain_ms,
-            )
+            self._engine = started(lambda: Engine(os.fsencode(chosen.path), ours, *limits), _may_pass)
         except OSError as error:
             raise TransportError(f"UCX ({chosen.path}) cannot start: {error}; {HOW_TO_INSTALL}") from error
         self.library: UcxLibrary = msgspec.structs.replace(chosen, version=self._engine.version)
