@@ -6,6 +6,10 @@ must read these inside the loop; so every tile would turn the queries into the m
 and the loop does nothing but tiles. For Hopper; elsewhere, and for more columns, ``index_scan`` has a kernel that can
 do all of it.
 
+Before its turn a program asks for a tile when the one before it has come. All programs' single tiles keep the memory
+busy; whole rings would stand in a queue that what still runs in front, a selection between two scans above all, waits
+behind with every read and store, though these meet the cache.
+
 A tile is a block's keys or an equal part of them. The memory is kept busy by the tiles that are asked for and have not
 come, so programs of one or two warps give a tile's place to another as soon as the tile is in registers, before they
 multiply it. They need more registers for that, which programs of four warps had better leave to what runs beside them.
@@ -178,9 +182,7 @@ def _ring_kernel(
         mbarrier.init(arrivals.index(slot), count=1)
     count = _share((gl.maximum(seq_len, 0) + TOKENS - 1) // TOKENS, split, splits)
     settled = _share(gl.maximum(seq_len - query_len, 0) // TOKENS, split, splits)
-    for slot in gl.static_range(SLOTS):
-        line = _page(pages, nth, slot // TILES) * page_lines + slot % TILES * TILE
-        _ask(tiles, line, arrivals.index(slot), ring.index(slot), slot // TILES < settled, BYTES)
+    _ask(tiles, _page(pages, nth, 0) * page_lines, arrivals.index(0), ring.index(0), settled > 0, BYTES)
     q_column = gl.arange(0, COLUMNS, gl.SliceLayout(0, Q_SIDE))  # [COLUMNS], a head and a query row each
     q_row = seq * query_len + q_column % QUERY_TILE
     q_real = (q_column // QUERY_TILE < HEADS) & (q_column % QUERY_TILE < query_len)
@@ -198,6 +200,10 @@ def _ring_kernel(
     keys_at = keys_ptr + flat_column * keys_stride
     leaders_at = leaders_ptr + flat_column * leaders_stride
     leader = gl.zeros([COLUMNS], gl.int64, COLUMN)
+    for slot in gl.static_range(1, SLOTS):  # one behind the other: see above
+        mbarrier.wait(arrivals.index(slot - 1), 0, pred=(slot - 1) // TILES < settled)
+        line = _page(pages, nth, slot // TILES) * page_lines + slot % TILES * TILE
+        _ask(tiles, line, arrivals.index(slot), ring.index(slot), slot // TILES < settled, BYTES)
     tl.extra.cuda.gdc_wait()
     if BEHIND == 0:
         tl.extra.cuda.gdc_launch_dependents()
