@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 
@@ -81,8 +82,9 @@ async def connected(
     """
     key = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     limits = httpx.Limits(max_connections=load.concurrency)
+    trusted = ssl.create_default_context()  # the system's, or SSL_CERT_FILE's, as OpenSSL has it
     async with httpx.AsyncClient(
-        base_url=url, headers=key, trust_env=False, timeout=timeout_s, limits=limits
+        base_url=url, headers=key, verify=trusted, trust_env=False, timeout=timeout_s, limits=limits
     ) as client:
         clients = Clients(client, await _model(client), load, headers)
         first = await clients.ask(warm_up)

@@ -5,26 +5,16 @@ Kubernetes, whose volume replaces it when the Secret changes.
 """
 
 import hashlib
-import os
 from pathlib import Path
-from typing import NamedTuple
 
 import structlog
 
+from pdkv.daemons.file_state import file_state
 from pdkv.errors import ConfigError
 
 _SHORTEST = 16
 _SCHEME = "bearer"
 _log = structlog.get_logger(__name__)
-
-
-class _State(NamedTuple):
-    """Of a file: whether it is still the same."""
-
-    device: int
-    inode: int
-    size: int
-    changed_ns: int
 
 
 class ApiKeys:
@@ -33,7 +23,7 @@ class ApiKeys:
     def __init__(self, file: Path) -> None:
         """Raises ConfigError where the file cannot be read, or holds no key or a bad one."""
         self._file = file
-        self._state = _state(file)
+        self._state = file_state(file)
         self._digests = _read(file)
 
     def admits(self, authorization: str) -> bool:
@@ -47,7 +37,7 @@ class ApiKeys:
         return scheme.lower() == _SCHEME and _digest(key.strip()) in self._digests
 
     def _look_again(self) -> None:
-        state = _state(self._file)
+        state = file_state(self._file)
         if state == self._state:
             return
         self._state = state
@@ -57,14 +47,6 @@ class ApiKeys:
             _log.warning("api keys not read", error=str(exc), kept=len(self._digests))
         else:
             _log.info("api keys read", file=str(self._file), keys=len(self._digests))
-
-
-def _state(file: Path) -> _State | None:
-    try:
-        found = os.stat(file)
-    except OSError:
-        return None
-    return _State(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 def _read(file: Path) -> frozenset[bytes]:

@@ -309,6 +309,12 @@ class RouterConfig(RoleConfig):
     ]
     listen: Annotated[AddressText, Field(description="HTTP address, for clients.")] = Address("127.0.0.1:8000")
     api_keys: Annotated[Path | None, _API_KEYS, Flag(metavar="FILE")] = None
+    tls_cert: Annotated[
+        Path | None,
+        Field(description="Certificate of --listen in PEM, its chain behind it; default: HTTP without TLS."),
+        Flag(metavar="FILE"),
+    ] = None
+    tls_key: Annotated[Path | None, Field(description="The certificate's key in PEM."), Flag(metavar="FILE")] = None
     request_timeout: Annotated[float, Field(gt=0, description="Seconds that a request may take in all.")] = 600.0
     retries: Annotated[int, Field(ge=0, le=10, description="New tries, on another pair, before the first byte.")] = 2
     poll_interval: Annotated[float, Field(gt=0, description="Seconds between looks at each worker."), _ADVANCED] = 1.0
@@ -326,6 +332,13 @@ class RouterConfig(RoleConfig):
         if not self.insecure:
             harm = "pdkv does not authenticate who calls it: whoever reaches it can end this router"
             _refuse_reachable("admin_listen", self.admin_listen, harm, "Listen on 127.0.0.1")
+        return self
+
+    @model_validator(mode="after")
+    def _certificate_with_key(self) -> "RouterConfig":
+        if (self.tls_cert is None) != (self.tls_key is None):
+            given, lacks = ("tls_cert", "tls_key") if self.tls_key is None else ("tls_key", "tls_cert")
+            raise ValueError(f"{given} needs {lacks}: TLS takes a certificate and its key")
         return self
 
 

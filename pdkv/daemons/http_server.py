@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import secrets
 import socket
+import ssl
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 
@@ -262,9 +263,19 @@ def bound_address(sock: socket.socket) -> Address:
     return Address(f"{host}:{port}")
 
 
-async def serve(app: ASGIApp, sock: socket.socket, life: Lifecycle, on_stop: Callable[[], None]) -> None:
-    """Serve until it is time to end, call ``on_stop`` (it fails what is running), let answers out, and close."""
-    server = _Server(_server_config(app, _GRACE_S))
+async def serve(
+    app: ASGIApp,
+    sock: socket.socket,
+    life: Lifecycle,
+    on_stop: Callable[[], None],
+    tls: ssl.SSLContext | None = None,
+) -> None:
+    """Serve until it is time to end, call ``on_stop`` (it fails what is running), let answers out, and close. With
+    ``tls``, over that alone."""
+    config = _server_config(app, _GRACE_S)
+    config.load()
+    config.ssl = tls
+    server = _Server(config)
     serving = asyncio.create_task(server.serve(sockets=[sock]))
     stopping = asyncio.create_task(life.wait())
     await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)

@@ -24,6 +24,7 @@ from pdkv.daemons.openai_api import ApiError, ErrorBody
 from pdkv.daemons.router_health import RouterHealth
 from pdkv.daemons.router_metrics import RouterMetrics
 from pdkv.daemons.text_proxy import TextProxy
+from pdkv.daemons.tls import Certificate
 from pdkv.daemons.tracing import tracing
 from pdkv.daemons.traffic import Traffic, note_failure
 from pdkv.daemons.worker_client import WorkerClient, WorkerLostError
@@ -49,6 +50,7 @@ async def run_router(config: RouterConfig) -> int:
     life = Lifecycle()
     meter = Meter()
     keys = ApiKeys(config.api_keys) if config.api_keys is not None else None
+    tls = Certificate(config.tls_cert, config.tls_key).context if config.tls_cert and config.tls_key else None
     with (
         http_server.listen(Address(config.listen), reuse_port=config.reuse_port) as sock,
         http_server.listen(Address(config.admin_listen), reuse_port=config.reuse_port) as admin_sock,
@@ -74,9 +76,9 @@ async def run_router(config: RouterConfig) -> int:
                 background(life.stop_when_drained(is_idle, config.drain_timeout)),
             ):
                 url, admin = http_server.bound_address(sock), http_server.bound_address(admin_sock)
-                _log.info("listening", url=f"http://{url}", admin=admin)
+                _log.info("listening", url=f"{'https' if tls else 'http'}://{url}", admin=admin)
                 app = create_app(router, texts, health, traffic, keys)
-                await http_server.serve(app, sock, life, router.cancel_all)
+                await http_server.serve(app, sock, life, router.cancel_all, tls)
     return life.exit_code
 
 

@@ -104,12 +104,13 @@ def kubectl() -> str:
     return found
 
 
-def rendered_with(component: str, folder: Path) -> list[Object]:
-    """All objects of ``kind-tcp`` with a component, by an overlay in ``folder``."""
-    roots = [os.path.relpath(DEPLOY / what, folder) for what in ("overlays/kind-tcp", f"components/{component}")]
+def rendered_with(folder: Path, *components: str) -> list[Object]:
+    """All objects of ``kind-tcp`` with components, by an overlay in ``folder``."""
+    overlay = os.path.relpath(DEPLOY / "overlays/kind-tcp", folder)
+    roots = [os.path.relpath(DEPLOY / "components" / each, folder) for each in components]
     (folder / "kustomization.yaml").write_text(
         "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\nnamespace: pdkv\n"
-        f"resources: [{roots[0]}]\ncomponents: [{roots[1]}]\n"
+        f"resources: [{overlay}]\ncomponents: [{', '.join(roots)}]\n"
     )
     done = subprocess.run([kubectl(), "kustomize", str(folder)], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")

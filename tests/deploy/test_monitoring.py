@@ -116,7 +116,7 @@ def test_the_dashboard_has_one_place_for_everything() -> None:
 
 
 def test_the_component_scrapes_every_pod_of_a_deployment(tmp_path: Path) -> None:
-    objects = rendered_with("monitoring", tmp_path)
+    objects = rendered_with(tmp_path, "monitoring")
     found = {each["kind"]: each for each in objects}
     assert {found[kind]["metadata"]["namespace"] for kind in ("PodMonitor", "PrometheusRule")} == {"pdkv"}
     assert found["PrometheusRule"]["spec"] == yaml.safe_load(RULES)

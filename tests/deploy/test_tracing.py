@@ -11,7 +11,7 @@ from tests.deploy.manifests import ROLES, main_container, rendered_with, role_of
 
 
 def test_every_daemon_sends_its_spans_where_its_network_lets_them(tmp_path: Path) -> None:
-    objects = rendered_with("tracing", tmp_path)
+    objects = rendered_with(tmp_path, "tracing")
     (policy,) = [each["spec"] for each in objects if each["metadata"]["name"] == "pdkv-tracing"]
     (collector, names) = policy["egress"]
     (namespace,) = [peer["namespaceSelector"]["matchLabels"] for peer in collector["to"]]
