@@ -310,6 +310,11 @@ WORKER_RESTARTS = _counter(
     (ROUTER,),
     _UPSTREAM,
 )
+CERTIFICATE_EXPIRY = _gauge(
+    "pdkv_router_certificate_expiry_timestamp_seconds",
+    "When the certificate that clients see ends, in seconds since 1970; 0 without TLS.",
+    (ROUTER,),
+)
 
 TABLE: tuple[Metric, ...] = tuple(value for value in list(vars().values()) if isinstance(value, Metric))
 

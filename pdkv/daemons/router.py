@@ -50,7 +50,7 @@ async def run_router(config: RouterConfig) -> int:
     life = Lifecycle()
     meter = Meter()
     keys = ApiKeys(config.api_keys) if config.api_keys is not None else None
-    tls = Certificate(config.tls_cert, config.tls_key).context if config.tls_cert and config.tls_key else None
+    certificate = Certificate(config.tls_cert, config.tls_key) if config.tls_cert and config.tls_key else None
     with (
         http_server.listen(Address(config.listen), reuse_port=config.reuse_port) as sock,
         http_server.listen(Address(config.admin_listen), reuse_port=config.reuse_port) as admin_sock,
@@ -59,7 +59,7 @@ async def run_router(config: RouterConfig) -> int:
     ):
         async with WorkerClient(_CONNECT_TIMEOUT_S, http_server.CLIENT_KEEP_ALIVE_S) as client:
             pool = WorkerPool(client, config.prefill_urls, config.decode_urls, config.poll_interval)
-            metrics = RouterMetrics(pool, meter)
+            metrics = RouterMetrics(pool, meter, certificate)
             texts = TextProxy(client, pool)
             router = Router(client, pool, metrics, config.request_timeout, config.retries)
             traffic = Traffic(ROUTER, life, meter, spans)
@@ -76,8 +76,9 @@ async def run_router(config: RouterConfig) -> int:
                 background(life.stop_when_drained(is_idle, config.drain_timeout)),
             ):
                 url, admin = http_server.bound_address(sock), http_server.bound_address(admin_sock)
-                _log.info("listening", url=f"{'https' if tls else 'http'}://{url}", admin=admin)
+                _log.info("listening", url=f"{'https' if certificate else 'http'}://{url}", admin=admin)
                 app = create_app(router, texts, health, traffic, keys)
+                tls = certificate.context if certificate else None
                 await http_server.serve(app, sock, life, router.cancel_all, tls)
     return life.exit_code
 

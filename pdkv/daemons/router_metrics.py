@@ -2,8 +2,10 @@
 
 from collections import Counter
 
+from pdkv.daemons.tls import Certificate
 from pdkv.daemons.worker_pool import Worker, WorkerPool
 from pdkv.metric_table import (
+    CERTIFICATE_EXPIRY,
     CIRCUITS,
     CIRCUITS_OPENED,
     DECISIONS,
@@ -19,9 +21,11 @@ from pdkv.metrics import Meter, Series
 class RouterMetrics:
     """Belongs to the event loop's thread, as its meter does."""
 
-    def __init__(self, pool: WorkerPool, meter: Meter) -> None:
+    def __init__(self, pool: WorkerPool, meter: Meter, certificate: Certificate | None = None) -> None:
+        """``certificate``: the one that clients see."""
         self._pool = pool
         self._meter = meter
+        self._certificate = certificate
 
     def chosen(self, num_tries_before: int) -> None:
         """A pair was there for a try."""
@@ -50,6 +54,7 @@ class RouterMetrics:
                 self._meter.set(CIRCUITS, role, state, to=states[state])
             self._meter.set(CIRCUITS_OPENED, role, to=self._pool.num_taken_out[role])
             self._meter.set(WORKER_RESTARTS, role, to=self._pool.num_restarts[role])
+        self._meter.set(CERTIFICATE_EXPIRY, to=self._certificate.ends_at() if self._certificate else 0)
         return self._meter.series()
 
 

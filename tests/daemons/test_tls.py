@@ -1,8 +1,10 @@
 """The router's certificate: what files it takes, who sees which, and a router behind it."""
 
 import asyncio
+import datetime
 import json
 import os
+import re
 import signal
 import ssl
 import subprocess
@@ -15,11 +17,15 @@ import httpx
 import openai
 import pytest
 import trustme
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives import serialization as form
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from pdkv.bench import http_clients
 from pdkv.bench.serve_load import Load, Question
 from pdkv.daemons.config import RouterConfig, load
-from pdkv.daemons.tls import Certificate
+from pdkv.daemons.tls import Certificate, shown
 from pdkv.errors import ConfigError
 from tests.daemons.conftest import Daemon, Fleet, wait_until
 from tests.http import HTTP
@@ -34,8 +40,8 @@ class Files(NamedTuple):
     chain: Path
     key: Path
 
-    def renew(self, *, key: bool = True) -> None:
-        issued = self.ca.issue_cert(HOST)
+    def renew(self, *, key: bool = True, until: datetime.datetime | None = None) -> None:
+        issued = self.ca.issue_cert(HOST, not_after=until)
         self.chain.write_bytes(b"".join(each.bytes() for each in issued.cert_chain_pems))
         if key:
             self.key.write_bytes(issued.private_key_pem.bytes())
@@ -63,21 +69,8 @@ def files(tmp_path: Path) -> Files:
 
 
 def seen(server: ssl.SSLContext, client: ssl.SSLContext) -> int:
-    """The serial number of the certificate that a client gets, by a handshake in memory."""
-    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
-    theirs = client.wrap_bio(to_client, to_server, server_hostname=HOST)
-    ours = server.wrap_bio(to_server, to_client, server_side=True)
-    waiting = [theirs, ours]
-    while waiting:
-        for side in tuple(waiting):
-            try:
-                side.do_handshake()
-            except ssl.SSLWantReadError:
-                continue
-            waiting.remove(side)
-    certificate = theirs.getpeercert()
-    assert certificate is not None
-    return int(str(certificate["serialNumber"]), 16)
+    """The serial number of the certificate that a client gets."""
+    return int(shown(server, client, HOST)["serialNumber"], 16)
 
 
 def test_who_connects_after_a_renewal_sees_the_new_certificate(files: Files) -> None:
@@ -101,6 +94,29 @@ def test_files_that_became_bad_leave_the_certificate_before_them(files: Files) -
     assert seen(certificate.context, files.trusting) == first
     files.renew()
     assert seen(certificate.context, files.trusting) != first
+
+
+@pytest.mark.parametrize("days", [-3, 0, 3, 400])
+def test_when_it_ends_is_told_whether_that_is_past_or_not(files: Files, days: int) -> None:
+    certificate = Certificate(files.chain, files.key)
+    until = datetime.datetime.now(datetime.UTC).replace(microsecond=0) + datetime.timedelta(days=days)
+    files.renew(until=until)
+    assert certificate.ends_at() == until.timestamp()
+    if days < 0:
+        with pytest.raises(ssl.SSLCertVerificationError, match="expired"):
+            seen(certificate.context, files.trusting)
+
+
+def test_a_certificate_that_is_for_clients_alone_is_refused(files: Files) -> None:
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, HOST)])
+    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.datetime.now(datetime.UTC)
+    builder = x509.CertificateBuilder(name, name, key.public_key(), 7, now, now + datetime.timedelta(days=1))
+    usage = x509.ExtendedKeyUsage([x509.ExtendedKeyUsageOID.CLIENT_AUTH])
+    made = builder.add_extension(usage, critical=True).sign(key, hashes.SHA256())
+    files.chain.write_bytes(made.public_bytes(form.Encoding.PEM))
+    files.key.write_bytes(key.private_bytes(form.Encoding.PEM, form.PrivateFormat.PKCS8, form.NoEncryption()))
+    with pytest.raises(ConfigError, match="clients refuse the certificate in .*purpose"):
+        Certificate(files.chain, files.key)
 
 
 def test_old_versions_of_tls_are_refused(files: Files) -> None:
@@ -130,8 +146,6 @@ def test_files_that_are_no_certificate_and_key_are_refused_by_name(files: Files,
 
 
 def test_an_encrypted_key_is_refused_and_nobody_is_asked_for_a_password(files: Files) -> None:
-    from cryptography.hazmat.primitives import serialization as form
-
     plain = form.load_pem_private_key(files.key.read_bytes(), None)
     locked = form.BestAvailableEncryption(b"secret")
     files.key.write_bytes(plain.private_bytes(form.Encoding.PEM, form.PrivateFormat.PKCS8, locked))
@@ -180,6 +194,16 @@ def test_the_openai_client_is_answered_over_tls(router: Daemon, client: httpx.Cl
         assert whole.choices[0].text == "n0 n1 n2 n3"
         chunks = list(asking.completions.create(model="link-chasing", prompt=[1], max_tokens=4, seed=1, stream=True))
         assert "".join(chunk.choices[0].text for chunk in chunks) == "n0 n1 n2 n3"
+
+
+def test_the_metrics_tell_when_the_certificate_ends(router: Daemon, shared_files: Files) -> None:
+    told = re.search(r"^pdkv_router_certificate_expiry_timestamp_seconds\S* (\S+)$", metrics(router), re.MULTILINE)
+    assert told
+    assert float(told[1]) == Certificate(shared_files.chain, shared_files.key).ends_at()
+
+
+def metrics(router: Daemon) -> str:
+    return HTTP.get(router.admin + "/metrics").text
 
 
 def test_neither_strangers_to_the_ca_nor_plain_http_are_answered(router: Daemon, client: httpx.Client) -> None:
